@@ -1,0 +1,24 @@
+"""Minutes on two CPU cores: bytes of Python's standard library.
+
+  python -m evo_jax.main --config=configs/tiny.py
+
+Own text: --config.data.path='dir/*.txt'. A longer run: --config.train.steps=5000.
+"""
+
+from evo_jax import config as evo_config
+
+
+def get_config():
+  c = evo_config.default()
+  c.model.layers = 4
+  c.model.width = 160
+  c.model.heads = 5
+  c.model.kv_heads = 5
+  c.model.hidden = 448
+  c.model.context = 256
+  c.window.size = 16
+  c.window.count = 4
+  c.data.batch_size = 16
+  c.train.steps = 1000
+  c.optim.learning_rate = 3e-3
+  return c

@@ -1,0 +1,179 @@
+"""Checkpoints: the training state and the place in the data, saved together, and what a finished run leaves to readers.
+
+A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer,data}`, `metrics.jsonl`, the
+final `table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. Orbax writes a
+checkpoint aside and renames it when it is whole, so that a killed run leaves none that is half-written.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from evo_jax import config as config_lib
+from evo_jax import tokenizer as tokenizer_lib
+from evo_jax.cli import UserError
+
+args = ocp.args
+
+
+class Checkpoints:
+  """The checkpoints of one work directory. Saving runs in the background."""
+
+  def __init__(self, workdir: epath.Path, keep: int):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self.folder = workdir / "checkpoints"
+    try:
+      self.manager = ocp.CheckpointManager(self.folder, options=options)
+    except OSError as error:
+      raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+  def latest(self) -> int | None:
+    """The step of the last whole checkpoint."""
+    return self.manager.latest_step()
+
+  def save(self, step: int, items: dict[str, Any], data: grain.DatasetIterator) -> None:
+    """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the save before failed."""
+    self._guarded(lambda: self.manager.save(step, args=args.Composite(
+        **{name: args.StandardSave(item) for name, item in items.items()}, data=grain.checkpoint.CheckpointSave(data))))
+
+  def wait(self) -> None:
+    """Returns when everything is on disk. Raises UserError if it could not be written."""
+    self._guarded(self.manager.wait_until_finished)
+
+  def restore(self, step: int, abstract: dict[str, Any], data: grain.DatasetIterator | None = None) -> dict[str, Any]:
+    """The items as arrays of the shapes, dtypes and shardings in `abstract`; sets `data` to its place."""
+    wanted = {name: args.StandardRestore(item) for name, item in abstract.items()}
+    if data is not None:
+      wanted["data"] = grain.checkpoint.CheckpointRestore(data)
+    try:
+      return dict(self.manager.restore(step, args=args.Composite(**wanted)))
+    except (ValueError, OSError, KeyError) as error:
+      raise UserError(f"{self.folder / str(step)}: cannot be restored: {_first_line(error)}") from error
+
+  def close(self) -> None:
+    self.manager.close()
+
+  def _guarded(self, act) -> None:
+    try:
+      act()
+      self.manager.check_for_errors()
+    except Exception as error:  # the writers underneath raise many kinds: OSError, ValueError, RuntimeError
+      raise UserError(f"{self.folder}: a checkpoint cannot be written: {_first_line(error)}; "
+                      f"the last whole one is of step {self._last_whole()}") from error
+
+  def _last_whole(self) -> int | None:
+    return max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
+
+
+def _first_line(error: BaseException) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[0][:300] if lines else type(error).__name__
+
+
+def make_workdir(workdir: str) -> epath.Path:
+  """The folder, made and tried. Raises UserError if nothing can be written there."""
+  folder = epath.Path(workdir).expanduser()
+  if not workdir.startswith("gs://"):
+    folder = folder.absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror or error}") from error
+  return folder
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes aside, then renames: a reader never sees half a file."""
+  aside = path.parent / f".{path.name}.tmp"
+  aside.write_text(json.dumps(value, indent=2) + "\n")
+  aside.rename(path)
+
+
+def write_config(workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, parameters: int,
+                 fingerprints: list[str]) -> None:
+  """Writes config.json, and the tokenizer's model beside it. Raises UserError where an earlier run's does not fit.
+
+  Fields that the checkpoint's contents depend on may not change; a change of another is printed and taken over.
+  """
+  path = workdir / "config.json"
+  if path.exists():
+    old = read_config(workdir)
+    for field, before, after, pinned in config_lib.differences(old["config"], config):
+      if pinned:
+        raise UserError(f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
+                        "use another --workdir")
+      if jax.process_index() == 0:
+        print(f"config.{field}: {before!r} -> {after!r}", flush=True)
+    if old["tokenizer"] != tokenizer.identity:
+      raise UserError(f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, "
+                      f"{old['tokenizer']}")
+    if old["text"] != fingerprints:
+      raise UserError(f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
+                      "files were changed, added or removed; use another --workdir")
+  if jax.process_index() == 0:
+    if isinstance(tokenizer, tokenizer_lib.SentencePiece):
+      (workdir / "tokenizer").mkdir(exist_ok=True)
+      (workdir / "tokenizer" / tokenizer_lib.MODEL_FILE).write_bytes(tokenizer.proto)
+    write_json(path, {"config": config_lib.to_dict(config), "tokenizer": tokenizer.identity,
+                      "vocab_size": tokenizer.vocab_size, "parameters": parameters, "text": fingerprints})
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+  """config.json with the configuration as a Config. Raises UserError where there is none."""
+  path = workdir / "config.json"
+  try:
+    values = json.loads(path.read_text())
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read: {error.strerror or error}; is this the --workdir of a run?") from error
+  except ValueError as error:
+    raise UserError(f"{path}: is damaged ({error})") from error
+  return {**values, "config": config_lib.from_dict(values["config"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained model, to be read: `params` are the averaged ones where the run kept an average."""
+
+  config: config_lib.Config
+  tokenizer: tokenizer_lib.Tokenizer
+  model: Any  # model.Evo
+  params: Any
+  statistics: Any  # elbo.Statistics
+  step: int
+
+
+def load_run(workdir: str, step: int | None = None) -> Run:
+  """Loads the last (or the given) checkpoint for evaluation or generation, without the optimizer's state."""
+  from evo_jax import train  # which imports this module
+
+  folder = epath.Path(workdir).expanduser()
+  folder = folder if workdir.startswith("gs://") else folder.absolute()
+  if not workdir or not folder.is_dir():
+    raise UserError(f"--workdir={workdir}: is no folder")
+  saved = read_config(folder)
+  config = saved["config"]
+  tokenizer = tokenizer_lib.load(config.data.tokenizer, str(folder / "tokenizer"))
+  if tokenizer.identity != saved["tokenizer"]:
+    raise UserError(f"{folder}: tokenizer {tokenizer.identity} is not the checkpoint's, {saved['tokenizer']}")
+  if not (folder / "checkpoints").is_dir():
+    raise UserError(f"{folder}: holds no checkpoint")
+  checkpoints = Checkpoints(folder, config.train.checkpoints_kept)
+  try:
+    found = checkpoints.latest() if step is None else step
+    if found is None or found not in checkpoints.manager.all_steps():
+      raise UserError(f"{folder}: holds no checkpoint" + ("" if step is None else f" of step {step}"))
+    model = train.make_model(config, tokenizer)
+    abstract = train.abstract_items(model, config)
+    which = "ema" if config.optim.ema else "params"
+    items = checkpoints.restore(found, {name: abstract[name] for name in (which, "statistics")})
+  finally:
+    checkpoints.close()
+  return Run(config, tokenizer, model, items[which], items["statistics"], found)

@@ -1,0 +1,57 @@
+"""What every command shares: one clear line for bad input, and a non-zero exit."""
+
+import re
+import sys
+from typing import Callable
+
+from absl import app, flags, logging
+import jax
+
+
+class UserError(ValueError):
+  """Bad input. The message is one line that names the file, flag or field."""
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags, runs `main`, and turns bad input into one line on stderr and exit status 1.
+
+  A library's own bug or an unforeseen failure keeps its traceback: only `UserError` (and bad flags) are user's input.
+  """
+  logging.set_verbosity(logging.WARNING)  # libraries' progress reports are not the user's
+  app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+
+
+def _main(main: Callable[[], None], argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
+  main()
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv, known_only=False)
+  except flags.Error as error:
+    raise UserError(str(error).splitlines()[0]) from error
+  except AttributeError as error:  # ml_collections: --config.no.such.field
+    raise UserError(_field_error(error, argv)) from error
+  except (KeyError, TypeError) as error:
+    raise UserError(f"bad flag: {' '.join(str(error).split())}") from error
+
+
+def _field_error(error: AttributeError, argv: list[str]) -> str:
+  text = " ".join(str(error).replace("\\'", "'").strip("'\"").split())
+  name = re.match(r"'+(\w+)'", text)
+  flag = next((a.split("=")[0] for a in argv if name and re.search(rf"\.{name[1]}\b", a.split("=")[0])), "--config")
+  hint = re.search(r'Did you mean "(\w+)"', text)
+  return f"{flag}: the configuration has no such field" + (f"; did you mean {hint[1]!r}?" if hint else "")
+
+
+def _guard(body: Callable):
+  try:
+    return body()
+  except UserError as error:
+    if jax.process_count() > 1:
+      print(f"evo_jax: process {jax.process_index()}: {error}", file=sys.stderr)
+    else:
+      print(f"evo_jax: {error}", file=sys.stderr)
+    sys.exit(1)

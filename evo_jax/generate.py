@@ -1,0 +1,100 @@
+"""Writes text with a trained model.
+
+  python -m evo_jax.generate --workdir=DIR --prompt=TEXT --mode=ar|flow --steps=K --num=N --max_tokens=M --seed=S
+
+`ar` writes one token a pass; `flow` writes windows of tokens in K passes each. A text ends where the model ends the
+document, or after M tokens. Several texts are parted by a line of dashes.
+"""
+
+import functools
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+
+from evo_jax import checkpoint
+from evo_jax import cli
+from evo_jax import config as config_lib
+from evo_jax import elbo
+from evo_jax import paths
+from evo_jax import sample
+from evo_jax import tokenizer as tokenizer_lib
+from evo_jax.cli import UserError
+from evo_jax.model import DOCUMENT, Evo
+
+MODES = ("ar", "flow")
+
+
+def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: config_lib.Config, prompt: np.ndarray,
+             mode: str, num: int, max_tokens: int, key: jax.Array, steps: int = 8, path: str = "diagonal",
+             stepper: str = "ode") -> np.ndarray:
+  """(num, max_tokens) int32: continuations of one prompt (n,) of token ids, the document token not in it.
+
+  steps, path, stepper: of mode "flow": K passes a window along "diagonal" or "rolling", by sample.STEPPERS. Raises
+  UserError where prompt and continuation do not fit the context.
+  """
+  C, W = config.model.context, config.window.size
+  length = len(prompt) + 1
+  if length + max_tokens > C + 1:
+    raise UserError(f"the prompt's {len(prompt)} tokens and {max_tokens} more do not fit the context of {C}")
+  padded = np.full((num, C), DOCUMENT, np.int32)
+  padded[:, 1:length] = prompt
+
+  @functools.partial(jax.jit, static_argnames="tokens")
+  def write(params, statistics, state, key, tokens):
+    net = model.bind({"params": params})
+    if mode == "ar":
+      return sample.ar(net, state, key, tokens)
+    whole, rest = divmod(tokens, W)
+    for windows, size in ((whole, W), (1, rest)):  # a window's size is free: the last one may be shorter
+      if windows and size:
+        key, window_key = jax.random.split(key)
+        times = paths.grid(f"{path}:{steps}", size, config.paths.rolling_width)
+        state = sample.flow_windows(net, statistics, state, window_key, windows, times, sample.STEPPERS[stepper])
+    return state
+
+  start = jax.jit(lambda params, prompt, length: sample.start_text(model.bind({"params": params}), prompt, length))
+  state = write(params, statistics, start(params, padded, length), key, max_tokens)
+  return np.asarray(jax.device_get(state.token))[:, length:length + max_tokens]
+
+
+def final_samples(model: Evo, params: Any, statistics: elbo.Statistics, config: config_lib.Config,
+                  tokenizer: tokenizer_lib.Tokenizer) -> str:
+  """A few texts in both modes, from nothing, for the end of training."""
+  parts = []
+  tokens = min(config.eval.sample_tokens, config.model.context)
+  for mode in MODES if config.eval.samples else ():
+    found = generate(model, params, statistics, config, np.zeros(0, np.int32), mode, config.eval.samples, tokens,
+                     jax.random.key(config.train.seed), config.eval.flow_steps)
+    passes = "one token a pass" if mode == "ar" else f"{config.eval.flow_steps} passes for {config.window.size} tokens"
+    for text in map(tokenizer.decode, found):
+      parts.append(f"--- {mode} ({passes})\n{text}")
+  return "\n".join(parts)
+
+
+def main() -> None:
+  args = flags.FLAGS
+  for name in ("num", "max_tokens", "steps"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name}={getattr(args, name)}: is not positive")
+  run = checkpoint.load_run(args.workdir, args.step)
+  prompt = run.tokenizer.encode(args.prompt)
+  found = generate(run.model, run.params, run.statistics, run.config, prompt, args.mode, args.num, args.max_tokens,
+                   jax.random.key(args.seed), args.steps, args.path, args.stepper)
+  for i, tokens in enumerate(found):
+    print(("-" * 20 + "\n" if i else "") + args.prompt + run.tokenizer.decode(tokens))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "", "A run's work directory.")
+  flags.DEFINE_string("prompt", "", "The text's beginning.")
+  flags.DEFINE_enum("mode", "ar", MODES, "One token a pass, or windows of tokens down the flow.")
+  flags.DEFINE_integer("steps", 8, "Passes a window (mode flow).")
+  flags.DEFINE_enum("path", "diagonal", ["diagonal", "rolling"], "The window's path (mode flow).")
+  flags.DEFINE_enum("stepper", "ode", list(sample.STEPPERS), "How a step is taken (mode flow).")
+  flags.DEFINE_integer("num", 1, "Number of texts.")
+  flags.DEFINE_integer("max_tokens", 200, "Tokens of each text at most.")
+  flags.DEFINE_integer("seed", 0, "Of all draws.")
+  flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
+  cli.run(main)

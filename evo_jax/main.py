@@ -1,0 +1,44 @@
+"""Trains a model.
+
+  python -m evo_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.SECTION.FIELD=VALUE ...]
+
+The same command with the same --workdir goes on where it was stopped.
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from evo_jax import cli
+from evo_jax import config as config_lib
+from evo_jax import train
+from evo_jax.cli import UserError
+
+
+def main() -> None:
+  args = flags.FLAGS
+  try:
+    values = args.config
+  except Exception as error:  # whatever running the file raised
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    raise UserError(f"--config: cannot be loaded: {reason}") from error
+  if values is None:
+    raise UserError("--config is needed, as in --config=configs/tiny.py")
+  if args.num_processes > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    # Before anything else asks JAX for devices. Unset flags are found out from the cluster (TPU pods, Slurm).
+    jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
+                               None if args.process_id < 0 else args.process_id)
+  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  train.train(config_lib.from_dict(values), args.workdir or f"runs/{name}")
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The configuration, a file with get_config().")
+  flags.DEFINE_string("workdir", "", "Where the run lives; default: runs/ and the configuration's name.")
+  flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
+  flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
+  flags.DEFINE_integer("process_id", -1, "This process's number.")
+  cli.run(main)

@@ -1,0 +1,235 @@
+"""The network: a time-conditioned Transformer with a clean stream and windows (linen). It knows nothing of paths.
+
+The clean stream is an ordinary causal Transformer over tokens at t = 0: the output of position j gives the context
+logits c of token j + 1, its cross-entropy is autoregression's, its keys and values are final. A window is a run of slots:
+a clean anchor token and, after it, tokens with any t each. Its slots see the clean stream before the anchor and each
+other in both directions, and slot j's output gives c for slot j + 1. The parameters are the same; what t adds vanishes
+at t = 0, so that a clean slot is a token of an ordinary Transformer.
+
+Blocks: pre-norm (RMSNorm), rotary grouped-query attention, SwiGLU, as in Llama; per-slot adaptive normalisation as in
+DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of low rank.
+
+Letters in names: B batch, L clean positions, N windows, S slots of a run, D width, V vocabulary (rows of the tables),
+H heads, K heads for keys and values, E elements of a head, F hidden, M code elements, R rank of the time conditioning.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from evo_jax import attention
+from evo_jax import config as config_lib
+from evo_jax import flow
+from evo_jax.sharding import RULES, ShardingRules
+
+DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
+_FREQUENCIES = 16  # of the time's cosine features
+_FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
+
+
+@flax.struct.dataclass
+class Cache:
+  """What the clean stream leaves to be read: final keys and values of its positions.
+
+  k, v: (layers, B, L, K, E); segment: (B, L) int32, the number of documents begun up to each position.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  segment: jax.Array
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """RMSNorm over the last axis, computed in float32; the result has x's dtype."""
+  wide = x.astype(jnp.float32)
+  wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+  return (wide * scale).astype(x.dtype)
+
+
+class Block(nn.Module):
+  """One layer, for both streams."""
+
+  config: config_lib.Model
+  rules: ShardingRules
+
+  def setup(self):
+    c = self.config
+    D, H, K, E, F = c.width, c.heads, c.kv_heads, c.width // c.heads, c.hidden
+    dtype = jnp.dtype(c.param_dtype)
+
+    def weight(name, shape, axes, fan_in, scale=1.0):
+      init = nn.initializers.truncated_normal(scale * fan_in**-0.5)
+      return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+
+    def norm(name):
+      return self.param(name, nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (D,), dtype)
+
+    out = (2 * c.layers) ** -0.5  # keeps the residual stream's variance from growing with depth (GPT-2)
+    self.attention_norm = norm("attention_norm")
+    self.w_q_DxHxE = weight("w_q", (D, H, E), ("embed", "heads", "head_dim"), D)
+    self.w_k_DxKxE = weight("w_k", (D, K, E), ("embed", "kv_heads", "head_dim"), D)
+    self.w_v_DxKxE = weight("w_v", (D, K, E), ("embed", "kv_heads", "head_dim"), D)
+    self.w_o_HxExD = weight("w_o", (H, E, D), ("heads", "head_dim", "embed"), D, out)
+    self.mlp_norm = norm("mlp_norm")
+    self.w_gate_DxF = weight("w_gate", (D, F), ("embed", "mlp"), D)
+    self.w_up_DxF = weight("w_up", (D, F), ("embed", "mlp"), D)
+    self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
+    self.w_time_Rx6xD = self.param(
+        "w_time", nn.with_logical_partitioning(nn.initializers.zeros, ("time", None, "embed")), (c.time_dim, 6, D),
+        dtype)
+
+  def __call__(self, x_BxNxSxD, past, time_BxNxSxR, positions, visible_NxSxS, past_visible_BxNxL):
+    """Returns the new x and this layer's keys and values (B, N, S, K, E)."""
+    c, dtype = self.config, x_BxNxSxD.dtype
+    shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
+    if time_BxNxSxR is not None:
+      modulation = jnp.einsum("bnsr,rpd->pbnsd", time_BxNxSxR, self.w_time_Rx6xD.astype(dtype))
+      shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+
+    def enter(x, norm, shift, scale):
+      x = rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon)
+      return x if shift is None else x * (1 + scale) + shift
+
+    def leave(x, y, gate):
+      return x + y if gate is None else x + y * (1 + gate)
+
+    w = lambda p: p.astype(dtype)
+    x = x_BxNxSxD
+    h = enter(x, self.attention_norm, shift1, scale1)
+    q = attention.rotate(jnp.einsum("bnsd,dhe->bnshe", h, w(self.w_q_DxHxE)), positions, c.rope_base)
+    k = attention.rotate(jnp.einsum("bnsd,dke->bnske", h, w(self.w_k_DxKxE)), positions, c.rope_base)
+    v = jnp.einsum("bnsd,dke->bnske", h, w(self.w_v_DxKxE))
+    q = self.rules.constrain(q, "batch", "runs", "slots", "heads", "head_dim")
+    y = attention.attend(q, k, v, visible_NxSxS, past, past_visible_BxNxL)
+    x = leave(x, jnp.einsum("bnshe,hed->bnsd", y, w(self.w_o_HxExD)), gate1)
+    h = enter(x, self.mlp_norm, shift2, scale2)
+    h = nn.silu(h @ w(self.w_gate_DxF)) * (h @ w(self.w_up_DxF))
+    h = self.rules.constrain(h, "batch", "runs", "slots", "mlp")
+    x = leave(x, h @ w(self.w_down_FxD), gate2)
+    return self.rules.constrain(x, "batch", "runs", "slots", "width"), (k, v)
+
+
+class Evo(nn.Module):
+  """The network. `vocab_size` counts the tokenizer's tokens; the tables may have more rows, which are ruled out."""
+
+  config: config_lib.Model
+  vocab_size: int
+  rules: ShardingRules = RULES
+
+  @property
+  def rows(self) -> int:
+    """V: rows of the tables."""
+    multiple = self.config.vocab_multiple
+    return -(-max(self.vocab_size, self.config.vocab_size) // multiple) * multiple
+
+  def setup(self):
+    c = self.config
+    D, V, M, R = c.width, self.rows, c.code_dim, c.time_dim
+    dtype = jnp.dtype(c.param_dtype)
+
+    def param(name, shape, axes, init):
+      return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+
+    normal = nn.initializers.normal
+    self.embedding_VxD = param("embedding", (V, D), ("vocab_table", "width"), normal(D**-0.5))
+    self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D))
+    self.codes_VxM = param("codes", (V, M), ("vocab_table", "code"), normal(M**-0.5))
+    self.final_norm = param("final_norm", (D,), ("norm",), nn.initializers.ones)
+    self.time_in = param("time_in", (_FREQUENCIES, R), (None, "time"), normal(_FREQUENCIES**-0.5))
+    self.time_out = param("time_out", (R, R), (None, "time"), normal(R**-0.5))
+
+    block = Block
+    if c.remat != "none":
+      policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[c.remat]
+      block = nn.remat(block, prevent_cse=False, policy=policy)
+    self.blocks = nn.scan(
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, unroll=min(c.unroll, c.layers),
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        metadata_params={nn.PARTITION_NAME: "layers"})(c, self.rules)
+
+  def codes(self) -> jax.Array:
+    """(V, M) float32: unit codes of the tokens."""
+    return flow.unit(self.codes_VxM)
+
+  def clean(self, tokens_BxL: jax.Array) -> tuple[jax.Array, Cache]:
+    """The clean stream: hidden states (B, L, D), of which number j tells of token j + 1, and its cache.
+
+    Positions count from 0. Nothing but the tokens up to j enters number j.
+    """
+    L = tokens_BxL.shape[1]
+    segment_BxL = jnp.cumsum(tokens_BxL == DOCUMENT, axis=1, dtype=jnp.int32)
+    visible = jnp.tri(L, dtype=bool)
+    if self.config.isolate_documents:
+      visible = visible & (segment_BxL[:, None, :, None] == segment_BxL[:, None, None, :])
+    x = self._constrain(self.embed_tokens(tokens_BxL)[:, None])
+    x, (k, v) = self.blocks(x, None, None, jnp.arange(L), visible, None)
+    return x[:, 0], Cache(k[:, :, 0], v[:, :, 0], segment_BxL)
+
+  def window(self, cache: Cache, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
+             causal: bool = False) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1, and their keys and values.
+
+    Args:
+      cache: the clean stream's.
+      anchor_BxN: position of each window's first slot; the window sees clean positions before it.
+      x_BxNxSxD: embedded slots, from `embed`.
+      time_BxNxS: progressions t of the slots; 0 for the anchor and other known tokens.
+      causal: True: a slot sees no later slot. With every t = 0 this continues the clean stream, and the keys and
+        values (layers, B, N, S, K, E) are those of its new positions.
+    """
+    S, L = x_BxNxSxD.shape[2], cache.segment.shape[1]
+    visible = jnp.tri(S, dtype=bool) if causal else jnp.ones((S, S), bool)
+    past_visible = jnp.arange(L) < anchor_BxN[..., None]
+    if self.config.isolate_documents:
+      # The anchor is a document's first token where it begins a segment: then it sees nothing before it.
+      segment_BxN = jnp.take_along_axis(cache.segment, anchor_BxN, axis=1)
+      past_visible = past_visible & (cache.segment[:, None, :] == segment_BxN[..., None])
+    positions = anchor_BxN[..., None] + jnp.arange(S)
+    x = self._constrain(x_BxNxSxD)
+    return self.blocks(x, (cache.k, cache.v), self._time(time_BxNxS), positions, visible, past_visible)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
+    table = self.embedding_VxD if self.head_VxD is None else self.head_VxD
+    hidden = rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
+    logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(self.rows) < self.vocab_size, logits, _FORBIDDEN)
+
+  def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+    """(..., D) embeddings of known tokens (...)."""
+    return self.embedding_VxD.astype(self.config.dtype)[tokens]
+
+  def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
+    """The soft input (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
+
+    prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning).
+    """
+    weights = jax.nn.softmax(prior_logits + flow.evidence(codes_VxM, latent.y), axis=-1)
+    table = self.embedding_VxD.astype(self.config.dtype)
+    soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
+    return jnp.where(latent.known[..., None], table[latent.token], soft)
+
+  def _time(self, time: jax.Array) -> jax.Array:
+    """The time conditioning (..., R): zero at t = 0, and so is all that linear maps make of it."""
+    dtype = jnp.dtype(self.config.dtype)
+    features = jnp.cos(jnp.pi * time[..., None] * jnp.arange(_FREQUENCIES))
+    hidden = nn.silu(features.astype(dtype) @ self.time_in.astype(dtype)) @ self.time_out.astype(dtype)
+    return hidden * time[..., None].astype(dtype)
+
+  def _constrain(self, x: jax.Array) -> jax.Array:
+    return self.rules.constrain(x, "batch", "runs", "slots", "width")
+
+  def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
+    """Next-token logits (B, L, V) of the clean stream: an ordinary language model."""
+    return self.logits(self.clean(tokens_BxL)[0])
+
+
+@functools.lru_cache
+def count_parameters(config: config_lib.Model, vocab_size: int) -> int:
+  """The number of parameters, from shapes alone."""
+  model = Evo(config, vocab_size)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

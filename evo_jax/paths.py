@@ -1,0 +1,166 @@
+"""Paths from t = 1 to t = 0: the time warp, clocks, step grids and low-discrepancy draws. Pure arrays, no network.
+
+A shared clock s runs from 0 to 1. On every path of this file token i keeps t = 1 until its start, then falls in a
+straight line, and is known after `width`:
+
+    t_i(s) = clip(1 - (s - start_i) / width, 0, 1)
+
+    diagonal      start 0, width 1: all tokens together; the limit of many steps is diffusion
+    rolling       starts evenly spread in order, width r: a wave from left to right
+    independent   starts drawn at random, width r: tokens in any order and at any distance
+    staircase     start i / B, width 1 / B, on a grid of B steps: plain jumps one after another, autoregression
+
+Letters in names: B tokens of a window (T where it is any run of tokens), K steps, G knots.
+"""
+
+import re
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax.cli import UserError
+
+EVALUATED = ("ar", "diagonal", "rolling", "staircase")
+
+
+@flax.struct.dataclass
+class Clock:
+  """t_i(s) by start and width; both (..., T) or broadcast to it."""
+
+  start: jax.Array
+  width: jax.Array
+
+  def __call__(self, s: jax.Array) -> jax.Array:
+    """Progression t in [0, 1] at clock s; s broadcasts against (..., T)."""
+    return jnp.clip(1.0 - (s - self.start) / self.width, 0.0, 1.0)
+
+
+def clock(name: str, tokens: int, rolling_width: float, uniform: jax.Array | None = None) -> Clock:
+  """The clock of a path over `tokens` tokens; `uniform` (..., T) in [0, 1) gives the starts of "independent"."""
+  order = jnp.arange(tokens, dtype=jnp.float32)
+  if name == "diagonal":
+    return Clock(jnp.zeros(tokens), jnp.ones(tokens))
+  if name == "rolling":
+    return Clock((1.0 - rolling_width) * order / max(tokens - 1, 1), jnp.full(tokens, rolling_width))
+  if name == "independent":
+    return Clock((1.0 - rolling_width) * uniform, jnp.full(tokens, rolling_width))
+  if name == "staircase":
+    return Clock(order / tokens, jnp.full(tokens, 1.0 / tokens))
+  raise ValueError(f"no path named {name!r}")
+
+
+def parse(path: str) -> tuple[str, int]:
+  """Splits 'diagonal:16' into ('diagonal', 16); 'ar' and 'staircase' take no number. Raises UserError."""
+  match = re.fullmatch(r"([a-z]+)(?::(\d+))?", path.strip())
+  if not match or match[1] not in EVALUATED:
+    raise UserError(f"path {path!r}: not one of ar, diagonal:K, rolling:K, staircase")
+  name, steps = match[1], int(match[2] or 0)
+  if name in ("diagonal", "rolling") and steps < 1:
+    raise UserError(f"path {path!r}: needs a number of passes, as in {name}:16")
+  if name in ("ar", "staircase") and match[2]:
+    raise UserError(f"path {path!r}: {name} takes no number of passes")
+  return name, steps
+
+
+def grid(path: str, tokens: int, rolling_width: float) -> jax.Array:
+  """Times (K+1, T) float32 of a path's K passes over a window: row k before pass k, the last row all zero."""
+  name, steps = parse(path)
+  steps = steps or tokens
+  if name == "staircase":  # exact, where the clock's division would round
+    return (jnp.arange(tokens)[None, :] >= jnp.arange(tokens + 1)[:, None]).astype(jnp.float32)
+  s = jnp.arange(steps + 1) / steps
+  times = clock(name, tokens, rolling_width)(s[:, None])
+  return times.at[-1].set(0.0)  # the end is exact, whatever the rounding
+
+
+@flax.struct.dataclass
+class Warp:
+  """The time warp: t(precision) = CE(precision) / CE(0), the expected share of a token's uncertainty that is left.
+
+  CE is measured during training (`update`) at G knots, evenly spaced in log(1 + precision), as weighted running sums,
+  and read through its isotonic (least-squares monotone) fit, piecewise linear in between. Time warping after Dieleman et
+  al., "Continuous diffusion for categorical data", 2022.
+  """
+
+  nats_G: jax.Array  # float32: running sum of weight * cross-entropy
+  weight_G: jax.Array  # float32: running sum of weights
+  precision_max: float = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def start(cls, entropy_G: jax.Array, precision_max: float, weight: float = 50.0) -> "Warp":
+    """A warp that starts from a guess of CE at the knots, in nats, which counts as `weight` measurements a knot."""
+    return cls(entropy_G * weight, jnp.full_like(entropy_G, weight), precision_max)
+
+  @property
+  def _spacing(self) -> float:
+    return float(np.log1p(self.precision_max)) / (self.nats_G.shape[0] - 1)
+
+  @property
+  def precisions(self) -> jax.Array:
+    """(G,) precisions of the knots, from 0 to precision_max."""
+    return jnp.expm1(jnp.arange(self.nats_G.shape[0]) * self._spacing)
+
+  def entropy(self) -> jax.Array:
+    """(G,) the fitted cross-entropy at the knots, nats, never rising."""
+    return isotonic_decreasing(self.nats_G / self.weight_G, self.weight_G)
+
+  def _times(self) -> jax.Array:
+    entropy_G = self.entropy()
+    share = jnp.clip(entropy_G / jnp.maximum(entropy_G[0], 1e-6), 0.0, 1.0)
+    # A hair of slope keeps the curve strictly falling, so that its inverse is a function.
+    return (1.0 - 1e-4) * share + 1e-4 * jnp.linspace(1.0, 0.0, share.shape[0])
+
+  def time(self, precision: jax.Array) -> jax.Array:
+    """t in (0, 1] (...) of precisions (...)."""
+    return jnp.interp(jnp.log1p(precision) / self._spacing, jnp.arange(self.nats_G.shape[0]), self._times())
+
+  def precision(self, time: jax.Array) -> jax.Array:
+    """Precision (...) of times (...), the inverse of `time`; times below the last knot's give precision_max."""
+    knots = jnp.arange(self.nats_G.shape[0], dtype=jnp.float32)
+    return jnp.expm1(jnp.interp(time, self._times()[::-1], knots[::-1]) * self._spacing)
+
+  def update(self, precision: jax.Array, nats: jax.Array, weight: jax.Array, decay: float) -> "Warp":
+    """Adds measured cross-entropies `nats` (...) at `precision` (...) with `weight` (...), each to its two knots."""
+    last = self.nats_G.shape[0] - 1
+    u = jnp.clip(jnp.log1p(precision) / self._spacing, 0.0, last)
+    low = jnp.minimum(jnp.floor(u).astype(jnp.int32), last - 1)
+    share = u - low
+    index = jnp.stack([low, low + 1]).reshape(-1)
+    parts = (jnp.stack([1.0 - share, share]) * weight).reshape(-1)
+    both = jnp.broadcast_to(nats, (2, *nats.shape)).reshape(-1)
+    add = lambda values: jax.ops.segment_sum(values, index, num_segments=last + 1)
+    return self.replace(nats_G=decay * self.nats_G + add(parts * both),
+                        weight_G=decay * self.weight_G + add(parts))
+
+
+def isotonic_decreasing(values_G: jax.Array, weights_G: jax.Array) -> jax.Array:
+  """The weighted least-squares fit of a never-rising sequence, by the max-min formula: min over j <= i of the max over
+  k >= i of the weighted mean of j..k (Robertson, Wright & Dykstra, 1988). O(G^2) memory, for short sequences."""
+  zero = jnp.zeros(1, values_G.dtype)
+  sums = jnp.concatenate([zero, jnp.cumsum(values_G * weights_G)])
+  mass = jnp.concatenate([zero, jnp.cumsum(weights_G)])
+  j, k = jnp.arange(values_G.shape[0])[:, None], jnp.arange(values_G.shape[0])[None, :]
+  mean_JxK = (sums[k + 1] - sums[j]) / jnp.where(k >= j, mass[k + 1] - mass[j], 1.0)
+  mean_JxK = jnp.where(k >= j, mean_JxK, -jnp.inf)
+  best_JxI = jax.lax.cummax(mean_JxK, axis=1, reverse=True)  # max over k >= i, for every j
+  best_JxI = jnp.where(j <= k, best_JxI, jnp.inf)
+  return jnp.min(best_JxI, axis=0)
+
+
+def low_discrepancy(key: jax.Array, count: int, dimensions: int) -> jax.Array:
+  """(count, dimensions) float32 in [0, 1): a randomly shifted Kronecker lattice.
+
+  Every coordinate of every point is uniform, and together the points cover the cube far more evenly than independent
+  draws. Directions after Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018. The arithmetic is
+  in uint32, exact for any count.
+  """
+  root = 2.0
+  for _ in range(64):  # x^(dimensions + 1) = x + 1
+    root = (1.0 + root) ** (1.0 / (dimensions + 1))
+  steps = np.array([(root ** -(d + 1)) % 1.0 for d in range(dimensions)])
+  directions = jnp.asarray((steps * 2**32).astype(np.uint64).astype(np.uint32))
+  shift = jax.random.bits(key, (dimensions,), jnp.uint32)
+  points = jnp.arange(count, dtype=jnp.uint32)[:, None] * directions + shift
+  return (points >> 8).astype(jnp.float32) * (1.0 / 2**24)

@@ -1,0 +1,148 @@
+"""Decoding: a state, a grid of times, a stepper, a scan. Pure functions over a field or a network.
+
+`ar` walks the staircase: one token a pass. `flow` moves a window of tokens down the probability flow on a fixed grid,
+and lets each token jump to t = 0 at its end. Both keep exact keys and values: known tokens are final.
+
+Letters in names: B sequences, T tokens of a window, K steps, V vocabulary, M code elements.
+"""
+
+from typing import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from evo_jax import elbo
+from evo_jax import flow
+from evo_jax import paths
+from evo_jax.model import DOCUMENT, Cache
+
+PRECISION_MIN = 1e-4  # where the flow starts: y = sqrt(PRECISION_MIN) eps tells nothing, and fixes what will be told
+
+# A stepper moves y (..., T, M) from one precision (..., T) to a higher one under the field's belief.
+Stepper = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def euler(key, y, log_belief, codes_VxM, precision, precision_next):
+  """The probability flow by an exponential Euler step; first order in the step of log-precision."""
+  del key
+  return flow.euler_step(y, flow.expected_code(log_belief, codes_VxM), precision, precision_next)
+
+
+def ancestral(key, y, log_belief, codes_VxM, precision, precision_next):
+  """A draw of a token from the belief, and of the evidence that it would give."""
+  return flow.ancestral_step(key, y, log_belief, codes_VxM, precision_next - precision)
+
+
+STEPPERS: dict[str, Stepper] = {"ode": euler, "ancestral": ancestral}
+
+
+@flax.struct.dataclass
+class WindowState:
+  """A window on its way: the latent (..., T) and its tokens' precisions (..., T)."""
+
+  latent: flow.Latent
+  precision: jax.Array
+
+
+def sample_window(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, times_KxT: jax.Array, key: jax.Array,
+                  shape: tuple[int, ...], stepper: Stepper = euler) -> jax.Array:
+  """Draws tokens (*shape, T) int32 from a field in K passes.
+
+  times_KxT (K + 1, T): progressions, all 1 in the first row, all 0 in the last, never rising. A token whose time comes to 0
+  jumps: it is drawn from its belief.
+  """
+  T = times_KxT.shape[1]
+  start_key, key = jax.random.split(key)
+  noise = jax.random.normal(start_key, (*shape, T, codes_VxM.shape[1]), codes_VxM.dtype)
+  state = WindowState(
+      flow.Latent(jnp.sqrt(PRECISION_MIN) * noise, jnp.ones((*shape, T), codes_VxM.dtype), jnp.zeros((*shape, T), jnp.int32)),
+      jnp.full((*shape, T), PRECISION_MIN, codes_VxM.dtype))
+
+  def step(state: WindowState, inputs):
+    time_next, key = inputs
+    token_key, step_key = jax.random.split(key)
+    latent = state.latent
+    time_next = jnp.broadcast_to(time_next, latent.time.shape)
+    log_belief = flow.log_belief(field(latent), codes_VxM, latent.y)
+    drawn = jax.random.categorical(token_key, log_belief, axis=-1).astype(jnp.int32)
+    token = jnp.where((time_next <= 0.0) & ~latent.known, drawn, latent.token)
+    precision = jnp.maximum(elbo.precision_at(warp, time_next), state.precision)
+    moved = stepper(step_key, latent.y, log_belief, codes_VxM, state.precision, precision)
+    y = jnp.where((precision > state.precision)[..., None], moved, latent.y)
+    return WindowState(flow.Latent(y, time_next, token), precision), None
+
+  keys = jax.random.split(key, times_KxT.shape[0] - 1)
+  state, _ = jax.lax.scan(step, state, (times_KxT[1:].astype(codes_VxM.dtype), keys))
+  return state.latent.token
+
+
+@flax.struct.dataclass
+class TextState:
+  """Texts being written: tokens (B, C + 1), the cache of C positions, and the position of the last token.
+
+  The cache is final before `last`; the token at `last` is known and has not been read yet.
+  """
+
+  token: jax.Array
+  cache: Cache
+  last: jax.Array  # int32 scalar
+
+
+def start_text(net: elbo.Network, prompt_BxC: jax.Array, length: jax.Array) -> TextState:
+  """Reads prompts (B, C) of `length` tokens each, the document token in front, anything behind."""
+  _, cache = net.clean(prompt_BxC)
+  return TextState(jnp.pad(prompt_BxC, [(0, 0), (0, 1)]), cache, jnp.asarray(length, jnp.int32) - 1)
+
+
+def append(net: elbo.Network, state: TextState, tokens_BxT: jax.Array) -> TextState:
+  """Appends known tokens and reads all but the last of them, in one causal pass."""
+  T = tokens_BxT.shape[1]
+  slots, hidden_and_kv = _read(net, state, tokens_BxT[:, :-1], T)
+  _, (k, v) = hidden_and_kv
+  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, :, 0].astype(old.dtype), state.last, axis=2)
+  begun = jnp.take(state.cache.segment, jnp.maximum(state.last - 1, 0), axis=1)[:, None] * (state.last > 0)
+  segment = jax.lax.dynamic_update_slice_in_dim(
+      state.cache.segment, begun + jnp.cumsum(slots == DOCUMENT, axis=1, dtype=jnp.int32), state.last, axis=1)
+  cache = Cache(put(state.cache.k, k), put(state.cache.v, v), segment)
+  token = jax.lax.dynamic_update_slice_in_dim(state.token, tokens_BxT, state.last + 1, axis=1)
+  return TextState(token, cache, state.last + T)
+
+
+def _read(net, state, tokens_BxR, T):
+  """A causal pass over the last token and those after it: their ids (B, R + 1), hidden states, keys and values."""
+  first = jnp.take(state.token, state.last, axis=1)[:, None]
+  slots = jnp.concatenate([first, tokens_BxR], axis=1)
+  anchor = jnp.full((slots.shape[0], 1), state.last)
+  return slots, net.window(state.cache, anchor, net.embed_tokens(slots)[:, None], jnp.zeros((slots.shape[0], 1, T)),
+                           causal=True)
+
+
+def ar(net: elbo.Network, state: TextState, key: jax.Array, tokens: int) -> TextState:
+  """Writes `tokens` tokens one after another."""
+
+  def step(state, key):
+    _, (hidden, _) = _read(net, state, state.token[:, :0], 1)
+    drawn = jax.random.categorical(key, net.logits(hidden[:, 0, 0]), axis=-1).astype(jnp.int32)
+    return append(net, state, drawn[:, None]), None
+
+  state, _ = jax.lax.scan(step, state, jax.random.split(key, tokens))
+  return state
+
+
+def flow_windows(net: elbo.Network, statistics: elbo.Statistics, state: TextState, key: jax.Array, windows: int,
+                 times_KxT: jax.Array, stepper: Stepper = euler) -> TextState:
+  """Writes `windows` windows of T tokens, each in K passes (see `sample_window`) and one causal pass to read it."""
+  codes = net.codes()
+
+  def window(state, key):
+    B = state.token.shape[0]
+    anchor = jnp.full((B, 1), state.last)
+    anchor_token = jnp.take(state.token, state.last, axis=1)[:, None]
+    field = lambda latent: elbo.window_logits(net, state.cache, anchor, anchor_token, latent, codes,
+                                              statistics.log_unigram_V)
+    drawn = sample_window(field, codes, statistics.warp, times_KxT, key, (B, 1), stepper)
+    return append(net, state, drawn[:, 0]), None
+
+  state, _ = jax.lax.scan(window, state, jax.random.split(key, windows))
+  return state

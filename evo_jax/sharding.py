@@ -1,0 +1,98 @@
+"""The device mesh and the one set of rules by which everything is laid out on it.
+
+Axes of the mesh: `data` (copies of the parameters), `fsdp` (parameters and optimizer state in shards, gathered where
+they are used), `tensor` (heads, hidden units and vocabulary in shards). One device is the mesh (1, 1, 1).
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from evo_jax import config as config_lib
+from evo_jax.cli import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+  """Logical axis -> axis or axes of the mesh (None: every device holds all of it)."""
+
+  batch: Any = ("data", "fsdp")
+  # Parameters.
+  layers: Any = None
+  embed: Any = "fsdp"
+  heads: Any = "tensor"
+  kv_heads: Any = "tensor"
+  head_dim: Any = None
+  mlp: Any = "tensor"
+  vocab: Any = "tensor"
+  vocab_table: Any = ("tensor", "fsdp")  # rows of tables that are looked up: their width stays whole
+  norm: Any = None
+  code: Any = None
+  time: Any = None
+  # Activations.
+  runs: Any = None
+  slots: Any = None
+  width: Any = None
+
+  def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes. Raises on an unknown name or a mesh axis used twice."""
+    axes = [getattr(self, name) if name is not None else None for name in names]
+    used = [a for axis in axes if axis is not None for a in (axis if isinstance(axis, tuple) else (axis,))]
+    if len(used) != len(set(used)):
+      raise ValueError(f"logical axes {names} use a mesh axis twice: {axes}")
+    return PartitionSpec(*axes)
+
+  def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the layout of an activation; outside a mesh (`jax.set_mesh`) it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+      return x
+    return jax.lax.with_sharding_constraint(x, self.spec(names))
+
+
+RULES = ShardingRules()
+
+
+def make_mesh(config: config_lib.Mesh) -> Mesh:
+  """The mesh over all devices of all processes. Raises UserError where the sizes do not fit their number."""
+  devices = jax.device_count()
+  sizes = [getattr(config, axis) for axis in AXES]
+  if -1 in sizes:
+    others = int(np.prod([s for s in sizes if s != -1]))
+    if devices % others:
+      raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} does not divide {devices} devices")
+    sizes[sizes.index(-1)] = devices // others
+  if int(np.prod(sizes)) != devices:
+    raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, here are {devices}")
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
+  """NamedShardings of a tree whose parameters carry logical axes (linen's boxes); what carries none is replicated.
+
+  Takes shapes (`jax.eval_shape`) as well as arrays; the result has the structure of the tree without boxes. Raises
+  UserError where a size does not divide the mesh, naming parameter, axis and size.
+  """
+  def one(path, leaf):
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    spec = rules.spec(leaf.names)
+    for size, name, axis in zip(leaf.value.shape, leaf.names, spec):
+      parts = int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
+      if size % parts:
+        raise UserError(f"config.mesh: {parts} devices do not divide the {size} {name} of parameter "
+                        f"{jax.tree_util.keystr(path, simple=True, separator='.')}")
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def global_batch(mesh: Mesh, batch: np.ndarray, rules: ShardingRules = RULES) -> jax.Array:
+  """The sharded global array of which `batch` holds this process's rows."""
+  sharding = NamedSharding(mesh, rules.spec(("batch",)))
+  return jax.make_array_from_process_local_data(sharding, batch)

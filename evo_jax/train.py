@@ -1,0 +1,280 @@
+"""Training: the state, one pure step, and one loop that reads from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+from typing import Any
+import zlib
+
+from etils import epath
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evo_jax import checkpoint
+from evo_jax import config as config_lib
+from evo_jax import data
+from evo_jax import elbo
+from evo_jax import evaluate
+from evo_jax import metrics as metrics_lib
+from evo_jax import optim
+from evo_jax import paths
+from evo_jax import sharding
+from evo_jax import tokenizer as tokenizer_lib
+from evo_jax.cli import UserError
+from evo_jax.model import Evo, count_parameters
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes. `ema` is None unless config.optim.ema."""
+
+  step: jax.Array  # int32
+  params: Any
+  ema: Any
+  optimizer: Any
+  statistics: elbo.Statistics
+
+  def items(self) -> dict[str, Any]:
+    """What a checkpoint holds, by item; the step is the checkpoint's own."""
+    ema = {} if self.ema is None else {"ema": self.ema}
+    return {"params": self.params, **ema, "statistics": self.statistics, "optimizer": self.optimizer}
+
+
+def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
+  """The key of every random draw: the seed, folded with a named purpose and the step."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
+
+
+def make_model(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> Evo:
+  """The network for a tokenizer. Raises UserError if its vocabulary does not fit the configuration."""
+  if config.model.vocab_size and tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(f"config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's "
+                    f"{tokenizer.vocab_size} tokens")
+  return Evo(config.model, tokenizer.vocab_size)
+
+
+def init_state(model: Evo, config: config_lib.Config) -> TrainState:
+  """The state before training, parameters in linen's boxes (they carry the logical axes)."""
+  seed = config.train.seed
+  params = model.init(key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
+  optimizer = optim.make(config.optim, config.train.steps).init(params)
+  codes = model.apply({"params": params}, method=Evo.codes)
+  statistics = elbo.start_statistics(key_for(seed, "statistics"), codes, model.vocab_size, config.warp)
+  ema = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+  return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer, statistics)
+
+
+def abstract_items(model: Evo, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a checkpoint's items, to restore into; without a mesh, for one device."""
+  boxed = jax.eval_shape(functools.partial(init_state, model, config))
+  if mesh is None:
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(place, nn.unbox(boxed), sharding.shardings(mesh, boxed)).items()
+
+
+def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo,
+               config: config_lib.Config) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step on a global batch (B, L + 1) of int32 tokens: the new state and metrics (losses in bits a token)."""
+  B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
+  draw = None
+  if config.window.count:
+    draw = elbo.draw_windows(key_for(config.train.seed, "windows", state.step), B, L, config.model.code_dim,
+                             config.window, config.paths, config.loss.bound_windows)
+
+  def losses(params, sequence, draw):
+    net = model.bind({"params": params})
+    terms, measured, metrics = elbo.training_loss(net, state.statistics, sequence, draw, config.loss)
+    return terms, (measured, metrics)
+
+  def gradients(sequence, draw):
+    """Gradients of the AR term and the window term: the sum alone, unless they are clipped apart."""
+    if not config.optim.separate_clip:
+      joint = lambda params: (lambda terms, aux: (sum(terms), aux))(*losses(params, sequence, draw))
+      gradient, aux = jax.grad(joint, has_aux=True)(state.params)
+      return (gradient,), aux
+    _, pull, aux = jax.vjp(lambda params: losses(params, sequence, draw), state.params, has_aux=True)
+    return (pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]), aux
+
+  if config.train.accumulate == 1:
+    gradient, (measured, metrics) = gradients(sequence_BxT, draw)
+  else:
+    micro = config.train.accumulate
+    parts = jax.tree.map(lambda x: x.reshape(micro, B // micro, *x.shape[1:]), (sequence_BxT, draw))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    start = (zeros,) * (2 if config.optim.separate_clip else 1)
+
+    def body(total, part):
+      gradient, aux = gradients(*part)
+      return jax.tree.map(lambda a, b: a + b / micro, total, gradient), aux
+
+    gradient, (measured, metrics) = jax.lax.scan(body, start, parts)
+    metrics = jax.tree.map(jnp.mean, metrics)
+
+  clipped, norms = zip(*(optim.clip(g, config.optim.clip) for g in gradient))
+  gradient = jax.tree.map(lambda *parts: sum(parts), *clipped)
+  updates, optimizer = optim.make(config.optim, config.train.steps).update(gradient, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - config.optim.ema)
+  statistics = state.statistics.update(measured, config.warp.decay)
+
+  names = ("gradient_norm",) if len(norms) == 1 else ("gradient_norm_ar", "gradient_norm_window")
+  metrics |= dict(zip(names, norms))
+  metrics["gradient_norm_codes"] = optax.tree.norm(gradient["codes"])
+  metrics["learning_rate"] = optim.schedule(config.optim, config.train.steps)(state.step)
+  codes = model.apply({"params": params}, method=Evo.codes)
+  metrics["codes_spread"] = 1.0 - jnp.sum((statistics.unigram_V @ codes) ** 2)  # 0: all codes are one
+  if draw is not None:
+    metrics["warp_nats"] = statistics.warp.entropy()[0]
+    for percent in (25, 50, 75):
+      metrics[f"warp_precision_{percent}"] = statistics.warp.precision(jnp.float32(percent / 100))
+  return TrainState(state.step + 1, params, ema, optimizer, statistics), metrics
+
+
+def train(config: config_lib.Config, workdir: str) -> None:
+  """Trains, or goes on training, in `workdir`; at the end evaluates held-out text and writes samples."""
+  # Everything that can be wrong with the input comes up here, before anything compiles.
+  if config.optim.learning_rate == 0:
+    raise UserError("config.optim.learning_rate: 0.0 trains nothing")
+  for path in (*config.eval.paths, *config.eval.train_paths):
+    paths.parse(path)
+  tokenizer = tokenizer_lib.load(config.data.tokenizer, config.data.tokenizer_path)
+  model = make_model(config, tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.data.batch_size // config.train.accumulate % shards:
+    raise UserError(f"config.data.batch_size: {config.data.batch_size} sequences in {config.train.accumulate} "
+                    f"microbatches do not divide by data x fsdp = {shards} of the mesh")
+  make_state = functools.partial(init_state, model, config)
+  places = sharding.shardings(mesh, jax.eval_shape(make_state))
+  folder = checkpoint.make_workdir(workdir)
+  corpora = data.load(config.data.path, tokenizer)
+  data.check_vocabulary(corpora, tokenizer.vocab_size)
+  L = config.model.context
+  stream = data.training_stream(corpora, config.data, L, jax.process_index(), jax.process_count())
+  valid = data.held_out(corpora, "valid", L, config.eval.sequences)
+  parameters = count_parameters(config.model, tokenizer.vocab_size)
+  checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
+
+  is_main = jax.process_index() == 0
+  say = functools.partial(print, flush=True) if is_main else lambda *_: None
+  say(f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
+      f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}")
+
+  checkpoints = checkpoint.Checkpoints(folder, config.train.checkpoints_kept)
+  with contextlib.ExitStack() as stack:
+    stack.callback(checkpoints.close)
+    stack.enter_context(jax.set_mesh(mesh))
+    iterator = stream.__iter__()
+    stack.callback(iterator.close)
+    done = checkpoints.latest() or 0
+    if done:
+      items = checkpoints.restore(done, abstract_items(model, config, mesh), iterator)
+      replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+      state = TrainState(jax.device_put(np.int32(done), replicated), items["params"], items.get("ema"),
+                         items["optimizer"], items["statistics"])
+      say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
+    else:
+      state = jax.jit(lambda: nn.unbox(make_state()), out_shardings=places)()
+    journal = metrics_lib.Journal(folder, done)
+    stack.callback(journal.close)
+    bar = metrics_lib.Bar(config.train.steps, done, config.data.batch_size * L)
+    stack.callback(bar.close)
+    stop = stack.enter_context(_stop_on_signal())
+    evaluator = evaluate.Evaluator(model, config, tokenizer, mesh)
+    step_fn = jax.jit(functools.partial(train_step, model=model, config=config), donate_argnums=0,
+                      out_shardings=(places, None))
+
+    pending = None  # metrics of the step before, read while the next one runs
+    saved = done
+    for step in range(done + 1, config.train.steps + 1):
+      state, metrics = step_fn(state, sharding.global_batch(mesh, next(iterator)))
+      if pending is not None:
+        _checked(step - 1, pending, checkpoints)
+        bar.step(step - 1, float(pending["bits"]))
+      pending = metrics
+      last = step == config.train.steps
+      every = lambda n: bool(n) and step % n == 0
+      evaluates = every(config.train.eval_every) and not last
+      saves = last or every(config.train.checkpoint_every) or stop.asked
+      if every(config.train.log_every) or evaluates or saves:
+        pending = None
+        row = {"step": step} | _checked(step, metrics, checkpoints)
+        bar.step(step, row["bits"])
+        row |= bar.speed()
+        if evaluates:
+          params = state.params if state.ema is None else state.ema
+          table = evaluator(params, state.statistics, valid[:: -(-len(valid) // config.eval.train_sequences)],
+                            config.eval.train_paths)
+          row |= {f"valid_{entry['path']}": entry["bits"] for entry in table}
+        if every(config.train.log_every) or evaluates or last:
+          bar.line(step, row["bits"])
+          journal.write(row)
+        if saves:
+          checkpoints.save(step, state.items(), iterator)
+          saved = step
+        bar.pause()
+      if stop.asked:
+        break
+    checkpoints.wait()
+    bar.close()
+    if stop.asked:
+      say(f"stopped by signal; step {saved} is saved, the same command goes on from there")
+      return
+    _finish(folder, evaluator, state, valid, config, tokenizer, model, say)
+
+
+def _finish(folder: epath.Path, evaluator, state: TrainState, valid: np.ndarray, config: config_lib.Config,
+            tokenizer: tokenizer_lib.Tokenizer, model: Evo, say) -> None:
+  """Held-out table and samples, printed and written."""
+  from evo_jax import generate  # which loads runs
+
+  params = state.params if state.ema is None else state.ema
+  table = evaluator(params, state.statistics, valid, config.eval.paths)
+  text = evaluate.format_table(table)
+  say(f"\nheld-out text, {len(valid)} sequences of {config.model.context} tokens\n{text}")
+  samples = generate.final_samples(model, params, state.statistics, config, tokenizer)
+  say("\n" + samples)
+  if jax.process_index() == 0:
+    checkpoint.write_json(folder / "table.json", table)
+    (folder / "table.txt").write_text(text + "\n")
+    (folder / "samples.txt").write_text(samples + "\n")
+
+
+def _checked(step: int, metrics: dict[str, jax.Array], checkpoints: checkpoint.Checkpoints) -> dict[str, float]:
+  """The metrics as floats. Raises UserError if training has come to NaN or infinity."""
+  values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  bad = [name for name, value in values.items() if not math.isfinite(value)]
+  if bad:
+    checkpoints.wait()
+    raise UserError(f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; the last good checkpoint is of "
+                    f"step {checkpoints.latest()}; a lower config.optim.learning_rate or config.optim.clip may help")
+  return values
+
+
+@dataclasses.dataclass
+class _Stop:
+  asked: bool = False
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT interrupts at once."""
+  stop = _Stop()
+
+  def ask(number, frame):
+    stop.asked = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
