@@ -11,13 +11,13 @@ from evo_jax import config as evo_config
 def get_config():
   c = evo_config.default()
   c.model.layers = 4
-  c.model.width = 160
-  c.model.heads = 5
-  c.model.kv_heads = 5
-  c.model.hidden = 448
-  c.model.context = 256
+  c.model.width = 128
+  c.model.heads = 2
+  c.model.kv_heads = 2
+  c.model.hidden = 384
+  c.model.context = 128
   c.window.size = 16
-  c.window.count = 4
+  c.window.count = 2
   c.data.batch_size = 16
   c.train.steps = 1000
   c.optim.learning_rate = 3e-3

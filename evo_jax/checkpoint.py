@@ -94,7 +94,7 @@ def write_json(path: epath.Path, value: Any) -> None:
   """Writes aside, then renames: a reader never sees half a file."""
   aside = path.parent / f".{path.name}.tmp"
   aside.write_text(json.dumps(value, indent=2) + "\n")
-  aside.rename(path)
+  aside.replace(path)
 
 
 def write_config(workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, parameters: int,

@@ -105,19 +105,20 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
   Places are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
   """
   N, W = window.count, window.size
-  keys = jax.random.split(key, 5)
+  keys = jax.random.split(key, 4)
   s_u, path_u, steps_u = jnp.moveaxis(paths.low_discrepancy(keys[0], batch * N, 3).reshape(batch, N, 3), -1, 0)
+  uniform = jax.random.uniform(keys[1], (batch, N, 1 + W))
+  noise = jax.random.normal(keys[2], (batch, N + bound_windows, W, code_dim))
 
   # N strata over the places; a random rotation, so that no window number prefers a stratum.
-  rotation_key, place_key = jax.random.split(keys[1])
-  stratum = (jnp.arange(N) + jax.random.randint(rotation_key, (batch, 1), 0, N)) % N
-  place = (stratum + jax.random.uniform(place_key, (batch, N))) / N
+  stratum = (jnp.arange(N) + jax.random.randint(keys[3], (batch, 1), 0, N)) % N
+  place = (stratum + uniform[..., 0]) / N
   anchor = jnp.minimum((place * (length - W + 1)).astype(jnp.int32), length - W)
 
   weights = np.array([getattr(mixture, name) for name in config_lib.TRAIN_PATHS])
   edges = np.cumsum(weights / weights.sum())[:-1]
   path = jnp.searchsorted(jnp.asarray(edges, jnp.float32), path_u.reshape(-1), side="right").reshape(batch, N)
-  clocks = [paths.clock(name, W, mixture.rolling_width, jax.random.uniform(keys[2], (batch, N, W)))
+  clocks = [paths.clock(name, W, mixture.rolling_width, uniform[..., 1:])
             for name in config_lib.TRAIN_PATHS]
   spread = lambda part: jnp.stack([jnp.broadcast_to(getattr(c, part), (batch, N, W)) for c in clocks])
   choose = lambda stacked: jnp.take_along_axis(stacked, path[None, ..., None], axis=0)[0]
@@ -134,8 +135,7 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
       anchor=anchor, path=path, steps=steps,
       time=time_at(jnp.where(on_grid, index / steps, s_u)),
       time_next=jnp.where((index + 1 >= steps)[..., None], 0.0, time_at((index + 1) / steps)),
-      noise=jax.random.normal(keys[3], (batch, N, W, code_dim)),
-      step_noise=jax.random.normal(keys[4], (batch, bound_windows, W, code_dim)))
+      noise=noise[:, :N], step_noise=noise[:, N:])
 
 
 def _snap(time: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class Journal:
       kept = [json.dumps(row) for row in read(self.path) if row["step"] <= step]
       aside = workdir / ".metrics.jsonl.tmp"
       aside.write_text("".join(line + "\n" for line in kept))
-      aside.rename(self.path)
+      aside.replace(self.path)
       self._stream = self.path.open("a")
     except OSError as error:
       raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
