@@ -258,7 +258,8 @@ def take_step(context: jax.Array, codes_VxM: jax.Array, warp: paths.Warp, latent
 
   A known token costs nothing, one that becomes known pays for a jump, any other for its Gaussian increment with
   `noise` (..., M). `antithetic` prices the increment at `noise` and at -`noise` and takes the mean: the same
-  expectation without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step.
+  expectation without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step
+  that stands for its whole path.
   """
   d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
   before = flow.log_belief(context, codes_VxM, latent.y)
@@ -269,36 +270,39 @@ def take_step(context: jax.Array, codes_VxM: jax.Array, warp: paths.Warp, latent
 
 
 def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: jax.Array, times_KxT: jax.Array,
-              key: jax.Array) -> jax.Array:
+              key: jax.Array, passes: jax.Array | int | None = None) -> jax.Array:
   """One draw of a path's whole price in nats for every token (..., T); its mean bounds -log p from above.
+
+  Steps are priced plainly, not in antithetic pairs: along one trajectory the noise of a step's price is made good by
+  the steps after it (what a token gained by luck it does not gain again), and the sum scatters little.
 
   Args:
     field: asked once before each step.
     token: (..., T) int32, the truth.
     times_KxT: (K + 1, T) progressions: all 1 in the first row, all 0 in the last, never rising.
     key: of the latents' noise.
+    passes: K, where rows after K + 1 only fill up: a traced number lets paths of any K share a compilation.
   """
   shape = (*token.shape, codes_VxM.shape[1])
+  times = times_KxT.astype(codes_VxM.dtype)
 
-  def step(carry, inputs):
+  def step(k, carry):
     latent, total = carry
-    time_next, key = inputs
-    cost, latent = take_step(field(latent), codes_VxM, warp, latent, token, jnp.broadcast_to(time_next, token.shape),
-                             jax.random.normal(key, shape, codes_VxM.dtype))
-    return (latent, total + cost), None
+    noise = jax.random.normal(jax.random.fold_in(key, k), shape, codes_VxM.dtype)
+    cost, latent = take_step(field(latent), codes_VxM, warp, latent, token, jnp.broadcast_to(times[k + 1], token.shape),
+                             noise, antithetic=False)
+    return latent, total + cost
 
   start = flow.Latent(jnp.zeros(shape, codes_VxM.dtype), jnp.ones(token.shape, codes_VxM.dtype), token)
-  keys = jax.random.split(key, times_KxT.shape[0] - 1)
-  times = times_KxT.astype(codes_VxM.dtype)
-  (_, total), _ = jax.lax.scan(step, (start, jnp.zeros(token.shape, codes_VxM.dtype)), (times[1:], keys))
-  return total
+  passes = times.shape[0] - 1 if passes is None else passes
+  return jax.lax.fori_loop(0, passes, step, (start, jnp.zeros(token.shape, codes_VxM.dtype)))[1]
 
 
 def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array, key: jax.Array,
-                  times_KxW: jax.Array | None = None) -> jax.Array:
+                  times_KxW: jax.Array | None = None, passes: jax.Array | int | None = None) -> jax.Array:
   """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only.
 
-  times_KxW: None for autoregression; else the path's grid (K + 1, W). Windows of W tokens then tile the sequence (W must
+  times_KxW: None for autoregression; else the path's grid (K + 1, W), with `passes` as in `path_cost`. Windows of W tokens then tile the sequence (W must
   divide L), each read after the clean text before it: the total is a bound on the sequence's -log p.
   """
   hidden, cache = net.clean(sequence_BxT[:, :-1])
@@ -309,4 +313,4 @@ def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   tokens = gather_windows(sequence_BxT, anchor_BxN, W)
   codes = net.codes()
   field = lambda latent: window_logits(net, cache, anchor_BxN, tokens[..., 0], latent, codes, statistics.log_unigram_V)
-  return path_cost(field, codes, statistics.warp, tokens[..., 1:], times_KxW, key).reshape(B, L)
+  return path_cost(field, codes, statistics.warp, tokens[..., 1:], times_KxW, key, passes).reshape(B, L)

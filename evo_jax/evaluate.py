@@ -29,34 +29,35 @@ from evo_jax.model import Evo
 
 
 class Evaluator:
-  """Measures sequences on paths; compiles once a path."""
+  """Measures sequences on paths; compiles twice, for `ar` and for all other paths of up to `most` passes."""
 
   def __init__(self, model: Evo, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer,
-               mesh: jax.sharding.Mesh, seed: int = 0):
-    self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+               mesh: jax.sharding.Mesh, seed: int = 0, most: int = 64):
+    self.config, self.tokenizer, self.mesh, self.most = config, tokenizer, mesh, most
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     self.rows = -(-config.eval.batch_size // shards) * shards
     self.key = jax.random.key(seed)
 
     @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    def cost(params, statistics, sequence_BxT, key, times):
-      return elbo.sequence_cost(model.bind({"params": params}), statistics, sequence_BxT, key, times)
+    def cost(params, statistics, sequence_BxT, key, times, passes):
+      return elbo.sequence_cost(model.bind({"params": params}), statistics, sequence_BxT, key, times, passes)
 
     self._cost = cost
 
   def nats(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray, path: str) -> np.ndarray:
     """(n, L) prices in nats of the tokens of sequences (n, L + 1); the noise is the same at every call."""
-    name, _ = paths_lib.parse(path)
-    times = None
-    if name != "ar":
+    times = passes = None
+    if paths_lib.parse(path)[0] != "ar":
       times = paths_lib.grid(path, self.config.window.size, self.config.paths.rolling_width)
+      passes = len(times) - 1
+      times = np.pad(times, [(0, max(self.most - passes, 0)), (0, 0)])
     place = jax.sharding.NamedSharding(self.mesh, sharding.RULES.spec(("batch",)))
     found = []
     for i in range(0, len(sequences), self.rows):
       batch = sequences[i:i + self.rows]
       batch = np.concatenate([batch, np.repeat(batch[:1], self.rows - len(batch), axis=0)])  # one shape for all
       batch = jax.make_array_from_callback(batch.shape, place, lambda index, b=batch: b[index])
-      found.append(self._cost(params, statistics, batch, jax.random.fold_in(self.key, i), times))
+      found.append(self._cost(params, statistics, batch, jax.random.fold_in(self.key, i), times, passes))
     return np.concatenate([np.asarray(jax.device_get(part)) for part in found])[:len(sequences)]
 
   def __call__(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray,

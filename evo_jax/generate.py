@@ -41,22 +41,28 @@ def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: confi
   padded = np.full((num, C), DOCUMENT, np.int32)
   padded[:, 1:length] = prompt
 
-  @functools.partial(jax.jit, static_argnames="tokens")
-  def write(params, statistics, state, key, tokens):
-    net = model.bind({"params": params})
-    if mode == "ar":
-      return sample.ar(net, state, key, tokens)
-    whole, rest = divmod(tokens, W)
-    for windows, size in ((whole, W), (1, rest)):  # a window's size is free: the last one may be shorter
-      if windows and size:
-        key, window_key = jax.random.split(key)
-        times = paths.grid(f"{path}:{steps}", size, config.paths.rolling_width)
-        state = sample.flow_windows(net, statistics, state, window_key, windows, times, sample.STEPPERS[stepper])
-    return state
-
-  start = jax.jit(lambda params, prompt, length: sample.start_text(model.bind({"params": params}), prompt, length))
-  state = write(params, statistics, start(params, padded, length), key, max_tokens)
+  state = _start(model, params, padded, length)
+  state = _write(model, config, mode, max_tokens, steps, path, stepper, params, statistics, state, key)
   return np.asarray(jax.device_get(state.token))[:, length:length + max_tokens]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(model, params, prompt_BxC, length):
+  return sample.start_text(model.bind({"params": params}), prompt_BxC, length)
+
+
+@functools.partial(jax.jit, static_argnums=range(7))
+def _write(model, config, mode, tokens, steps, path, stepper, params, statistics, state, key):
+  net = model.bind({"params": params})
+  if mode == "ar":
+    return sample.ar(net, state, key, tokens)
+  whole, rest = divmod(tokens, config.window.size)
+  for windows, size in ((whole, config.window.size), (1, rest)):  # a window's size is free: the last may be shorter
+    if windows and size:
+      key, window_key = jax.random.split(key)
+      times = paths.grid(f"{path}:{steps}", size, config.paths.rolling_width)
+      state = sample.flow_windows(net, statistics, state, window_key, windows, times, sample.STEPPERS[stepper])
+  return state
 
 
 def final_samples(model: Evo, params: Any, statistics: elbo.Statistics, config: config_lib.Config,

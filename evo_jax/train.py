@@ -126,6 +126,7 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo,
 
   names = ("gradient_norm",) if len(norms) == 1 else ("gradient_norm_ar", "gradient_norm_window")
   metrics |= dict(zip(names, norms))
+  metrics["parameter_norm"] = optax.tree.norm(params)  # finite: these parameters may be saved
   metrics["gradient_norm_codes"] = optax.tree.norm(gradient["codes"])
   metrics["learning_rate"] = optim.schedule(config.optim, config.train.steps)(state.step)
   codes = model.apply({"params": params}, method=Evo.codes)

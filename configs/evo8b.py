@@ -1,0 +1,47 @@
+"""Llama-3-8B's shape: 32 layers, 4096 wide, 32 heads of which 8 for keys and values, 14336 hidden, context 4096.
+
+On every host of a TPU pod:
+
+  python -m evo_jax.main --config=configs/evo8b.py --workdir=gs://BUCKET/evo8b \\
+      --config.data.path='/data/text/*.jsonl.gz' --config.data.tokenizer_path=/data/tokenizer
+
+The tokenizer: python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=/data/tokenizer
+"""
+
+from evo_jax import config as evo_config
+
+
+def get_config():
+  c = evo_config.default()
+  c.model.layers = 32
+  c.model.width = 4096
+  c.model.heads = 32
+  c.model.kv_heads = 8
+  c.model.hidden = 14_336
+  c.model.context = 4096
+  c.model.vocab_size = 128_256
+  c.model.vocab_multiple = 256
+  c.model.code_dim = 128
+  c.model.time_dim = 64
+  c.model.rope_base = 500_000.0
+  c.model.dtype = "bfloat16"
+  c.model.remat = "full"
+  c.window.size = 32
+  c.window.count = 32
+  c.loss.bound_windows = 8
+  c.data.path = ""
+  c.data.tokenizer = "sentencepiece"
+  c.data.batch_size = 1024
+  c.optim.learning_rate = 3e-4
+  c.optim.schedule = "wsd"
+  c.optim.warmup = 2000
+  c.train.steps = 250_000  # 1 trillion tokens
+  c.train.log_every = 10
+  c.train.checkpoint_every = 1000
+  c.train.eval_every = 5000
+  c.eval.batch_size = 128
+  c.eval.sequences = 512
+  c.eval.train_sequences = 128
+  c.mesh.data = -1
+  c.mesh.fsdp = 64
+  return c

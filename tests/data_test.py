@@ -1,0 +1,146 @@
+"""Text to batches: readers, splits, order, and one clear line for each kind of bad input."""
+
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+
+from evo_jax import cli, config as config_lib, data, tokenizer as tokenizer_lib
+
+BYTES = tokenizer_lib.Bytes()
+
+
+def write(path, text):
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  return str(path)
+
+
+def documents(path, binary=True):
+  return [text for _, text in data.read_documents(data.find_files(str(path), "--data"), binary)]
+
+
+def test_plain_jsonl_gzip_and_xz_are_read(tmp_path):
+  lines = "".join(json.dumps({"text": t, "other": 1}) + "\n" for t in ("one", "two\u2028x"))
+  write(tmp_path / "a.txt", "plain é")
+  write(tmp_path / "b.jsonl", lines)
+  write(tmp_path / "c.txt.gz", gzip.compress(b"zipped"))
+  write(tmp_path / "d.jsonl.xz", lzma.compress(lines.encode()))
+  assert documents(tmp_path / "*", False) == ["plain é", "one", "two\u2028x", "zipped", "one", "two\u2028x"]
+  assert documents(tmp_path / "a.txt") == ["plain é".encode()]
+
+
+BAD = {
+    "empty.txt": (b"", "empty.txt: is empty"),
+    "blank.txt": (b" \n\n", "blank.txt: is empty"),
+    "cut.txt.gz": (gzip.compress(b"some text " * 100)[:40], "cut.txt.gz: is cut off"),
+    "cut.txt.xz": (lzma.compress(b"some text " * 100)[:60], "cut.txt.xz: is cut off"),
+    "no.txt.gz": (b"this is no gzip", "no.txt.gz: the compressed data is damaged"),
+    "latin.txt": ("é".encode("latin-1") + b" abc", "latin.txt: is not UTF-8 text .byte 0"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl: line 2 is not JSON"),
+    "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl: line 2 has no field 'text'"),
+    "type.jsonl": (b'{"text": 3}\n', "type.jsonl: line 1: field 'text' is not a string"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_files_are_named(tmp_path, name):
+  content, message = BAD[name]
+  write(tmp_path / name, content)
+  with pytest.raises(cli.UserError, match=message):
+    documents(tmp_path / name, binary=False)
+
+
+def test_no_match_is_named(tmp_path):
+  with pytest.raises(cli.UserError, match="config.data.path: no file matches"):
+    data.load(str(tmp_path / "*.none"), BYTES)
+
+
+def test_many_documents_are_split_by_number_few_by_place(tmp_path):
+  for i in range(40):
+    write(tmp_path / f"{i:02d}.txt", chr(65 + i) * 50)
+  many = data.load(str(tmp_path / "*.txt"), BYTES)[0].tokens
+  letters = lambda split: {chr(t - 1) for t in np.unique(many[split]) if t}
+  assert letters("valid") == {chr(65 + 9), chr(65 + 29)} and letters("test") == {chr(65 + 19), chr(65 + 39)}
+  assert len(letters("train")) == 36
+  write(tmp_path / "one.text", bytes(range(100)) * 10)
+  few = data.load(str(tmp_path / "one.text"), BYTES)[0].tokens
+  assert [len(few[s]) - 1 for s in data.SPLITS] == [900, 50, 50]
+  assert few["valid"][0] == 1 and few["test"][0] == 51  # byte 0, byte 50
+
+
+def test_tokens_are_cached_and_mapped(tmp_path):
+  path = write(tmp_path / "a.txt", "some text " * 100)
+  first, second = data.load(path, BYTES)[0], data.load(path, BYTES)[0]
+  assert isinstance(second.tokens["train"], np.memmap) and first.fingerprint == second.fingerprint
+  write(tmp_path / "a.txt", "other text " * 100)
+  assert data.load(path, BYTES)[0].fingerprint != first.fingerprint
+
+
+def corpus(count, name="made", first=1):
+  tokens = np.arange(first, first + count).astype(np.uint32)
+  return data.Corpus(name, {split: tokens for split in data.SPLITS}, "")
+
+
+def take(stream, count):
+  iterator = iter(stream)
+  found = [next(iterator) for _ in range(count)]
+  iterator.close()
+  return found
+
+
+def stream(processes=1, process=0, corpora=None, **changes):
+  config = config_lib.Data(batch_size=8, **changes)
+  return data.training_stream(corpora or [corpus(107)], config, 8, process, processes)
+
+
+def test_every_place_comes_once_before_any_comes_again():
+  batches = np.concatenate(take(stream(), 25))
+  assert batches.shape == (200, 9) and (batches[:, 0] == 0).all() and (np.diff(batches[:, 1:], axis=1) == 1).all()
+  assert sorted(batches[:100, 1]) == list(range(1, 101)) and sorted(batches[100:, 1]) == list(range(1, 101))
+  assert list(batches[:100, 1]) != list(batches[100:, 1])
+  assert not np.array_equal(batches, np.concatenate(take(stream(seed=1), 25)))
+
+
+def test_processes_share_one_order():
+  whole = take(stream(), 5)
+  halves = [take(stream(2, p), 5) for p in range(2)]
+  for step in range(5):
+    np.testing.assert_array_equal(whole[step], np.concatenate([h[step] for h in halves]))
+
+
+def test_iterator_state_resumes():
+  iterator = iter(stream())
+  for _ in range(3):
+    next(iterator)
+  state = iterator.get_state()
+  want = [next(iterator) for _ in range(3)]
+  again = iter(stream())
+  again.set_state(state)
+  for batch in want:
+    np.testing.assert_array_equal(batch, next(again))
+  iterator.close(), again.close()
+
+
+def test_sources_are_mixed_by_weight():
+  batches = np.concatenate(take(stream(corpora=[corpus(50), corpus(500, first=1000)], weights=(3.0, 1.0)), 50))
+  assert abs((batches[:, 1] < 1000).mean() - 0.75) < 0.02
+  by_size = np.concatenate(take(stream(corpora=[corpus(50), corpus(500, first=1000)]), 50))
+  assert abs((by_size[:, 1] < 1000).mean() - 50 / 550) < 0.02
+
+
+def test_short_and_foreign_corpora_are_named():
+  with pytest.raises(cli.UserError, match="made: 5 training tokens are fewer than one sequence .config.model.context"):
+    stream(corpora=[corpus(5)])
+  with pytest.raises(cli.UserError, match="valid split is shorter than one sequence"):
+    data.held_out([corpus(5)], "valid", 8)
+  with pytest.raises(cli.UserError, match="made: token 107 is outside the vocabulary of 100"):
+    data.check_vocabulary([corpus(107)], 100)
+
+
+def test_held_out_sequences_are_consecutive():
+  found = data.held_out([corpus(107)], "valid", 8)
+  assert found.shape == (13, 9) and (found[:, 0] == 0).all()
+  np.testing.assert_array_equal(found[:, 1:].reshape(-1), np.arange(1, 105))
+  np.testing.assert_array_equal(data.held_out([corpus(107)], "valid", 8, 3), found[[0, 6, 12]])

@@ -1,0 +1,62 @@
+"""The bound on the exact toy source: one flow, one entropy (method fact 3)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evo_jax import elbo, paths
+from toy import LENGTH, STRINGS, SYMBOLS, Toy
+
+COUNT = 4000
+
+
+def cost(toy, times, seed=0):
+  """Mean price of a string in nats, and its standard error; the samples' own surprise is a control variate."""
+  token, number = toy.sample(jax.random.key(seed), COUNT)
+  price = jax.jit(lambda token: elbo.path_cost(toy.field, toy.codes, toy.warp, token, times, jax.random.key(seed + 1)))
+  excess = np.asarray(price(token).sum(-1), np.float64) + np.log(toy.probability)[np.asarray(number)]
+  return toy.entropy + excess.mean(), excess.std() / COUNT**0.5
+
+
+@pytest.fixture(scope="module")
+def toy():
+  return Toy()
+
+
+def random_order(steps):
+  start = 0.6 * jax.random.uniform(jax.random.key(5), (LENGTH,))
+  times = paths.Clock(start, jnp.full(LENGTH, 0.4))((jnp.arange(steps + 1) / steps)[:, None])
+  return times.at[-1].set(0.0)
+
+
+@pytest.mark.parametrize("name", ["staircase", "backwards", "diagonal", "rolling", "random"])
+def test_every_path_costs_the_entropy(toy, name):
+  times = {"staircase": paths.grid("staircase", LENGTH, 0.5), "diagonal": paths.grid("diagonal:300", LENGTH, 0.5),
+           "backwards": paths.grid("staircase", LENGTH, 0.5)[:, ::-1],
+           "rolling": paths.grid("rolling:300", LENGTH, 0.3), "random": random_order(300)}[name]
+  mean, stderr = cost(toy, times)
+  # Finite Gaussian steps cost a little more than the flow: the excess falls as 1 / K.
+  excess = 1e-6 if name in ("staircase", "backwards") else 0.008
+  assert toy.entropy - 4 * stderr - 1e-6 < mean < toy.entropy + 4 * stderr + excess
+  assert stderr < 0.002
+
+
+def test_fewer_steps_cost_more(toy):
+  means = [cost(toy, paths.grid(f"diagonal:{k}", LENGTH, 0.5))[0] for k in (1, 2, 4, 16, 64)]
+  assert all(a > b + 0.005 for a, b in zip(means, means[1:])), means
+  marginals = np.array([[toy.probability[STRINGS[:, i] == v].sum() for v in range(SYMBOLS)] for i in range(LENGTH)])
+  assert abs(means[0] + (marginals * np.log(marginals)).sum()) < 0.05  # one jump: the marginals' entropies
+
+
+def test_staircase_has_no_noise(toy):
+  _, stderr = cost(toy, paths.grid("staircase", LENGTH, 0.5))
+  assert stderr < 1e-5  # each string costs exactly its own surprise
+
+
+def test_passes_cut_a_filled_up_grid(toy):
+  token, _ = toy.sample(jax.random.key(0), 10)
+  times = paths.grid("diagonal:4", LENGTH, 0.5)
+  filled = jnp.pad(times, [(0, 9), (0, 0)])
+  price = lambda times, passes: elbo.path_cost(toy.field, toy.codes, toy.warp, token, times, jax.random.key(1), passes)
+  np.testing.assert_allclose(price(times, None), jax.jit(price)(filled, 4), rtol=1e-5, atol=1e-5)

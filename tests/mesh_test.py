@@ -1,0 +1,92 @@
+"""The same training on any mesh of eight devices, in one process and in two; checkpoints move between meshes."""
+
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT, environment, run, train_flags
+from evo_jax import checkpoint, metrics, sharding
+
+STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
+MESHES = {"one": None, "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+
+
+def flags(workdir, text, mesh, **changes):
+  sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh or (1, 1, 1)))
+  return train_flags(workdir, text, **{**STEPS, **sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, text):
+  folders = {}
+  for name, mesh in MESHES.items():
+    folders[name] = tmp_path_factory.mktemp(name)
+    done = run("evo_jax.main", *flags(folders[name], text, mesh), devices=8 if mesh else 1)
+    assert done.returncode == 0, done.stderr
+    assert "rematerialization" not in done.stderr, done.stderr
+  return folders
+
+
+def losses(workdir, name="bits"):
+  return [row[name] for row in metrics.read(workdir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "all"])
+def test_losses_are_the_same_on_every_mesh(runs, name):
+  for metric in ("bits", "window_ce", "window_bound", "gradient_norm"):
+    np.testing.assert_allclose(losses(runs[name], metric), losses(runs["one"], metric), rtol=2e-3, err_msg=metric)
+  a, b = (checkpoint.read_config(runs[n]) for n in (name, "one"))
+  assert a["parameters"] == b["parameters"]
+
+
+def test_a_checkpoint_moves_between_meshes(runs, text, tmp_path):
+  """Three steps on one mesh and three on another are the six steps of either."""
+  half = {"train.steps": 3, "optim.warmup": 1}
+  whole = tmp_path / "whole"
+  assert run("evo_jax.main", *flags(whole, text, (8, 1, 1), **{"optim.warmup": 1}), devices=8).returncode == 0
+  moved = tmp_path / "moved"
+  first = run("evo_jax.main", *flags(moved, text, (8, 1, 1), **{"optim.warmup": 1}, **{"train.checkpoint_every": 3}),
+              devices=8)
+  assert first.returncode == 0, first.stderr
+  # Take away what came after step 3, as if the run had been stopped there.
+  import shutil
+  shutil.rmtree(moved / "checkpoints" / "6")
+  second = run("evo_jax.main", *flags(moved, text, (2, 2, 2), **{"optim.warmup": 1}), devices=8)
+  assert second.returncode == 0 and "goes on after step 3" in second.stdout, second.stderr
+  np.testing.assert_allclose(losses(moved), losses(whole), rtol=2e-3)
+  del half
+
+
+def test_two_processes_train_as_one(runs, text, tmp_path):
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  processes = [subprocess.Popen(
+      [sys.executable, "-m", "evo_jax.main", *flags(tmp_path, text, (2, 1, 1)), f"--coordinator=localhost:{port}",
+       "--num_processes=2", f"--process_id={i}"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True) for i in range(2)]
+  ends = [p.communicate(timeout=300) for p in processes]
+  assert all(p.returncode == 0 for p in processes), ends
+  np.testing.assert_allclose(losses(tmp_path), losses(runs["one"]), rtol=2e-3)
+  assert "held-out" in ends[0][0] and not ends[1][0]  # process 0 speaks
+
+
+def test_rules_fail_loudly():
+  with pytest.raises(ValueError, match="use a mesh axis twice"):
+    sharding.RULES.spec(("embed", "vocab_table"))
+  with pytest.raises(AttributeError):
+    sharding.RULES.spec(("embedd",))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"mesh.data": 4, "mesh.tensor": 2, "model.kv_heads": 1, "mesh.fsdp": 1},
+     "config.mesh: 2 devices do not divide the 1 kv_heads of parameter"),
+    ({"mesh.data": 8, "data.batch_size": 4}, "config.data.batch_size: 4 sequences"),
+    ({"mesh.data": -1, "mesh.tensor": 3}, "does not divide 8 devices")])
+def test_shapes_that_do_not_divide_the_mesh_are_named(tmp_path, text, changes, message):
+  done = run("evo_jax.main", *train_flags(tmp_path / "run", text, **changes), devices=8)
+  assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,227 @@
+"""The network: the clean stream is an autoregressive Transformer, whatever the windows do (method fact 2)."""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import ROOT, small_config
+from evo_jax import config as config_lib
+from evo_jax import elbo, flow, model as model_lib, paths, train
+from evo_jax.model import Evo
+
+V = 20
+
+
+@functools.cache
+def build(**changes):
+  """A small network with random parameters (also those that start at zero), its statistics, and its config."""
+  config = small_config(**changes)
+  model = Evo(config.model, V)
+
+  @jax.jit
+  def init():
+    state = nn.unbox(train.init_state(model, config))
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    leaves = [p + 0.1 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, leaves), state.statistics
+
+  params, statistics = init()
+  return model.bind({"params": params}), statistics, config
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(config, which, params, statistics, tokens, draw):
+  """Value and gradient of the AR term (0), the window term (1) or their sum (2)."""
+  def loss(params):
+    terms = elbo.training_loss(Evo(config.model, V).bind({"params": params}), statistics, tokens, draw, config.loss)[0]
+    return (*terms, sum(terms))[which], terms
+  return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _windows(model, params, statistics, tokens, time, seed):
+  net = model.bind({"params": params})
+  anchor = jnp.array([[0, 11], [5, 20]])
+  slots = elbo.gather_windows(tokens, anchor, 8)
+  noise = jax.random.normal(jax.random.key(seed), (2, 2, 8, net.config.code_dim))
+  latent = elbo.observe_at(net.codes(), statistics.warp, slots[..., 1:], jnp.broadcast_to(time, (2, 2, 8)), noise)
+  cache = net.clean(tokens[:, :-1])[1]
+  return elbo.window_logits(net, cache, anchor, slots[..., 0], latent, net.codes(), statistics.log_unigram_V)
+
+
+def windows(net, statistics, tokens, time, seed=2):
+  """Context logits of two windows of eight tokens, from 0 and 11 and from 5 and 20, at progression `time`."""
+  return _windows(net.clone(), net.variables["params"], statistics, tokens, time, seed)
+
+
+@pytest.fixture(scope="module")
+def small():
+  return build()
+
+
+@pytest.fixture
+def tokens():
+  sequence = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
+  return sequence.at[:, 0].set(model_lib.DOCUMENT).at[1, 13].set(model_lib.DOCUMENT)
+
+
+def test_clean_stream_is_causal(small, tokens):
+  net, _, _ = small
+  before = net(tokens[:, :-1])
+  after = net(tokens[:, :-1].at[:, 20].set(3))
+  np.testing.assert_array_equal(before[:, :20], after[:, :20])
+  assert not np.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_windows_do_not_touch_the_clean_stream(small, tokens):
+  """The AR term is the same with and without windows, and its gradient with respect to everything of theirs is zero."""
+  net, statistics, config = small
+  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
+  params = net.variables["params"]
+  (_, with_windows), gradient = _losses(config, 0, params, statistics, tokens, draw)
+  (_, without), _ = _losses(config, 0, params, statistics, tokens, None)
+  np.testing.assert_allclose(with_windows[0], without[0], rtol=1e-6)
+  assert with_windows[1] > 0 and without[1] == 0
+  for name in ("codes", "time_in", "time_out"):
+    assert (np.asarray(gradient[name]) == 0).all(), name
+  assert (np.asarray(gradient["blocks"]["w_time"]) == 0).all()
+  for name, leaf in _losses(config, 1, params, statistics, tokens, draw)[1].items():  # the window term teaches all
+    assert all(np.asarray(x).any() for x in jax.tree.leaves(leaf)), name
+
+
+@pytest.mark.parametrize("codes", ["bound", "all", "frozen"])
+def test_who_teaches_the_codes(small, tokens, codes):
+  """By default only windows taught by the bound do; with none of those the gradient is zero."""
+  net, statistics, _ = small
+  gradients = []
+  for bound_windows in (0, 1):
+    config = small_config(loss__codes=codes, loss__bound_windows=bound_windows)
+    draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows)
+    gradients.append(np.abs(_losses(config, 1, net.variables["params"], statistics, tokens, draw)[1]["codes"]).sum())
+  assert (gradients[0] > 0) == (codes == "all") and (gradients[1] > 0) == (codes != "frozen")
+
+
+def test_a_causal_window_of_known_tokens_continues_the_clean_stream(small, tokens):
+  net, _, _ = small
+  hidden, cache = net.clean(tokens[:, :-1])
+  anchor = jnp.array([[0, 11], [5, 20]])
+  slots = elbo.gather_windows(tokens, anchor, 8)
+  found, (k, _) = net.window(cache, anchor, net.embed_tokens(slots), jnp.zeros(slots.shape), causal=True)
+  for b in range(2):
+    for n in range(2):
+      a = int(anchor[b, n])
+      np.testing.assert_allclose(found[b, n], hidden[b, a:a + 9], atol=2e-5)
+      np.testing.assert_allclose(k[:, b, n], cache.k[:, b, a:a + 9], atol=2e-5)
+
+
+def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
+  net, _, _ = small
+  assert (np.asarray(net._time(jnp.zeros(3))) == 0).all()
+  assert (np.abs(np.asarray(net._time(jnp.array([0.1, 0.5, 1.0])))).sum(-1) > 0).all()
+
+
+def test_soft_input_at_the_ends(small):
+  """At t = 0 exactly the token's embedding; at t = 1 one vector, whatever the token."""
+  net, statistics, config = small
+  latent = flow.Latent(jnp.zeros((4, config.model.code_dim)), jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3, 5, 3, 5]))
+  x = net.embed(latent, net.codes(), statistics.log_unigram_V)
+  np.testing.assert_array_equal(x[:2], net.embed_tokens(latent.token[:2]))
+  np.testing.assert_array_equal(x[2], x[3])
+
+
+def test_windows_see_the_past_and_each_other_and_nothing_else(small, tokens):
+  net, statistics, _ = small
+  c = windows(net, statistics, tokens, 0.5)
+  later = windows(net, statistics, tokens.at[:, 30].set(2), 0.5)  # after the windows
+  np.testing.assert_allclose(c, later, atol=1e-5)
+  past = windows(net, statistics, tokens.at[0, 4].set(2), 0.5)  # before the window at 11; in the one at 0
+  assert not np.allclose(c[0, 1], past[0, 1], atol=1e-4)
+  np.testing.assert_allclose(c[1], past[1], atol=1e-5)
+  last = windows(net, statistics, tokens.at[0, 8].set(2), 0.0)  # the first window's last token tells of the first
+  assert not np.allclose(windows(net, statistics, tokens, 0.0)[0, 0, 0], last[0, 0, 0], atol=1e-4)
+
+
+def test_at_time_one_the_truth_is_not_seen(small, tokens):
+  """Without evidence a window's logits do not depend on its tokens: nothing leaks."""
+  net, statistics, _ = small
+  c = windows(net, statistics, tokens, 1.0)
+  other = windows(net, statistics, tokens.at[0, 12:20].set(7), 1.0, seed=5)
+  np.testing.assert_allclose(c[0, 1], other[0, 1], atol=1e-5)
+
+
+def test_documents_can_be_isolated(tokens):
+  net, statistics, _ = build(model__isolate_documents=True)
+  changed = tokens.at[1, 5].set(2)  # before the document that begins at 13
+  np.testing.assert_array_equal(net(tokens[:, :-1])[1, 13:], net(changed[:, :-1])[1, 13:])
+  before, after = windows(net, statistics, tokens, 0.5)[0], windows(net, statistics, changed, 0.5)
+  np.testing.assert_allclose(before[1, 1], after[1, 1], atol=1e-6)  # the window at 20
+  shared = build()[0]
+  assert not np.allclose(windows(shared, statistics, changed, 0.5)[1, 1], windows(shared, statistics, tokens, 0.5)[1, 1],
+                         atol=1e-4)
+
+
+def test_rows_beyond_the_vocabulary_are_ruled_out(small, tokens):
+  net, statistics, _ = small
+  assert net.rows == 24
+  assert (np.asarray(net(tokens[:, :-1]))[..., V:] < -1e8).all()
+  assert np.asarray(statistics.unigram_V)[V:].sum() == 0
+
+
+@pytest.mark.parametrize("changes", [{"model__remat": "full"}, {"model__remat": "dots"}, {"model__unroll": 2}])
+def test_remat_and_unrolling_change_nothing(small, tokens, changes):
+  net, statistics, config = small
+  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
+
+  gradient = lambda config: _losses(config, 2, net.variables["params"], statistics, tokens, draw)
+  want, got = gradient(config), gradient(small_config(**changes))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), want, got)
+
+
+def test_bfloat16_computes_near_float32(small, tokens):
+  net, statistics, _ = small
+  half = Evo(dataclasses.replace(net.config, dtype="bfloat16"), V).bind(net.variables)
+  want, got = windows(net, statistics, tokens, 0.5)[0], windows(half, statistics, tokens, 0.5)
+  assert half.clean(tokens[:, :-1])[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
+  assert 0 < np.abs(want - got)[..., :V].mean() < 0.05 * np.abs(want[..., :V]).mean() + 0.05
+
+
+def test_grouped_queries_share_keys():
+  """With one key head copied to both query groups, grouped attention equals full attention."""
+  from evo_jax import attention
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (2, 1, 5, heads, 8)) for key, heads in zip(keys, (4, 2, 2)))
+  grouped = attention.attend(q, k, v, jnp.tri(5, dtype=bool))
+  full = attention.attend(q, jnp.repeat(k, 2, 3), jnp.repeat(v, 2, 3), jnp.tri(5, dtype=bool))
+  np.testing.assert_allclose(grouped, full, atol=1e-6)
+  want = jax.nn.dot_product_attention(q[:, 0], k[:, 0], v[:, 0], is_causal=True)
+  np.testing.assert_allclose(grouped[:, 0], want, atol=1e-5)
+
+
+# Llama-3-8B has 8,030,261,248 parameters; beside them stand the codes and the time conditioning.
+COUNTS = {"tiny": 978_816, "evo150m": 156_612_352, "evo1b": 1_256_610_816,
+          "evo8b": 8_030_261_248 + 128_256 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (pathlib.Path(ROOT) / "configs").glob("*.py")))
+def test_every_config_has_its_size(name):
+  """Each configuration is valid, and its training step has a shape."""
+  spec = importlib.util.spec_from_file_location(name, pathlib.Path(ROOT) / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = config_lib.from_dict(module.get_config())
+  vocab_size = config.model.vocab_size or 257
+  assert model_lib.count_parameters(config.model, vocab_size) == COUNTS[name]
+  model = Evo(config.model, vocab_size)
+  state = jax.eval_shape(lambda: nn.unbox(train.init_state(model, config)))
+  batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32)
+  after, metrics = jax.eval_shape(lambda s, b: train.train_step(s, b, model=model, config=config), state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+  assert metrics["bits"].shape == ()

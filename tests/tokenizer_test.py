@@ -1,0 +1,64 @@
+"""Tokenizers: round trips, units, and the trained one."""
+
+import numpy as np
+import pytest
+
+from conftest import run
+from evo_jax import cli, tokenizer as tokenizer_lib
+
+
+def test_bytes_round_trip():
+  tokenizer = tokenizer_lib.Bytes()
+  text = "héllo\n\x00 世界"
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text and ids.min() >= 1
+  assert tokenizer.lengths()[ids].sum() == len(text.encode())
+
+
+def test_chars27_is_text8s():
+  tokenizer = tokenizer_lib.Chars27()
+  ids = tokenizer.encode("Hello,  World! 42 naïve\n")
+  assert tokenizer.decode(ids) == "hello world na ve "
+  assert tokenizer.decode(tokenizer.encode("...a")) == " a"
+  assert tokenizer.lengths()[ids].sum() == len(ids)
+
+
+def test_text_ends_at_the_document_token():
+  for tokenizer in (tokenizer_lib.Bytes(), tokenizer_lib.Chars27()):
+    ids = np.concatenate([tokenizer.encode("ab"), [0], tokenizer.encode("cd")])
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_tokens_outside_the_vocabulary_are_named():
+  with pytest.raises(cli.UserError, match="token 300 is outside the vocabulary of 257"):
+    tokenizer_lib.Bytes().decode(np.array([1, 300]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+  folder = tmp_path_factory.mktemp("spm")
+  done = run("evo_jax.tokenizer", f"--input={text}", "--vocab_size=300", f"--output={folder}")
+  assert done.returncode == 0 and "300 pieces" in done.stdout, done.stderr
+  return tokenizer_lib.SentencePiece(str(folder))
+
+
+def test_sentencepiece_keeps_text_as_it_is(trained):
+  for text in ("the river  runs\n\n and time", "  leads", "ünknown 世界 42"):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.lengths()[ids].sum() == len(text.encode())
+    assert ids.min() > 0
+  assert trained.vocab_size == 300 and len(trained.encode("the river runs")) < 8
+
+
+def test_bad_input_is_one_line(tmp_path, text):
+  for flags, message in (((f"--input={tmp_path}/none*", f"--output={tmp_path}"), "no file matches"),
+                         ((f"--input={text}", "--vocab_size=100000", f"--output={tmp_path}"), "--vocab_size=100000"),
+                         ((f"--input={text}",), "--input and --output are needed")):
+    done = run("evo_jax.tokenizer", *flags)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+  with pytest.raises(cli.UserError, match="tokenizer.model: cannot be read"):
+    tokenizer_lib.load("sentencepiece", str(tmp_path))
+  (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+  with pytest.raises(cli.UserError, match="is not a SentencePiece model"):
+    tokenizer_lib.load("sentencepiece", str(tmp_path))

@@ -1,0 +1,234 @@
+"""Training: pinned numbers, one gradient however it is computed, and runs that are killed, stopped, and go on."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import ROOT, environment, run, small_config, train_flags
+from evo_jax import checkpoint, metrics, tokenizer, train
+
+LONG = {"train.steps": 240, "train.checkpoint_every": 40, "train.eval_every": 100}
+
+
+def rows(workdir):
+  """The journal without what depends on the clock."""
+  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+
+
+def last_step(workdir):
+  found = metrics.read(workdir / "metrics.jsonl")
+  return found[-1]["step"] if found else 0
+
+
+def one_step(**changes):
+  config = small_config(**changes)
+  model = train.make_model(config, tokenizer.Bytes())
+  state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
+  batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
+  return jax.jit(lambda s, b: train.train_step(s, b, model=model, config=config))(state, batch)
+
+
+def close(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.fixture(scope="module")
+def plain():
+  return one_step(optim__clip=0.0, optim__epsilon=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"train__accumulate": 4}, {"optim__separate_clip": True},
+                                     {"train__accumulate": 2, "optim__separate_clip": True}])
+def test_accumulation_and_separate_gradients_add_up(plain, changes):
+  """Without a limit to clip to, the step is the same however its gradient is put together."""
+  state, found = one_step(optim__clip=0.0, optim__epsilon=1e-3, **changes)
+  close(plain[0].params, state.params, rtol=2e-3, atol=2e-6)
+  close(plain[0].statistics, state.statistics, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(plain[1]["bits"], found["bits"], rtol=1e-5)
+
+
+def test_clipping_apart_keeps_the_window_gradient_from_shrinking_the_ar_gradient():
+  """Window weight 1,000: a shared limit leaves AR next to nothing, separate limits leave it all that it had."""
+  share = {}
+  for separate in (False, True):
+    state, found = one_step(optim__separate_clip=separate, loss__window_weight=1000.0, optim__clip=1.0)
+    share[separate] = found
+  assert float(share[False]["gradient_norm"]) > 50
+  assert float(share[True]["gradient_norm_window"]) > 50 > float(share[True]["gradient_norm_ar"])
+
+
+def test_ar_only_is_a_configuration():
+  state, found = one_step(window__count=0)
+  assert "window_ce" not in found and np.isfinite(found["bits"]) and int(state.statistics.steps) == 1
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text):
+  """A run that nobody disturbs."""
+  workdir = tmp_path_factory.mktemp("alone")
+  done = run("evo_jax.main", *train_flags(workdir, text, **LONG))
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+GOLDEN = {1: None, 10: None, 20: None}
+
+
+def test_golden_run(alone):
+  """Pinned numbers: if you did not mean to change training, you broke it."""
+  bits = {row["step"]: row["bits"] for row in rows(alone)}
+  for step, want in GOLDEN.items():
+    assert bits[step] == pytest.approx(want, rel=2e-3), {s: bits[s] for s in GOLDEN}
+
+
+def test_a_run_leaves_what_it_promises(alone):
+  found = rows(alone)
+  assert [row["step"] for row in found] == list(range(1, 241))
+  for name in ("bits", "window_ce", "window_bound", "ce_diagonal", "ce_rolling", "ce_independent", "ce_staircase",
+               "gradient_norm", "codes_spread", "warp_precision_50", "learning_rate"):
+    assert np.isfinite(found[-1][name]), name
+  assert [row["step"] for row in found if "valid_ar" in row] == [100, 200]
+  assert found[-1]["bits"] < 0.6 * found[0]["bits"]
+  table = json.loads((alone / "table.json").read_text())
+  assert [e["path"] for e in table] == ["ar", "diagonal:2"] and table[0]["unit"] == "bits per byte"
+  assert "diagonal:2" in (alone / "table.txt").read_text()
+  assert (alone / "samples.txt").read_text().count("---") == 2
+  saved = json.loads((alone / "config.json").read_text())
+  assert saved["config"]["model"]["width"] == 32 and saved["parameters"] > 10_000
+  assert sorted(p.name for p in (alone / "checkpoints").iterdir() if p.name.isdigit()) == ["200", "240"]
+
+
+def test_the_window_learns(alone):
+  """More passes cost fewer bits than one parallel jump, after a minute's training."""
+  done = run("evo_jax.evaluate", f"--workdir={alone}", "--paths=ar,diagonal:1,diagonal:8,staircase")
+  bits = [float(line.split()[1]) for line in done.stdout.splitlines()[2:]]
+  assert bits[0] < bits[2] < bits[1] and bits[3] < bits[1], done.stdout
+
+
+def started(flags):
+  return subprocess.Popen([sys.executable, "-m", "evo_jax.main", *flags], cwd=ROOT, env=environment(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+  deadline = time.time() + 300
+  while last_step(workdir) < step:
+    assert process.poll() is None and time.time() < deadline, process.communicate()
+    time.sleep(0.002)
+
+
+def same_run(a, b):
+  assert rows(a) == rows(b)
+  x, y = checkpoint.load_run(str(a)), checkpoint.load_run(str(b))
+  jax.tree.map(np.testing.assert_array_equal, x.params, y.params)
+  jax.tree.map(np.testing.assert_array_equal, x.statistics, y.statistics)
+  assert (a / "table.json").read_text() == (b / "table.json").read_text()
+  assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def test_killed_runs_go_on_bit_for_bit(alone, tmp_path, text):
+  """kill -9 before the first checkpoint, between two, and while one is being written."""
+  flags = train_flags(tmp_path, text, **LONG)
+  for step in (15, 107, 160):
+    process = started(flags)
+    wait_for_step(process, tmp_path, step)
+    process.kill()
+    process.communicate()
+  done = run("evo_jax.main", *flags)
+  assert done.returncode == 0 and "goes on after step" in done.stdout, done.stderr
+  same_run(alone, tmp_path)
+
+
+def test_sigterm_saves_and_leaves(alone, tmp_path, text):
+  flags = train_flags(tmp_path, text, **LONG)
+  process = started(flags)
+  wait_for_step(process, tmp_path, 50)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0 and "stopped by signal; step" in out, err
+  step = int(out.split("stopped by signal; step ")[1].split()[0])
+  assert 50 <= step < 240 and (tmp_path / "checkpoints" / str(step)).is_dir()
+  done = run("evo_jax.main", *flags)
+  assert f"goes on after step {step}" in done.stdout, done.stderr
+  same_run(alone, tmp_path)
+
+
+def test_a_finished_run_shows_its_table_again(alone, text):
+  done = run("evo_jax.main", *train_flags(alone, text, **LONG))
+  assert done.returncode == 0 and "is finished: 240 steps" in done.stdout and "diagonal:2" in done.stdout, done.stderr
+
+
+def refused(message, *flags, **kwargs):
+  done = run("evo_jax.main", *flags, **kwargs)
+  assert done.returncode == 1 and message in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("model__width", 48, "config.model.width: 48 does not fit"),
+    ("data__batch_size", 16, "config.data.batch_size: 16 does not fit"),
+    ("optim__ema", 0.9, "config.optim.ema: 0.9 does not fit"),
+    ("data__tokenizer", "chars27", "config.data.tokenizer: 'chars27' does not fit")])
+def test_a_config_that_does_not_fit_the_checkpoint_is_refused(alone, text, field, value, message):
+  refused(message, *train_flags(alone, text, **LONG, **{field: value}))
+
+
+def test_changed_text_is_refused(alone, text, tmp_path):
+  saved = json.loads((alone / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**saved, "text": ["0123456789abcdef"]}))
+  refused("config.data.path: the text of", *train_flags(tmp_path, text, **LONG))
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, text):
+  """A run that goes on with an absurd learning rate stops with one line; what was saved before can be read."""
+  short = {"train.steps": 8, "train.checkpoint_every": 1, "eval.samples": 0}
+  assert run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 4})).returncode == 0
+  flags = train_flags(tmp_path, text, **short, optim__learning_rate=1e30)
+  done = run("evo_jax.main", *flags)
+  assert done.returncode == 1 and "training has diverged; the last good checkpoint is of step 4" in done.stderr
+  assert done.stderr.splitlines()[-1].startswith("evo_jax: step 5: ") and "Traceback" not in done.stderr
+  assert checkpoint.load_run(str(tmp_path)).step == 4
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, text):
+  """The limit on a file's size stands for the full disk: writing a checkpoint's arrays fails."""
+  short = {"train.checkpoint_every": 2, "eval.samples": 0}
+  assert run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 4})).returncode == 0
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+  done = run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 8}), preexec_fn=limit)
+  assert done.returncode == 1 and "a checkpoint cannot be written" in done.stderr, done.stderr
+  assert "the last whole one is of step 4" in done.stderr and "Traceback" not in done.stderr
+  assert checkpoint.load_run(str(tmp_path)).step == 4
+  done = run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 8}))
+  assert done.returncode == 0 and "goes on after step 4" in done.stdout, done.stderr
+
+
+def test_bad_settings_are_refused_in_one_line(text, tmp_path):
+  (tmp_path / "file").write_text("")
+  for message, changes in (
+      ("--workdir=", {}),
+      ("config.model.heads: 2 is not", {"model.heads": 2, "model.kv_heads": 3}),
+      ("config.window.size: 5 does not divide", {"window.size": 5}),
+      ("config.data.path: no file matches", {"data.path": f"{tmp_path}/none*"}),
+      ("config.mesh: {'data': 3", {"mesh.data": 3}),
+      ("config.model.vocab_size: 100 is less than the tokenizer's 257", {"model.vocab_size": 100}),
+      ("config.data.tokenizer_path: is empty", {"data.tokenizer": "sentencepiece"}),
+      ("path 'diagonal'", {"eval.paths": ("diagonal",)})):
+    flags = train_flags(tmp_path / "file" / "run" if message == "--workdir=" else tmp_path / "run", text)
+    message = message.replace("config.model.heads: 2 is not", "config.model.kv_heads: 3 does not divide")
+    refused(message, *flags, *(f"--config.{k}={v}" for k, v in changes.items()))
+  refused("config.model.widht: the configuration has no such field", "--config=configs/tiny.py",
+          "--config.model.widht=3")
+  refused("--config.train.steps", "--config=configs/tiny.py", "--config.train.steps=many")
+  refused("--config", "--config=configs/none.py")
+  assert not (tmp_path / "run").exists()
