@@ -19,9 +19,9 @@ def get_config():
   c.window.size = 16
   c.window.count = 2
   c.data.batch_size = 16
-  c.train.steps = 520
+  c.train.steps = 480
   c.train.checkpoint_every = 100
-  c.train.eval_every = 200
+  c.train.eval_every = 240
   c.optim.learning_rate = 3e-3
   c.optim.warmup = 60
   return c

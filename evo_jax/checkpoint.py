@@ -7,6 +7,7 @@ checkpoint aside and renames it when it is whole, so that a killed run leaves no
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 from etils import epath
@@ -38,6 +39,10 @@ class Checkpoints:
 
   def save(self, step: int, items: dict[str, Any], data: grain.DatasetIterator) -> None:
     """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the save before failed."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
+      raise UserError(f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
+                      f"the last whole one is of step {self._last_whole()}")
     self._guarded(lambda: self.manager.save(step, args=args.Composite(
         **{name: args.StandardSave(item) for name, item in items.items()}, data=grain.checkpoint.CheckpointSave(data))))
 

@@ -17,7 +17,7 @@ def run(main: Callable[[], None]) -> None:
 
   A library's own bug or an unforeseen failure keeps its traceback: only `UserError` (and bad flags) are user's input.
   """
-  logging.set_verbosity(logging.WARNING)  # libraries' progress reports are not the user's
+  logging.set_verbosity(logging.FATAL)  # libraries' reports are not the user's: what is wrong comes as an exception
   app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
 
 
@@ -34,14 +34,14 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(str(error).splitlines()[0]) from error
   except AttributeError as error:  # ml_collections: --config.no.such.field
     raise UserError(_field_error(error, argv)) from error
-  except (KeyError, TypeError) as error:
-    raise UserError(f"bad flag: {' '.join(str(error).split())}") from error
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
 
 
 def _field_error(error: AttributeError, argv: list[str]) -> str:
-  text = " ".join(str(error).replace("\\'", "'").strip("'\"").split())
-  name = re.match(r"'+(\w+)'", text)
-  flag = next((a.split("=")[0] for a in argv if name and re.search(rf"\.{name[1]}\b", a.split("=")[0])), "--config")
+  text = str(error).replace("\\", "")  # "'no_such'\nDid you mean "such" instead of "no_such"?", quoted once more
+  name = re.search(r"\w+", text)
+  flag = next((a.split("=")[0] for a in argv if name and re.search(rf"\.{name[0]}\b", a.split("=")[0])), "--config")
   hint = re.search(r'Did you mean "(\w+)"', text)
   return f"{flag}: the configuration has no such field" + (f"; did you mean {hint[1]!r}?" if hint else "")
 

@@ -27,12 +27,19 @@ def main() -> None:
     raise UserError(f"--config: cannot be loaded: {reason}") from error
   if values is None:
     raise UserError("--config is needed, as in --config=configs/tiny.py")
-  if args.num_processes > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
-    # Before anything else asks JAX for devices. Unset flags are found out from the cluster (TPU pods, Slurm).
+  if args.num_processes > 1 or _cluster_of_several():
+    # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
                                None if args.process_id < 0 else args.process_id)
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   train.train(config_lib.from_dict(values), args.workdir or f"runs/{name}")
+
+
+def _cluster_of_several() -> bool:
+  """Whether the environment speaks of several processes: JAX's own variable, a TPU pod, a Slurm step."""
+  env = os.environ
+  return ("JAX_COORDINATOR_ADDRESS" in env or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+          or env.get("SLURM_STEP_NUM_TASKS", "1") != "1")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def sample_window(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, tim
 class TextState:
   """Texts being written: tokens (B, C + 1), the cache of C positions, and the position of the last token.
 
-  The cache is final before `last`; the token at `last` is known and has not been read yet.
+  The token at `last` is known and has not been read yet: keys and values are final before it, segments up to it.
   """
 
   token: jax.Array
@@ -95,36 +95,33 @@ def start_text(net: elbo.Network, prompt_BxC: jax.Array, length: jax.Array) -> T
   return TextState(jnp.pad(prompt_BxC, [(0, 0), (0, 1)]), cache, jnp.asarray(length, jnp.int32) - 1)
 
 
-def append(net: elbo.Network, state: TextState, tokens_BxT: jax.Array) -> TextState:
-  """Appends known tokens and reads all but the last of them, in one causal pass."""
-  T = tokens_BxT.shape[1]
-  slots, hidden_and_kv = _read(net, state, tokens_BxT[:, :-1], T)
-  _, (k, v) = hidden_and_kv
-  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, :, 0].astype(old.dtype), state.last, axis=2)
-  begun = jnp.take(state.cache.segment, jnp.maximum(state.last - 1, 0), axis=1)[:, None] * (state.last > 0)
-  segment = jax.lax.dynamic_update_slice_in_dim(
-      state.cache.segment, begun + jnp.cumsum(slots == DOCUMENT, axis=1, dtype=jnp.int32), state.last, axis=1)
-  cache = Cache(put(state.cache.k, k), put(state.cache.v, v), segment)
-  token = jax.lax.dynamic_update_slice_in_dim(state.token, tokens_BxT, state.last + 1, axis=1)
-  return TextState(token, cache, state.last + T)
-
-
-def _read(net, state, tokens_BxR, T):
-  """A causal pass over the last token and those after it: their ids (B, R + 1), hidden states, keys and values."""
-  first = jnp.take(state.token, state.last, axis=1)[:, None]
-  slots = jnp.concatenate([first, tokens_BxR], axis=1)
+def read(net: elbo.Network, state: TextState, tokens_BxR: jax.Array):
+  """A causal pass over the last token and `tokens_BxR` after it: hidden states (B, R + 1, D), keys and values."""
+  slots = jnp.concatenate([jnp.take(state.token, state.last, axis=1)[:, None], tokens_BxR], axis=1)
   anchor = jnp.full((slots.shape[0], 1), state.last)
-  return slots, net.window(state.cache, anchor, net.embed_tokens(slots)[:, None], jnp.zeros((slots.shape[0], 1, T)),
-                           causal=True)
+  hidden, kv = net.window(state.cache, anchor, net.embed_tokens(slots)[:, None], jnp.zeros(slots.shape)[:, None],
+                          causal=True)
+  return hidden[:, 0], kv
+
+
+def append(state: TextState, tokens_BxT: jax.Array, kv: tuple[jax.Array, jax.Array]) -> TextState:
+  """Adds known tokens; `kv` are those that `read` gave for the last token and all but the last of the new ones."""
+  places = state.last + 1 + jnp.arange(tokens_BxT.shape[1])
+  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, :, 0].astype(old.dtype), state.last, axis=2)
+  begun = jnp.take(state.cache.segment, state.last, axis=1)[:, None]
+  segment = begun + jnp.cumsum(tokens_BxT == DOCUMENT, axis=1, dtype=jnp.int32)
+  segment = state.cache.segment.at[:, places].set(segment, mode="drop")  # the last token may stand behind the cache
+  cache = Cache(put(state.cache.k, kv[0]), put(state.cache.v, kv[1]), segment)
+  return TextState(state.token.at[:, places].set(tokens_BxT), cache, state.last + tokens_BxT.shape[1])
 
 
 def ar(net: elbo.Network, state: TextState, key: jax.Array, tokens: int) -> TextState:
   """Writes `tokens` tokens one after another."""
 
   def step(state, key):
-    _, (hidden, _) = _read(net, state, state.token[:, :0], 1)
-    drawn = jax.random.categorical(key, net.logits(hidden[:, 0, 0]), axis=-1).astype(jnp.int32)
-    return append(net, state, drawn[:, None]), None
+    hidden, kv = read(net, state, state.token[:, :0])
+    drawn = jax.random.categorical(key, net.logits(hidden[:, 0]), axis=-1).astype(jnp.int32)
+    return append(state, drawn[:, None], kv), None
 
   state, _ = jax.lax.scan(step, state, jax.random.split(key, tokens))
   return state
@@ -141,8 +138,8 @@ def flow_windows(net: elbo.Network, statistics: elbo.Statistics, state: TextStat
     anchor_token = jnp.take(state.token, state.last, axis=1)[:, None]
     field = lambda latent: elbo.window_logits(net, state.cache, anchor, anchor_token, latent, codes,
                                               statistics.log_unigram_V)
-    drawn = sample_window(field, codes, statistics.warp, times_KxT, key, (B, 1), stepper)
-    return append(net, state, drawn[:, 0]), None
+    drawn = sample_window(field, codes, statistics.warp, times_KxT, key, (B, 1), stepper)[:, 0]
+    return append(state, drawn, read(net, state, drawn[:, :-1])[1]), None
 
   state, _ = jax.lax.scan(window, state, jax.random.split(key, windows))
   return state

@@ -8,7 +8,7 @@ import pytest
 from evo_jax import elbo, paths
 from toy import LENGTH, STRINGS, SYMBOLS, Toy
 
-COUNT = 4000
+COUNT = 2000
 
 
 def cost(toy, times, seed=0):
@@ -32,18 +32,18 @@ def random_order(steps):
 
 @pytest.mark.parametrize("name", ["staircase", "backwards", "diagonal", "rolling", "random"])
 def test_every_path_costs_the_entropy(toy, name):
-  times = {"staircase": paths.grid("staircase", LENGTH, 0.5), "diagonal": paths.grid("diagonal:300", LENGTH, 0.5),
+  times = {"staircase": paths.grid("staircase", LENGTH, 0.5), "diagonal": paths.grid("diagonal:200", LENGTH, 0.5),
            "backwards": paths.grid("staircase", LENGTH, 0.5)[:, ::-1],
-           "rolling": paths.grid("rolling:300", LENGTH, 0.3), "random": random_order(300)}[name]
+           "rolling": paths.grid("rolling:200", LENGTH, 0.3), "random": random_order(200)}[name]
   mean, stderr = cost(toy, times)
   # Finite Gaussian steps cost a little more than the flow: the excess falls as 1 / K.
-  excess = 1e-6 if name in ("staircase", "backwards") else 0.008
+  excess = 1e-6 if name in ("staircase", "backwards") else 0.012
   assert toy.entropy - 4 * stderr - 1e-6 < mean < toy.entropy + 4 * stderr + excess
   assert stderr < 0.002
 
 
 def test_fewer_steps_cost_more(toy):
-  means = [cost(toy, paths.grid(f"diagonal:{k}", LENGTH, 0.5))[0] for k in (1, 2, 4, 16, 64)]
+  means = [cost(toy, paths.grid(f"diagonal:{k}", LENGTH, 0.5))[0] for k in (1, 2, 4, 16)]
   assert all(a > b + 0.005 for a, b in zip(means, means[1:])), means
   marginals = np.array([[toy.probability[STRINGS[:, i] == v].sum() for v in range(SYMBOLS)] for i in range(LENGTH)])
   assert abs(means[0] + (marginals * np.log(marginals)).sum()) < 0.05  # one jump: the marginals' entropies

@@ -97,16 +97,14 @@ def test_windows_do_not_touch_the_clean_stream(small, tokens):
     assert all(np.asarray(x).any() for x in jax.tree.leaves(leaf)), name
 
 
-@pytest.mark.parametrize("codes", ["bound", "all", "frozen"])
-def test_who_teaches_the_codes(small, tokens, codes):
-  """By default only windows taught by the bound do; with none of those the gradient is zero."""
+@pytest.mark.parametrize("codes, bound_windows, taught", [("bound", 0, False), ("all", 0, True), ("frozen", 1, False)])
+def test_who_teaches_the_codes(small, tokens, codes, bound_windows, taught):
+  """By default only windows taught by the bound do (see above); cross-entropy does where it is asked to."""
   net, statistics, _ = small
-  gradients = []
-  for bound_windows in (0, 1):
-    config = small_config(loss__codes=codes, loss__bound_windows=bound_windows)
-    draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows)
-    gradients.append(np.abs(_losses(config, 1, net.variables["params"], statistics, tokens, draw)[1]["codes"]).sum())
-  assert (gradients[0] > 0) == (codes == "all") and (gradients[1] > 0) == (codes != "frozen")
+  config = small_config(loss__codes=codes, loss__bound_windows=bound_windows)
+  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows)
+  gradient = _losses(config, 1, net.variables["params"], statistics, tokens, draw)[1]
+  assert bool(np.asarray(gradient["codes"]).any()) == taught
 
 
 def test_a_causal_window_of_known_tokens_continues_the_clean_stream(small, tokens):
@@ -161,7 +159,7 @@ def test_documents_can_be_isolated(tokens):
   net, statistics, _ = build(model__isolate_documents=True)
   changed = tokens.at[1, 5].set(2)  # before the document that begins at 13
   np.testing.assert_array_equal(net(tokens[:, :-1])[1, 13:], net(changed[:, :-1])[1, 13:])
-  before, after = windows(net, statistics, tokens, 0.5)[0], windows(net, statistics, changed, 0.5)
+  before, after = windows(net, statistics, tokens, 0.5), windows(net, statistics, changed, 0.5)
   np.testing.assert_allclose(before[1, 1], after[1, 1], atol=1e-6)  # the window at 20
   shared = build()[0]
   assert not np.allclose(windows(shared, statistics, changed, 0.5)[1, 1], windows(shared, statistics, tokens, 0.5)[1, 1],
@@ -188,7 +186,7 @@ def test_remat_and_unrolling_change_nothing(small, tokens, changes):
 def test_bfloat16_computes_near_float32(small, tokens):
   net, statistics, _ = small
   half = Evo(dataclasses.replace(net.config, dtype="bfloat16"), V).bind(net.variables)
-  want, got = windows(net, statistics, tokens, 0.5)[0], windows(half, statistics, tokens, 0.5)
+  want, got = windows(net, statistics, tokens, 0.5), windows(half, statistics, tokens, 0.5)
   assert half.clean(tokens[:, :-1])[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
   assert 0 < np.abs(want - got)[..., :V].mean() < 0.05 * np.abs(want[..., :V]).mean() + 0.05
 

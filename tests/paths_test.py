@@ -21,10 +21,10 @@ def test_warp_inverts_and_is_fitted():
   warp = paths.Warp.start(jnp.full(48, 3.0), 400.0)
   truth = lambda precision: 2.0 / (1.0 + 0.1 * precision)
   rng = np.random.default_rng(0)
-  for _ in range(40):
+  for _ in range(10):
     precision = jnp.asarray(np.expm1(rng.uniform(0, np.log1p(400), 20_000)), jnp.float32)
     noise = jnp.asarray(rng.exponential(size=20_000), jnp.float32)
-    warp = warp.update(precision, truth(precision) * noise, jnp.ones(20_000), 0.99)
+    warp = warp.update(precision, truth(precision) * noise, jnp.ones(20_000), 0.9)
   where = jnp.array([0.0, 1.0, 5.0, 20.0, 100.0])
   np.testing.assert_allclose(warp.time(where), truth(where) / truth(0.0), atol=0.03)
   times = jnp.linspace(0.05, 1.0, 50)
@@ -54,10 +54,10 @@ def test_bad_paths_are_named(path):
 def test_low_discrepancy_is_uniform_and_even():
   points = np.asarray(paths.low_discrepancy(jax.random.key(0), 256, 3))
   assert points.shape == (256, 3) and (points >= 0).all() and (points < 1).all()
-  for column in points.T:  # 16 bins of 16 points: independent draws would miss by 4 (one standard deviation)
-    assert abs(np.histogram(column, 16, (0, 1))[0] - 16).max() <= 3
-  many = np.stack([np.asarray(paths.low_discrepancy(jax.random.key(i), 4, 3)) for i in range(500)])
-  np.testing.assert_allclose(many.mean((0, 1)), 0.5, atol=0.03)  # every point is uniform over the keys
+  for column in points.T:  # 16 bins of 16 points: independent draws miss by 3.9 (standard deviation), the worst by 9
+    assert abs(np.histogram(column, 16, (0, 1))[0] - 16).max() <= 5
+  many = np.stack([np.asarray(paths.low_discrepancy(jax.random.key(i), 4, 3)) for i in range(200)])
+  np.testing.assert_allclose(many.mean((0, 1)), 0.5, atol=0.05)  # every point is uniform over the keys
   first, more = paths.low_discrepancy(jax.random.key(1), 4, 2), paths.low_discrepancy(jax.random.key(1), 10**6, 2)
   np.testing.assert_array_equal(first, more[:4])  # exact far out, too
   assert len(np.unique(np.asarray(more[-1000:, 0]))) == 1000

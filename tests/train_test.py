@@ -1,8 +1,9 @@
 """Training: pinned numbers, one gradient however it is computed, and runs that are killed, stopped, and go on."""
 
 import json
-import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, environment, run, small_config, train_flags
-from evo_jax import checkpoint, metrics, tokenizer, train
+from evo_jax import checkpoint, cli, metrics, tokenizer, train
 
-LONG = {"train.steps": 240, "train.checkpoint_every": 40, "train.eval_every": 100}
+LONG = {"train.steps": 120, "train.checkpoint_every": 20, "train.eval_every": 50}
 
 
 def rows(workdir):
@@ -93,11 +94,11 @@ def test_golden_run(alone):
 
 def test_a_run_leaves_what_it_promises(alone):
   found = rows(alone)
-  assert [row["step"] for row in found] == list(range(1, 241))
+  assert [row["step"] for row in found] == list(range(1, 121))
   for name in ("bits", "window_ce", "window_bound", "ce_diagonal", "ce_rolling", "ce_independent", "ce_staircase",
                "gradient_norm", "codes_spread", "warp_precision_50", "learning_rate"):
     assert np.isfinite(found[-1][name]), name
-  assert [row["step"] for row in found if "valid_ar" in row] == [100, 200]
+  assert [row["step"] for row in found if "valid_ar" in row] == [50, 100]
   assert found[-1]["bits"] < 0.6 * found[0]["bits"]
   table = json.loads((alone / "table.json").read_text())
   assert [e["path"] for e in table] == ["ar", "diagonal:2"] and table[0]["unit"] == "bits per byte"
@@ -105,7 +106,7 @@ def test_a_run_leaves_what_it_promises(alone):
   assert (alone / "samples.txt").read_text().count("---") == 2
   saved = json.loads((alone / "config.json").read_text())
   assert saved["config"]["model"]["width"] == 32 and saved["parameters"] > 10_000
-  assert sorted(p.name for p in (alone / "checkpoints").iterdir() if p.name.isdigit()) == ["200", "240"]
+  assert sorted(p.name for p in (alone / "checkpoints").iterdir() if p.name.isdigit()) == ["100", "120"]
 
 
 def test_the_window_learns(alone):
@@ -139,7 +140,7 @@ def same_run(a, b):
 def test_killed_runs_go_on_bit_for_bit(alone, tmp_path, text):
   """kill -9 before the first checkpoint, between two, and while one is being written."""
   flags = train_flags(tmp_path, text, **LONG)
-  for step in (15, 107, 160):
+  for step in (8, 53, 80):
     process = started(flags)
     wait_for_step(process, tmp_path, step)
     process.kill()
@@ -152,12 +153,12 @@ def test_killed_runs_go_on_bit_for_bit(alone, tmp_path, text):
 def test_sigterm_saves_and_leaves(alone, tmp_path, text):
   flags = train_flags(tmp_path, text, **LONG)
   process = started(flags)
-  wait_for_step(process, tmp_path, 50)
+  wait_for_step(process, tmp_path, 30)
   process.send_signal(signal.SIGTERM)
   out, err = process.communicate(timeout=120)
   assert process.returncode == 0 and "stopped by signal; step" in out, err
   step = int(out.split("stopped by signal; step ")[1].split()[0])
-  assert 50 <= step < 240 and (tmp_path / "checkpoints" / str(step)).is_dir()
+  assert 30 <= step < 120 and (tmp_path / "checkpoints" / str(step)).is_dir()
   done = run("evo_jax.main", *flags)
   assert f"goes on after step {step}" in done.stdout, done.stderr
   same_run(alone, tmp_path)
@@ -165,7 +166,7 @@ def test_sigterm_saves_and_leaves(alone, tmp_path, text):
 
 def test_a_finished_run_shows_its_table_again(alone, text):
   done = run("evo_jax.main", *train_flags(alone, text, **LONG))
-  assert done.returncode == 0 and "is finished: 240 steps" in done.stdout and "diagonal:2" in done.stdout, done.stderr
+  assert done.returncode == 0 and "is finished: 120 steps" in done.stdout and "diagonal:2" in done.stdout, done.stderr
 
 
 def refused(message, *flags, **kwargs):
@@ -189,28 +190,43 @@ def test_changed_text_is_refused(alone, text, tmp_path):
   refused("config.data.path: the text of", *train_flags(tmp_path, text, **LONG))
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, text):
+@pytest.fixture
+def stopped(alone, tmp_path):
+  """A copy of the undisturbed run as if it had been stopped after its checkpoint of step 100."""
+  workdir = tmp_path / "stopped"
+  shutil.copytree(alone, workdir)
+  shutil.rmtree(workdir / "checkpoints" / "120")
+  return workdir
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(stopped, text):
   """A run that goes on with an absurd learning rate stops with one line; what was saved before can be read."""
-  short = {"train.steps": 8, "train.checkpoint_every": 1, "eval.samples": 0}
-  assert run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 4})).returncode == 0
-  flags = train_flags(tmp_path, text, **short, optim__learning_rate=1e30)
-  done = run("evo_jax.main", *flags)
-  assert done.returncode == 1 and "training has diverged; the last good checkpoint is of step 4" in done.stderr
-  assert done.stderr.splitlines()[-1].startswith("evo_jax: step 5: ") and "Traceback" not in done.stderr
-  assert checkpoint.load_run(str(tmp_path)).step == 4
+  done = run("evo_jax.main", *train_flags(stopped, text, **LONG, optim__learning_rate=1e30))
+  assert done.returncode == 1 and "training has diverged; the last good checkpoint is of step 100" in done.stderr
+  assert done.stderr.splitlines()[-1].startswith("evo_jax: step 101: ") and "Traceback" not in done.stderr
+  assert checkpoint.load_run(str(stopped)).step == 100
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, text):
-  """The limit on a file's size stands for the full disk: writing a checkpoint's arrays fails."""
-  short = {"train.checkpoint_every": 2, "eval.samples": 0}
-  assert run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 4})).returncode == 0
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
-  done = run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 8}), preexec_fn=limit)
-  assert done.returncode == 1 and "a checkpoint cannot be written" in done.stderr, done.stderr
-  assert "the last whole one is of step 4" in done.stderr and "Traceback" not in done.stderr
-  assert checkpoint.load_run(str(tmp_path)).step == 4
-  done = run("evo_jax.main", *train_flags(tmp_path, text, **{**short, "train.steps": 8}))
-  assert done.returncode == 0 and "goes on after step 4" in done.stdout, done.stderr
+def test_a_disk_that_refuses_leaves_the_checkpoint_before_whole(alone, stopped, text):
+  """A limit on a file's size stands for the full disk: writing a checkpoint's arrays fails. With room again the run
+  goes on as if nothing had happened."""
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+  done = run("evo_jax.main", *train_flags(stopped, text, **LONG), preexec_fn=limit)
+  assert done.returncode == 1, done.stderr
+  assert re.match("evo_jax: .*a checkpoint cannot be written: .*the last whole one is of step 100$",
+                  done.stderr.splitlines()[-1]), done.stderr
+  assert checkpoint.load_run(str(stopped)).step == 100
+  done = run("evo_jax.main", *train_flags(stopped, text, **LONG))
+  assert done.returncode == 0 and "goes on after step 100" in done.stdout, done.stderr
+  same_run(alone, stopped)
+
+
+def test_a_full_disk_is_seen_before_it_is_written_to(tmp_path, monkeypatch):
+  found = checkpoint.Checkpoints(checkpoint.make_workdir(str(tmp_path)), 2)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 39))
+  with pytest.raises(cli.UserError, match="needs 40 bytes, 39 are free"):
+    found.save(1, {"params": {"a": jnp.zeros(10)}}, None)
+  found.close()
 
 
 def test_bad_settings_are_refused_in_one_line(text, tmp_path):
