@@ -32,13 +32,13 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv, known_only=False)
   except flags.Error as error:
     raise UserError(str(error).splitlines()[0]) from error
-  except AttributeError as error:  # ml_collections: --config.no.such.field
+  except (AttributeError, KeyError) as error:  # ml_collections: --config.no.such.field
     raise UserError(_field_error(error, argv)) from error
-  except (KeyError, TypeError, ValueError) as error:
+  except (TypeError, ValueError) as error:
     raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
 
 
-def _field_error(error: AttributeError, argv: list[str]) -> str:
+def _field_error(error: Exception, argv: list[str]) -> str:
   text = str(error).replace("\\", "")  # "'no_such'\nDid you mean "such" instead of "no_such"?", quoted once more
   name = re.search(r"\w+", text)
   flag = next((a.split("=")[0] for a in argv if name and re.search(rf"\.{name[0]}\b", a.split("=")[0])), "--config")
@@ -54,4 +54,5 @@ def _guard(body: Callable):
       print(f"evo_jax: process {jax.process_index()}: {error}", file=sys.stderr)
     else:
       print(f"evo_jax: {error}", file=sys.stderr)
+    sys.excepthook = lambda *_: None  # what threads of a failed write still have to say, the line above says better
     sys.exit(1)

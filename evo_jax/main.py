@@ -20,19 +20,18 @@ from evo_jax.cli import UserError
 
 def main() -> None:
   args = flags.FLAGS
-  try:
-    values = args.config
-  except Exception as error:  # whatever running the file raised
-    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-    raise UserError(f"--config: cannot be loaded: {reason}") from error
-  if values is None:
+  if not flags.FLAGS["config"].present:
     raise UserError("--config is needed, as in --config=configs/tiny.py")
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  try:
+    values = dict(args.config)
+  except Exception as error:  # whatever running the file raised
+    raise UserError(f"--config={file}: cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
   if args.num_processes > 1 or _cluster_of_several():
     # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
                                None if args.process_id < 0 else args.process_id)
-  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  train.train(config_lib.from_dict(values), args.workdir or f"runs/{name}")
+  train.train(config_lib.from_dict(values), args.workdir or f"runs/{Path(file).stem}")
 
 
 def _cluster_of_several() -> bool:

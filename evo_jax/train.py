@@ -200,10 +200,10 @@ def train(config: config_lib.Config, workdir: str) -> None:
         _checked(step - 1, pending, checkpoints)
         bar.step(step - 1, float(pending["bits"]))
       pending = metrics
-      last = step == config.train.steps
+      last, leaves = step == config.train.steps, stop.asked  # asked once: a signal may come at any time
       every = lambda n: bool(n) and step % n == 0
       evaluates = every(config.train.eval_every) and not last
-      saves = last or every(config.train.checkpoint_every) or stop.asked
+      saves = last or every(config.train.checkpoint_every) or leaves
       if every(config.train.log_every) or evaluates or saves:
         pending = None
         row = {"step": step} | _checked(step, metrics, checkpoints)
@@ -221,11 +221,11 @@ def train(config: config_lib.Config, workdir: str) -> None:
           checkpoints.save(step, state.items(), iterator)
           saved = step
         bar.pause()
-      if stop.asked:
+      if leaves:
         break
     checkpoints.wait()
     bar.close()
-    if stop.asked:
+    if saved < config.train.steps:
       say(f"stopped by signal; step {saved} is saved, the same command goes on from there")
       return
     _finish(folder, evaluator, state, valid, config, tokenizer, model, say)

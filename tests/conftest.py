@@ -8,7 +8,7 @@ import tempfile
 _FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast; nothing here runs long
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_SCRATCH = tempfile.mkdtemp(prefix="evo_jax_tests_")
+_SCRATCH = os.environ.setdefault("EVO_JAX_TEST_SCRATCH", tempfile.mkdtemp(prefix="evo_jax_tests_"))  # workers share it
 os.environ["XDG_CACHE_HOME"] = _SCRATCH  # of tokens
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_SCRATCH, "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
