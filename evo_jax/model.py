@@ -98,8 +98,8 @@ class Block(nn.Module):
     c = self.config
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if time_BxNxSxR is not None:
-      modulation = linear(time_BxNxSxR, self.w_time_Rx6xD)
-      shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[..., i, :] for i in range(6))
+      modulation = linear(time_BxNxSxR, self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width))
+      shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
     def enter(x, norm, shift, scale):
       x = rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon)
