@@ -80,11 +80,15 @@ def _first_line(error: BaseException) -> str:
   return lines[0][:300] if lines else type(error).__name__
 
 
+def _resolve(workdir: str) -> epath.Path:
+  """The folder that --workdir names: absolute, as Orbax wants it, unless it is in a bucket."""
+  folder = epath.Path(workdir).expanduser()
+  return folder if workdir.startswith("gs://") else folder.absolute()
+
+
 def make_workdir(workdir: str) -> epath.Path:
   """The folder, made and tried. Raises UserError if nothing can be written there."""
-  folder = epath.Path(workdir).expanduser()
-  if not workdir.startswith("gs://"):
-    folder = folder.absolute()
+  folder = _resolve(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable-{jax.process_index()}"
@@ -159,8 +163,7 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   """Loads the last (or the given) checkpoint for evaluation or generation, without the optimizer's state."""
   from evo_jax import train  # which imports this module
 
-  folder = epath.Path(workdir).expanduser()
-  folder = folder if workdir.startswith("gs://") else folder.absolute()
+  folder = _resolve(workdir)
   if not workdir or not folder.is_dir():
     raise UserError(f"--workdir={workdir}: is no folder")
   saved = read_config(folder)

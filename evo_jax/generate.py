@@ -34,7 +34,7 @@ def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: confi
   steps, path, stepper: of mode "flow": K passes a window along "diagonal" or "rolling", by sample.STEPPERS. Raises
   UserError where prompt and continuation do not fit the context.
   """
-  C, W = config.model.context, config.window.size
+  C = config.model.context
   length = len(prompt) + 1
   if length + max_tokens > C + 1:
     raise UserError(f"the prompt's {len(prompt)} tokens and {max_tokens} more do not fit the context of {C}")

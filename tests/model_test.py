@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT, small_config
 from evo_jax import config as config_lib
-from evo_jax import elbo, flow, model as model_lib, paths, train
+from evo_jax import elbo, flow, model as model_lib, train
 from evo_jax.model import Evo
 
 V = 20
