@@ -16,8 +16,11 @@ from evo_jax.cli import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+PROGRESSIONS = ("shared", "learned")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece")
-TRAIN_PATHS = ("diagonal", "rolling", "independent", "staircase")
+GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
+JUMP_PATHS = ("staircase", "erasure", "ragged")  # a token is unknown or known
+TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
 
 
 def pinned(default):
@@ -43,6 +46,7 @@ class Model:
   norm_epsilon: float = pinned(1e-5)
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = pinned(False)  # True: no attention across document boundaries
+  progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or a speed for each, inferred
   dtype: str = "float32"  # of computation
   param_dtype: str = pinned("float32")
   remat: str = "none"  # none | full | dots: what the backward pass computes again
@@ -55,6 +59,7 @@ class Window:
 
   size: int = 16  # B: tokens of a window
   count: int = 4  # N: windows of a sequence in training; 0 trains AR only
+  start: float = 0.0  # share of the training steps before the windows start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +69,15 @@ class Paths:
   diagonal: float = 0.5
   rolling: float = 0.2
   independent: float = 0.2
+  learned: float = 0.0  # the clock of model.progression = learned
   staircase: float = 0.1
+  erasure: float = 0.0  # a random number of tokens unknown, anywhere: masked diffusion's states
+  ragged: float = 0.0  # all known up to somewhere, and some beyond: the states that adaptive policies meet
   rolling_width: float = 0.5  # share of the clock that one token's way takes on rolling and independent paths
+  erasure_range: tuple[float, ...] = (0.0, 1.0)  # of the share of unknown tokens that is drawn (BD3-LM's clipped schedule)
   steps: tuple[int, ...] = (4, 8, 16, 32, 64)  # K of the discretizations that the bound is trained on
+  learned_steps: tuple[int, ...] = (2, 4, 8, 16)  # K of the learned clock's
+  step_sampling: str = "even"  # even | importance: steps of the bound alike, or in proportion to their root mean square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,9 @@ class Loss:
   bound_weight: float = 0.2  # of a window taught by the bound, beside one taught by cross-entropy
   codes: str = "bound"  # bound | all | frozen: which windows teach the codes
   clean_gradient: float = 1.0  # scale of the windows' gradient into the clean stream's keys and values
+  self_conditioning: float = 0.0  # share of the steps whose windows are read twice; above 0, always so in use
+  antithetic: bool = True  # price a step of the bound at its noise and at the opposite
+  integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +260,7 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
   for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
                 "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
+                "paths.learned", "paths.erasure", "paths.ragged", "window.start", "loss.self_conditioning",
                 "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
                 "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
                 "data.seed"):
@@ -260,7 +275,24 @@ def _check(c: Config) -> None:
   need(c.model.context % c.window.size == 0, "window.size", f"does not divide model.context = {c.model.context}")
   need(any(getattr(c.paths, p) > 0 for p in TRAIN_PATHS), "paths.diagonal", "and all other path weights are zero")
   need(0 < c.paths.rolling_width <= 1, "paths.rolling_width", "is not in (0, 1]")
-  need(c.paths.steps and min(c.paths.steps) >= 1, "paths.steps", "must hold positive numbers of steps")
+  for name in ("steps", "learned_steps"):
+    steps = getattr(c.paths, name)
+    need(steps and min(steps) >= 1, f"paths.{name}", "must hold positive numbers of steps")
+  limits = c.paths.erasure_range
+  need(len(limits) == 2 and 0 <= limits[0] < limits[1] <= 1, "paths.erasure_range", "is not LOW, HIGH in [0, 1]")
+  need(c.paths.step_sampling in ("even", "importance"), "paths.step_sampling", "is not one of even, importance")
+  need(c.model.progression in PROGRESSIONS, "model.progression", f"is not one of {', '.join(PROGRESSIONS)}")
+  learned = c.model.progression == "learned"
+  need(learned == (c.paths.learned > 0), "paths.learned", f"does not go with model.progression = {c.model.progression}")
+  need(not learned or c.window.size < c.model.context, "model.progression",
+       "needs a past: windows shorter than model.context")
+  need(c.window.start < 1, "window.start", "is not less than 1")
+  need(c.loss.self_conditioning <= 1, "loss.self_conditioning", "is more than 1")
+  need(c.loss.integrand in ("step", "rate"), "loss.integrand", "is not one of step, rate")
+  need(not (c.window.count and c.loss.bound_windows) or any(getattr(c.paths, p) > 0 for p in GAUSSIAN_PATHS),
+       "loss.bound_windows", f"needs one of the paths {', '.join(GAUSSIAN_PATHS)}: on the others the bound is the "
+       "cross-entropy")
+  need(c.loss.ar_weight > 0 or c.window.count, "loss.ar_weight", "with window.count = 0 trains nothing")
   need(0 <= c.loss.bound_windows <= c.window.count or not c.window.count, "loss.bound_windows",
        f"is not in 0..window.count = {c.window.count}")
   need(c.loss.codes in ("bound", "all", "frozen"), "loss.codes", "is not one of bound, all, frozen")

@@ -19,9 +19,15 @@ import numpy as np
 from evo_jax import config as config_lib
 from evo_jax import flow
 from evo_jax import paths
+from evo_jax import policies
 
 BITS = 1.0 / np.log(2.0)  # bits in a nat
 _UNIGRAM_MEMORY = 1000  # steps after which the unigram estimate forgets as fast as it learns
+_COST_BINS = 16  # of the clock, over which the bound's squared step costs are followed
+_ERASURE_PASSES = 32  # of a random order that are priced, at most
+_LEARNED, _STAIRCASE, _ERASURE, _RAGGED = (
+    config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "erasure", "ragged"))
+_GAUSSIANS = len(config_lib.GAUSSIAN_PATHS)  # paths of a lower index have partial evidence
 
 
 class Network(Protocol):
@@ -32,6 +38,9 @@ class Network(Protocol):
   def window(self, cache, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
   def embed(self, latent, codes_VxM, prior_logits): ...
   def logits(self, hidden): ...
+  def embed_tokens(self, tokens): ...
+  def speed_prior(self, hidden_BxNxD, size, passes_BxN): ...
+  def speed_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
 
 
 @flax.struct.dataclass
@@ -40,6 +49,7 @@ class Statistics:
 
   warp: paths.Warp
   unigram_V: jax.Array  # float32 probabilities
+  squares_G: jax.Array  # float32: running mean of squared step costs of the bound, by bins of the clock
   steps: jax.Array  # int32: measurements so far
 
   @property
@@ -52,18 +62,32 @@ class Statistics:
     tokens = measured.token.reshape(-1)
     counts_V = jnp.zeros_like(self.unigram_V).at[tokens].add(1.0) / tokens.size
     share = 1.0 / (jnp.minimum(self.steps, _UNIGRAM_MEMORY) + 1)
+    bins = jnp.minimum((measured.clock.reshape(-1) * _COST_BINS).astype(jnp.int32), _COST_BINS - 1)
+    add = lambda values: jax.ops.segment_sum(values.reshape(-1), bins, num_segments=_COST_BINS)
+    squares, count = add(measured.cost**2), add(jnp.ones_like(measured.cost))
+    new = jnp.where(count > 0, squares / jnp.maximum(count, 1), self.squares_G)
     return Statistics(self.warp.update(measured.precision, measured.nats, measured.weight, decay),
-                      self.unigram_V + share * (counts_V - self.unigram_V), self.steps + 1)
+                      self.unigram_V + share * (counts_V - self.unigram_V),
+                      self.squares_G + jnp.maximum(share, 1 - decay) * (new - self.squares_G), self.steps + 1)
+
+  def step_density(self) -> jax.Array:
+    """(G,) probabilities of the clock's bins for importance sampling: in proportion to the steps' root mean square
+    costs, with a tenth spread evenly, so that no weight exceeds ten."""
+    root = jnp.sqrt(self.squares_G) + 1e-9
+    return 0.9 * root / jnp.sum(root) + 0.1 / _COST_BINS
 
 
 @flax.struct.dataclass
 class Measurement:
-  """A step's clean tokens (any shape), and cross-entropies `nats` at `precision` with `weight` (all one shape)."""
+  """A step's clean tokens (any shape); cross-entropies `nats` at `precision` with `weight` (all one shape); and whole-path
+  costs in nats that the bound's steps stood for, with the clock where they began (both one shape)."""
 
   token: jax.Array
   precision: jax.Array
   nats: jax.Array
   weight: jax.Array
+  clock: jax.Array
+  cost: jax.Array
 
 
 def start_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, config: config_lib.Warp) -> Statistics:
@@ -81,61 +105,96 @@ def start_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, conf
     return jnp.mean(flow.jump_cost(belief, token))
 
   return Statistics(paths.Warp.start(jax.lax.map(entropy, warp.precisions), config.precision_max), unigram_V,
-                    jnp.zeros((), jnp.int32))
+                    jnp.ones(_COST_BINS), jnp.zeros((), jnp.int32))
 
 
 @flax.struct.dataclass
 class Draw:
   """Everything random of one training step's windows. The first `bound_windows` of each sequence's N windows are taught
-  by the bound, the others by cross-entropy."""
+  by the bound, on Gaussian paths; the others by cross-entropy, on all paths."""
 
   anchor: jax.Array  # (B, N) int32: position of the anchor, the token before the window
   path: jax.Array  # (B, N) int32: index into config.TRAIN_PATHS
   time: jax.Array  # (B, N, W): progressions at which the field is asked
   time_next: jax.Array  # (B, N, W): where the step from there leads (read for bound windows)
+  clock: jax.Array  # (B, N): the shared clock at `time`
+  clock_next: jax.Array  # (B, N): and at `time_next`
   steps: jax.Array  # (B, N): K of the path's discretization
+  weight: jax.Array  # (B, N): of the steps, 1 / (how much more often than evenly they are drawn)
   noise: jax.Array  # (B, N, W, M) standard normal
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
+  speed_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
+  coin: jax.Array  # (B,) in [0, 1): the first decides on self-conditioning
 
 
 def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window: config_lib.Window,
-                 mixture: config_lib.Paths, bound_windows: int) -> Draw:
+                 mixture: config_lib.Paths, bound_windows: int, step_density_G: jax.Array | None = None) -> Draw:
   """Draws places, paths and points on them for `batch` sequences of `length` tokens.
 
   Places are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
+  step_density_G: probabilities of evenly spaced bins of the clock for the bound's steps; None: all alike.
   """
   N, W = window.count, window.size
-  keys = jax.random.split(key, 4)
+  keys = jax.random.split(key, 6)
   s_u, path_u, steps_u = jnp.moveaxis(paths.low_discrepancy(keys[0], batch * N, 3).reshape(batch, N, 3), -1, 0)
   uniform = jax.random.uniform(keys[1], (batch, N, 1 + W))
   noise = jax.random.normal(keys[2], (batch, N + bound_windows, W, code_dim))
+  by_bound = jnp.arange(N) < bound_windows
 
   # N strata over the places; a random rotation, so that no window number prefers a stratum.
   stratum = (jnp.arange(N) + jax.random.randint(keys[3], (batch, 1), 0, N)) % N
   place = (stratum + uniform[..., 0]) / N
   anchor = jnp.minimum((place * (length - W + 1)).astype(jnp.int32), length - W)
 
+  # On jumps alone the bound is the cross-entropy: windows taught by the bound take the other paths.
   weights = np.array([getattr(mixture, name) for name in config_lib.TRAIN_PATHS])
-  edges = np.cumsum(weights / weights.sum())[:-1]
-  path = jnp.searchsorted(jnp.asarray(edges, jnp.float32), path_u.reshape(-1), side="right").reshape(batch, N)
-  clocks = [paths.clock(name, W, mixture.rolling_width, uniform[..., 1:])
-            for name in config_lib.TRAIN_PATHS]
-  spread = lambda part: jnp.stack([jnp.broadcast_to(getattr(c, part), (batch, N, W)) for c in clocks])
-  choose = lambda stacked: jnp.take_along_axis(stacked, path[None, ..., None], axis=0)[0]
-  clock = paths.Clock(choose(spread("start")), choose(spread("width")))
+  gaussian = weights * (np.arange(len(weights)) < _GAUSSIANS)
+  pick = lambda w: jnp.searchsorted(jnp.asarray(np.cumsum(w / max(w.sum(), 1e-9))[:-1], jnp.float32),
+                                    path_u.reshape(-1), side="right").reshape(batch, N)
+  path = jnp.where(by_bound, pick(gaussian), pick(weights))
 
+  choose_steps = lambda choices: jnp.asarray(choices)[(steps_u * len(choices)).astype(jnp.int32)]
   # The staircase has its own grid of W jumps; in between it is not a staircase.
-  jumps = path == config_lib.TRAIN_PATHS.index("staircase")
-  choices = jnp.asarray(mixture.steps)
-  steps = jnp.where(jumps, W, choices[(steps_u * len(mixture.steps)).astype(jnp.int32)])
-  on_grid = jumps | (jnp.arange(N) < bound_windows)
+  steps = jnp.select([path == _STAIRCASE, path == _LEARNED], [W, choose_steps(mixture.learned_steps)],
+                     choose_steps(mixture.steps))
+  on_grid = by_bound | (path == _STAIRCASE)
+  weight = jnp.ones_like(s_u)
+  if step_density_G is not None:
+    edges = jnp.concatenate([jnp.zeros(1), jnp.cumsum(step_density_G)])
+    s = jnp.interp(s_u, edges / edges[-1], jnp.linspace(0.0, 1.0, len(edges)))
+    found = jnp.minimum((s * len(step_density_G)).astype(jnp.int32), len(step_density_G) - 1)
+    weight = jnp.where(by_bound, 1.0 / (len(step_density_G) * step_density_G[found]), weight)
+    s_u = jnp.where(by_bound, jnp.minimum(s, 1.0 - 1e-6), s_u)
   index = jnp.floor(s_u * steps)
-  time_at = lambda s: _snap(clock(s[..., None]))
+  clock = jnp.where(on_grid, index / steps, s_u)
+  clock_next = jnp.where(index + 1 >= steps, 1.0, (index + 1) / steps)
+
+  # Which tokens are unknown on the paths that only jump.
+  rank = jnp.argsort(jnp.argsort(uniform[..., 1:], axis=-1), axis=-1)
+  low, high = mixture.erasure_range
+  erased = jnp.clip(jnp.ceil((low + (high - low) * s_u) * W), 1, W)[..., None]
+  first = jnp.floor(s_u * W)[..., None]
+  places = jnp.arange(W)
+  ragged = (places == first) | ((places > first) & (uniform[..., 1:] >= steps_u[..., None] ** 2))
+
+  def times(s):
+    found = []
+    for name in config_lib.TRAIN_PATHS:
+      if name == "erasure":
+        found.append(rank < erased)
+      elif name == "ragged":
+        found.append(ragged)
+      else:  # of the learned clock's place the diagonal is a holder, until speeds are inferred
+        name = "diagonal" if name == "learned" else name
+        found.append(_snap(paths.clock(name, W, mixture.rolling_width, uniform[..., 1:])(s[..., None])))
+    stacked = jnp.stack([jnp.broadcast_to(t, (batch, N, W)).astype(s.dtype) for t in found])
+    return jnp.take_along_axis(stacked, path[None, ..., None], axis=0)[0]
+
   return Draw(
-      anchor=anchor, path=path, steps=steps,
-      time=time_at(jnp.where(on_grid, index / steps, s_u)),
-      time_next=jnp.where((index + 1 >= steps)[..., None], 0.0, time_at((index + 1) / steps)),
-      noise=noise[:, :N], step_noise=noise[:, N:])
+      anchor=anchor, path=path, steps=steps, weight=weight, clock=clock, clock_next=clock_next, time=times(clock),
+      time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
+      noise=noise[:, :N], step_noise=noise[:, N:],
+      speed_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jax.random.uniform(keys[5], (batch,)))
 
 
 def _snap(time: jax.Array) -> jax.Array:
@@ -169,10 +228,40 @@ def gather_windows(sequence_BxT: jax.Array, anchor_BxN: jax.Array, size: int) ->
 
 def window_logits(net: Network, cache, anchor_BxN: jax.Array, anchor_token_BxN: jax.Array, latent: flow.Latent,
                   codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
-  """Context logits (B, N, W, V) of a window's tokens, of which `latent` (B, N, W) is known."""
+  """Context logits (B, N, W, V) of a window's tokens, of which `latent` (B, N, W) is known.
+
+  prior_logits: (V,), or (B, N, W, V) from the pass before (self-conditioning).
+  """
   slots = with_anchor(latent, anchor_token_BxN)
-  hidden, _ = net.window(cache, anchor_BxN, net.embed(slots, codes_VxM, prior_logits), slots.time)
+  x = net.embed(slots, codes_VxM, for_slots(prior_logits))
+  hidden, _ = net.window(cache, anchor_BxN, x, slots.time)
   return net.logits(hidden[:, :, :-1])
+
+
+def for_slots(logits: jax.Array) -> jax.Array:
+  """Logits (..., W, V) of a window's tokens as those of its slots (..., W + 1, V); the anchor's are not read. (V,) stays."""
+  return logits if logits.ndim == 1 else jnp.pad(logits, [*[(0, 0)] * (logits.ndim - 2), (1, 0), (0, 0)])
+
+
+def gaussian_kl(q: tuple[jax.Array, jax.Array], p: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """KL(q || p) in nats (...) of normal distributions given by means and log standard deviations (...)."""
+  (mean_q, log_q), (mean_p, log_p) = q, p
+  return log_p - log_q + 0.5 * (jnp.exp(2 * (log_q - log_p)) + ((mean_q - mean_p) * jnp.exp(-log_p)) ** 2 - 1.0)
+
+
+def infer_speeds(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array,
+                 anchor_BxN: jax.Array, passes_BxN: jax.Array, noise_BxNxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Speeds of windows' tokens, drawn from what the clean text proposes, and what they cost in nats, KL(q || p): (B, N, W).
+
+  hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads learn from them and do not teach
+  them.
+  """
+  hidden_BxLxD, nats_BxL = jax.lax.stop_gradient((hidden_BxLxD, nats_BxL))
+  anchor_hidden = jnp.take_along_axis(hidden_BxLxD, anchor_BxN[..., None], axis=1)
+  prior = net.speed_prior(anchor_hidden, token_BxNxW.shape[-1], passes_BxN)
+  change = net.speed_posterior(hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN)
+  posterior = jax.tree.map(jnp.add, prior, change)
+  return posterior[0] + jnp.exp(posterior[1]) * noise_BxNxW, gaussian_kl(posterior, prior)
 
 
 def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array) -> jax.Array:
@@ -181,7 +270,7 @@ def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array) -
 
 
 def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array, draw: Draw | None,
-                  config: config_lib.Loss):
+                  config: config_lib.Loss, learned: bool = False):
   """The objective's two terms and what was measured on the way.
 
   Args:
@@ -190,29 +279,45 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     sequence_BxT: (B, L + 1) int32 tokens; the first is context only.
     draw: `draw_windows` for these sequences; None: there are no windows.
     config: the weights.
+    learned: whether the network infers progression times (model.progression).
 
   Returns:
     (ar, window): weighted losses in nats a token, to be added up or clipped apart; a Measurement; and a dict of scalars
-    in bits a token, unweighted: `bits` (autoregression), `window_ce`, `window_bound`, and the cross-entropy on the
-    windows of each path.
+    in bits a token, unweighted: `bits` (autoregression; where nothing reads the clean stream, the windows' cross-entropy),
+    `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the windows of each path.
   """
-  hidden, cache = net.clean(sequence_BxT[:, :-1])
-  ar = jnp.mean(token_nats(net, hidden, sequence_BxT))
-  metrics = {"bits": ar * BITS}
+  L = sequence_BxT.shape[1] - 1
+  # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
+  alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
+  ar, cache, metrics = jnp.zeros(()), None, {}
+  if not alone:
+    hidden, cache = net.clean(sequence_BxT[:, :-1])
+    nats_BxL = token_nats(net, hidden, sequence_BxT)
+    ar = jnp.mean(nats_BxL)
+    metrics["bits"] = ar * BITS
   if draw is None:
     none = jnp.zeros((0,))
-    return (config.ar_weight * ar, jnp.zeros(())), Measurement(sequence_BxT[:, 1:], none, none, none), metrics
+    return (config.ar_weight * ar, jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5), metrics
 
   codes = net.codes() if config.codes != "frozen" else jax.lax.stop_gradient(net.codes())
   W, bound_windows = draw.time.shape[-1], draw.step_noise.shape[1]
   warp = jax.lax.stop_gradient(statistics.warp)
   tokens = gather_windows(sequence_BxT, draw.anchor, W)
   anchor_token, token = tokens[..., 0], tokens[..., 1:]
-  prior = statistics.log_unigram_V
-  latent = observe_at(codes, warp, token, draw.time, draw.noise)
+  is_bound = jnp.arange(token.shape[1]) < bound_windows
+
+  time, time_next, kl = draw.time, draw.time_next, jnp.zeros(())
+  if learned:
+    speed, kl = infer_speeds(net, hidden, nats_BxL, token, draw.anchor, draw.steps, draw.speed_noise)
+    # Like the codes, speeds are taught by the bound alone: cross-entropy only wants all tokens known at once.
+    speed = jnp.where(is_bound[:, None], speed, jax.lax.stop_gradient(speed))
+    use = (draw.path == _LEARNED)[..., None]
+    time = jnp.where(use, paths.speed_clock(speed, draw.clock[..., None]), time)
+    time_next = jnp.where(use, paths.speed_clock(speed, draw.clock_next[..., None]), time_next)
+    kl = jnp.where(use, kl, 0.0)[:, :bound_windows]
+  latent = observe_at(codes, warp, token, time, draw.noise)
 
   # Cross-entropy only wants codes far apart: by default its windows read them and do not teach them.
-  is_bound = jnp.arange(token.shape[1]) < bound_windows
   if config.codes == "bound":
     latent = latent.replace(y=jnp.where(is_bound[:, None, None], latent.y, jax.lax.stop_gradient(latent.y)))
   fixed = codes if config.codes != "bound" else jax.lax.stop_gradient(codes)
@@ -220,97 +325,167 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
                         jax.tree.map(lambda x: x[:, bound_windows:], tree))
   latent_b, latent_c = split(latent)
   anchor_b, anchor_c = split(anchor_token)
-  x = jnp.concatenate([net.embed(with_anchor(latent_b, anchor_b), codes, prior),
-                       net.embed(with_anchor(latent_c, anchor_c), fixed, prior)], axis=1)
-  if config.clean_gradient != 1.0:  # the same values, bit for bit, with another gradient
+  if config.clean_gradient != 1.0 and cache is not None:  # the same values, bit for bit, with another gradient
     through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
     cache = cache.replace(k=through(cache.k), v=through(cache.v))
-  hidden, _ = net.window(cache, draw.anchor, x, with_anchor(latent, anchor_token).time)
-  context_b, context_c = split(net.logits(hidden[:, :, :-1]))
+
+  def read(prior):
+    prior_b, prior_c = split(for_slots(prior)) if prior.ndim > 1 else (prior, prior)
+    x = jnp.concatenate([net.embed(with_anchor(latent_b, anchor_b), codes, prior_b),
+                         net.embed(with_anchor(latent_c, anchor_c), fixed, prior_c)], axis=1)
+    hidden, _ = net.window(cache, draw.anchor, x, with_anchor(latent, anchor_token).time)
+    return net.logits(hidden[:, :, :-1])
+
+  prior = statistics.log_unigram_V
+  if config.self_conditioning:
+    first = jnp.broadcast_to(prior, (*token.shape, prior.shape[0]))
+    prior = jax.lax.cond(draw.coin[0] < config.self_conditioning, lambda: jax.lax.stop_gradient(read(prior)),
+                         lambda: first)
+  context_b, context_c = split(read(prior))
   token_b, token_c = split(token)
 
   unknown = ~latent.known
   belief_b, belief_c = flow.log_belief(context_b, codes, latent_b.y), flow.log_belief(context_c, fixed, latent_c.y)
   nats = jnp.concatenate([flow.jump_cost(belief_b, token_b), flow.jump_cost(belief_c, token_c)], axis=1)
   nats = jnp.where(unknown, nats, 0.0)
-  cost_b, _ = take_step(context_b, codes, warp, latent_b, token_b, draw.time_next[:, :bound_windows], draw.step_noise)
-  bound_BxN = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]
-  ce_BxN = jnp.mean(nats[:, bound_windows:], axis=-1)
+  cost_b, _ = take_step(context_b, codes, warp, latent_b, token_b, time_next[:, :bound_windows], draw.step_noise,
+                        config.antithetic, config.integrand)
+  whole_b = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]  # the path's cost that this step stands for
+  bound_BxN = whole_b * draw.weight[:, :bound_windows] + jnp.mean(kl)
+  # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
+  among_unknown = (draw.path == _ERASURE) | (draw.path == _RAGGED)
+  shares = jnp.where(among_unknown, jnp.maximum(jnp.sum(unknown, axis=-1), 1), W)
+  ce_BxN = (jnp.sum(nats, axis=-1) / shares)[:, bound_windows:]
   window = (config.bound_weight * jnp.sum(bound_BxN) + jnp.sum(ce_BxN)) / (token.shape[0] * token.shape[1])
 
-  nats = jax.lax.stop_gradient(nats)
+  nats, whole_b = jax.lax.stop_gradient((nats, whole_b))
   mean = lambda values, mask: jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
   if bound_windows < token.shape[1]:
     metrics["window_ce"] = mean(nats[:, bound_windows:], unknown[:, bound_windows:]) * BITS
   if bound_windows:
     metrics["window_bound"] = jnp.mean(bound_BxN) * BITS
+  if learned and bound_windows:
+    metrics["progression_kl"] = mean(kl, jnp.broadcast_to(use[:, :bound_windows], kl.shape)) * BITS
   for i, name in enumerate(config_lib.TRAIN_PATHS):
     metrics[f"ce_{name}"] = mean(nats, unknown & (draw.path == i)[..., None]) * BITS
-  # The staircase's neighbours are known or not at all; the warp is the price list of partial knowledge.
-  partial = unknown & (draw.path != config_lib.TRAIN_PATHS.index("staircase"))[..., None]
-  measured = Measurement(sequence_BxT[:, 1:], precision_at(warp, draw.time), nats, partial.astype(jnp.float32))
+  if alone:
+    metrics["bits"] = mean(nats, unknown) * BITS
+  # Where neighbours are known or not at all, nothing is learned of the price of partial knowledge.
+  partial = unknown & (draw.path < _GAUSSIANS)[..., None]
+  measured = Measurement(sequence_BxT[:, 1:], jax.lax.stop_gradient(precision_at(warp, time)), nats,
+                         partial.astype(jnp.float32), draw.clock[:, :bound_windows], whole_b)
   return (config.ar_weight * ar, config.window_weight * window), measured, metrics
 
 
 def take_step(context: jax.Array, codes_VxM: jax.Array, warp: paths.Warp, latent: flow.Latent, token: jax.Array,
-              time_next: jax.Array, noise: jax.Array, antithetic: bool = True) -> tuple[jax.Array, flow.Latent]:
+              time_next: jax.Array, noise: jax.Array, antithetic: bool = True,
+              integrand: str = "step") -> tuple[jax.Array, flow.Latent]:
   """Moves the true tokens from `latent` (..., T) to progressions `time_next` (...): costs in nats (...), new latent.
 
   A known token costs nothing, one that becomes known pays for a jump, any other for its Gaussian increment with
   `noise` (..., M). `antithetic` prices the increment at `noise` and at -`noise` and takes the mean: the same
   expectation without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step
-  that stands for its whole path.
+  that stands for its whole path. `integrand` "rate" prices it by its limit for short steps, without noise.
   """
   d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
   before = flow.log_belief(context, codes_VxM, latent.y)
   ends = [latent.y + flow.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise])]
-  costs = [flow.step_cost(before, flow.log_belief(context, codes_VxM, y), token) for y in ends]
-  cost = jnp.where(time_next <= 0.0, flow.jump_cost(before, token), sum(costs) / len(costs))
+  if integrand == "rate":
+    increment = d * flow.small_step_rate(codes_VxM, flow.expected_code(before, codes_VxM), token)
+  else:
+    increment = sum(flow.step_cost(before, flow.log_belief(context, codes_VxM, y), token) for y in ends) / len(ends)
+  cost = jnp.where(time_next <= 0.0, flow.jump_cost(before, token), increment)
   return jnp.where(latent.known, 0.0, cost), flow.Latent(ends[0], time_next, token)
 
 
-def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: jax.Array, times_KxT: jax.Array,
-              key: jax.Array, passes: jax.Array | int | None = None) -> jax.Array:
-  """One draw of a path's whole price in nats for every token (..., T); its mean bounds -log p from above.
+def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: jax.Array, policy: policies.Policy,
+              key: jax.Array, prior_logits: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """One draw of a path's whole price in nats for every token (..., T), and the passes (...) that it took.
 
-  Steps are priced plainly, not in antithetic pairs: along one trajectory the noise of a step's price is made good by
-  the steps after it (what a token gained by luck it does not gain again), and the sum scatters little.
-
-  Args:
-    field: asked once before each step.
-    token: (..., T) int32, the truth.
-    times_KxT: (K + 1, T) progressions: all 1 in the first row, all 0 in the last, never rising.
-    key: of the latents' noise.
-    passes: K, where rows after K + 1 only fill up: a traced number lets paths of any K share a compilation.
+  The price's mean bounds -log p from above. `policy` makes the path of what is read. prior_logits (V,): what the field gets as
+  the context logits before the first pass; later the last pass's; None: the field is asked by the latents alone.
   """
   shape = (*token.shape, codes_VxM.shape[1])
-  times = times_KxT.astype(codes_VxM.dtype)
-
-  def step(k, carry):
-    latent, total = carry
-    noise = jax.random.normal(jax.random.fold_in(key, k), shape, codes_VxM.dtype)
-    cost, latent = take_step(field(latent), codes_VxM, warp, latent, token, jnp.broadcast_to(times[k + 1], token.shape),
-                             noise, antithetic=False)
-    return latent, total + cost
-
   start = flow.Latent(jnp.zeros(shape, codes_VxM.dtype), jnp.ones(token.shape, codes_VxM.dtype), token)
-  passes = times.shape[0] - 1 if passes is None else passes
-  return jax.lax.fori_loop(0, passes, step, (start, jnp.zeros(token.shape, codes_VxM.dtype)))[1]
+  context = None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, prior_logits.shape[-1]))
+  uncertainty = warp.entropy()[0]
+
+  def step(carry):
+    index, latent, context, total, passes = carry
+    noise = jax.random.normal(jax.random.fold_in(key, index), shape, codes_VxM.dtype)
+    found = field(latent) if context is None else field(latent, context)
+    reading = policies.Reading(index, latent.time, flow.log_belief(found, codes_VxM, latent.y), uncertainty)
+    time_next = jnp.broadcast_to(policy(reading), token.shape).astype(codes_VxM.dtype)
+    cost, after = take_step(found, codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
+    return (index + 1, after, None if context is None else found, total + cost,
+            passes + jnp.any(~latent.known, axis=-1))
+
+  carry = (jnp.zeros((), jnp.int32), start, context, jnp.zeros(token.shape, codes_VxM.dtype),
+           jnp.zeros(token.shape[:-1], jnp.int32))
+  *_, total, passes = jax.lax.while_loop(lambda carry: jnp.any(~carry[1].known), step, carry)
+  return total, passes
+
+
+def erasure_cost(field: flow.Field, codes_VxM: jax.Array, token: jax.Array, policy: policies.RandomOrder,
+                 key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """A random order's price in nats for every token (..., T), and its passes (...): `path_cost` of the same policy in mean.
+
+  Which tokens are known does not depend on what was read before, so each pass is priced by itself, over all tokens that
+  it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
+  """
+  T = token.shape[-1]
+  count = jnp.minimum(policy.passes, _ERASURE_PASSES)
+
+  def price(i, total):
+    rank_key, pass_key = jax.random.split(jax.random.fold_in(key, i))
+    low, high = i * policy.passes // count, (i + 1) * policy.passes // count  # the stratum's passes
+    index = jax.random.randint(pass_key, (), low, high)
+    known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
+    time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
+    latent = flow.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
+    nats = flow.jump_cost(jax.nn.log_softmax(field(latent), axis=-1), token)
+    share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown that this pass reveals
+    return total + jnp.where(latent.known, 0.0, nats * share)
+
+  total = jax.lax.fori_loop(0, count, price, jnp.zeros(token.shape, codes_VxM.dtype))
+  return total, jnp.full(token.shape[:-1], policy.passes)
+
+
+def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Random orders over the last axis: int32 ranks, uniform over all permutations."""
+  return jnp.argsort(jnp.argsort(jax.random.uniform(key, shape), axis=-1), axis=-1).astype(jnp.int32)
 
 
 def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array, key: jax.Array,
-                  times_KxW: jax.Array | None = None, passes: jax.Array | int | None = None) -> jax.Array:
-  """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only.
+                  policy: policies.Policy | None = None, size: int = 0,
+                  self_conditioned: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only; and the passes (B,) taken.
 
-  times_KxW: None for autoregression; else the path's grid (K + 1, W), with `passes` as in `path_cost`. Windows of W tokens then tile the sequence (W must
-  divide L), each read after the clean text before it: the total is a bound on the sequence's -log p.
+  policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read after
+  the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A learned clock's
+  speeds, drawn from what the clean text proposes, pay their KL.
   """
-  hidden, cache = net.clean(sequence_BxT[:, :-1])
-  if times_KxW is None:
-    return token_nats(net, hidden, sequence_BxT)
-  B, L, W = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1, times_KxW.shape[1]
-  anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, W), (B, L // W))
-  tokens = gather_windows(sequence_BxT, anchor_BxN, W)
-  codes = net.codes()
-  field = lambda latent: window_logits(net, cache, anchor_BxN, tokens[..., 0], latent, codes, statistics.log_unigram_V)
-  return path_cost(field, codes, statistics.warp, tokens[..., 1:], times_KxW, key, passes).reshape(B, L)
+  B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
+  hidden, cache = None, None
+  if policy is None or size < L:  # a window of the whole sequence has no past
+    hidden, cache = net.clean(sequence_BxT[:, :-1])
+  if policy is None:
+    return token_nats(net, hidden, sequence_BxT), jnp.full(B, L)
+  anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size))
+  tokens = gather_windows(sequence_BxT, anchor_BxN, size)
+  codes, prior = net.codes(), statistics.log_unigram_V
+  field = lambda latent, prior=prior: window_logits(net, cache, anchor_BxN, tokens[..., 0], latent, codes, prior)
+  token, kl = tokens[..., 1:], 0.0
+  key, start_key = jax.random.split(key)
+  if isinstance(policy, policies.RandomOrder):
+    if not self_conditioned:
+      nats, passes = erasure_cost(field, codes, token, policy, key)
+      return nats.reshape(B, L), jnp.sum(passes, axis=1)
+    policy = policy.replace(rank=random_rank(start_key, token.shape))
+  if isinstance(policy, policies.Learned):
+    speed, kl = infer_speeds(net, hidden, token_nats(net, hidden, sequence_BxT), token, anchor_BxN,
+                             jnp.broadcast_to(policy.passes, anchor_BxN.shape),
+                             jax.random.normal(start_key, token.shape))
+    policy = policy.replace(speed=speed)
+  nats, passes = path_cost(field, codes, statistics.warp, token, policy, key, prior if self_conditioned else None)
+  return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)

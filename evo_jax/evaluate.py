@@ -1,10 +1,22 @@
 """Bits per byte or character of text, on any path. Every number is an upper bound on the model's own code length.
 
-  python -m evo_jax.evaluate --workdir=DIR --paths=ar,diagonal:16,rolling:8 [--data='dir/*.txt'] [--json=FILE]
+  python -m evo_jax.evaluate --workdir=DIR [--paths=ar,diagonal:16,entropy:0.5] [--data='dir/*.txt'] [--json=FILE]
+  python -m evo_jax.evaluate --workdir=DIR --show-progression
 
-Paths: `ar` (one token a pass), `diagonal:K` (a window's tokens together in K passes), `rolling:K` (a wave from left to
-right in K passes), `staircase` (one token a pass, inside the windows). Text is cut into consecutive sequences of the
-model's context, each read from scratch; what is left over at the end is dropped.
+Paths, over windows of the model's size (or --window) that are read one after another:
+
+  ar            autoregression on the clean stream: one token a pass
+  staircase     the same inside the windows; left:n is n tokens a pass, leftmost first
+  diagonal:K    all of a window's tokens together, in K passes of partial evidence
+  rolling:K     a wave of partial evidence from left to right, in K passes
+  learned:K     each token at the speed that the model infers, in K passes (model.progression = learned)
+  random:K      masked diffusion: equally many tokens a pass, in random order
+  certain:n     n tokens a pass: the leftmost and those whose beliefs have the least entropy
+  entropy:h     all tokens whose beliefs have less than h bits, and the leftmost; also confidence:p (largest
+                probability above p) and maturity:t (inferred progression below t; the others gather evidence)
+
+Text is cut into consecutive sequences of the model's context, each read from scratch; what is left over at the end is
+dropped. Where `ar` and a diagonal of more than one length are among the paths, the path gap is printed too.
 """
 
 import functools
@@ -22,58 +34,92 @@ from evo_jax import config as config_lib
 from evo_jax import data
 from evo_jax import elbo
 from evo_jax import paths as paths_lib
+from evo_jax import policies
 from evo_jax import sharding
 from evo_jax import tokenizer as tokenizer_lib
 from evo_jax.cli import UserError
 from evo_jax.model import Evo
 
 
+GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16")
+
+
 class Evaluator:
-  """Measures sequences on paths; compiles twice, for `ar` and for all other paths of up to `most` passes."""
+  """Measures sequences on paths; compiles once for `ar`, once for grids of up to `most` passes, once a kind of policy."""
 
   def __init__(self, model: Evo, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer,
-               mesh: jax.sharding.Mesh, seed: int = 0, most: int = 64):
+               mesh: jax.sharding.Mesh, seed: int = 0, most: int = 64, window: int = 0):
+    """window: tokens of a window; 0: as in training. It must divide the context."""
     self.config, self.tokenizer, self.mesh, self.most = config, tokenizer, mesh, most
+    self.window = window or config.window.size
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     self.rows = -(-config.eval.batch_size // shards) * shards
     self.key = jax.random.key(seed)
+    self_conditioned = config.loss.self_conditioning > 0
 
     @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    def cost(params, statistics, sequence_BxT, key, times, passes):
-      return elbo.sequence_cost(model.bind({"params": params}), statistics, sequence_BxT, key, times, passes)
+    def cost(params, statistics, sequence_BxT, key, policy):
+      return elbo.sequence_cost(model.bind({"params": params}), statistics, sequence_BxT, key, policy, self.window,
+                                self_conditioned)
 
     self._cost = cost
 
-  def nats(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray, path: str) -> np.ndarray:
-    """(n, L) prices in nats of the tokens of sequences (n, L + 1); the noise is the same at every call."""
-    times = passes = None
-    if paths_lib.parse(path)[0] != "ar":
-      times = paths_lib.grid(path, self.config.window.size, self.config.paths.rolling_width)
-      passes = len(times) - 1
-      times = np.pad(times, [(0, max(self.most - passes, 0)), (0, 0)])
+  def check(self, paths: tuple[str, ...]) -> None:
+    """Raises UserError for a path that is none, or that this model does not have."""
+    for path in paths:
+      if paths_lib.parse(path)[0] == "learned" and self.config.model.progression != "learned":
+        raise UserError(f"path {path!r}: the model has a shared clock (config.model.progression)")
+
+  def nats(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray,
+           path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n, L) prices in nats of the tokens of sequences (n, L + 1), and the passes (n,); the noise is the same at every call."""
+    policy = policies.make(path, self.window, self.config.paths.rolling_width, self.most)
     place = jax.sharding.NamedSharding(self.mesh, sharding.RULES.spec(("batch",)))
     found = []
     for i in range(0, len(sequences), self.rows):
       batch = sequences[i:i + self.rows]
       batch = np.concatenate([batch, np.repeat(batch[:1], self.rows - len(batch), axis=0)])  # one shape for all
       batch = jax.make_array_from_callback(batch.shape, place, lambda index, b=batch: b[index])
-      found.append(self._cost(params, statistics, batch, jax.random.fold_in(self.key, i), times, passes))
-    return np.concatenate([np.asarray(jax.device_get(part)) for part in found])[:len(sequences)]
+      found.append(self._cost(params, statistics, batch, jax.random.fold_in(self.key, i), policy))
+    nats, passes = (np.concatenate(parts)[:len(sequences)] for parts in zip(*jax.device_get(found)))
+    return nats, passes
 
   def __call__(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray,
                paths: tuple[str, ...]) -> list[dict[str, Any]]:
     """One object a path: `path`, `bits` a byte or character, its `stderr`, `passes_per_token` and `unit`."""
+    return [entry for entry, _ in self.measure(params, statistics, sequences, paths)]
+
+  def measure(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray,
+              paths: tuple[str, ...]) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """The same, each with the bits (n,) of the single sequences, for the errors of differences."""
+    self.check(paths)
     units = self.tokenizer.lengths()[sequences[:, 1:]].sum(axis=1)
     table = []
     with jax.set_mesh(self.mesh):
       for path in paths:
-        nats = self.nats(params, statistics, sequences, path).sum(axis=1, dtype=np.float64)
-        bits, stderr = ratio(nats * elbo.BITS, units)
-        name, steps = paths_lib.parse(path)
-        passes = {"ar": 1.0, "staircase": 1.0}.get(name, steps / self.config.window.size)
-        table.append({"path": path, "bits": bits, "stderr": stderr, "passes_per_token": passes,
-                      "unit": f"bits per {self.tokenizer.unit}"})
+        nats, passes = self.nats(params, statistics, sequences, path)
+        each = nats.sum(axis=1, dtype=np.float64) * elbo.BITS
+        bits, stderr = ratio(each, units)
+        entry = {"path": path, "bits": bits, "stderr": stderr,
+                 "passes_per_token": float(passes.mean() / (sequences.shape[1] - 1)),
+                 "unit": f"bits per {self.tokenizer.unit}"}
+        table.append((entry, each))
     return table
+
+
+def path_gap(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """What each path pays above `ar`, which for an exact field is nothing once passes are many: `path`, `gap` in the
+  table's unit. Of the two longest diagonals it extrapolates to infinitely many passes, where the excess of finite steps, which
+  falls as 1 / K, is gone: "diagonal:inf". Empty where the table has no `ar` or only one diagonal.
+  """
+  bits = {entry["path"]: entry["bits"] for entry in table}
+  diagonals = sorted(int(number) for name, number in map(paths_lib.parse, bits) if name == "diagonal")
+  if "ar" not in bits or len(diagonals) < 2:
+    return []
+  few, many = diagonals[-2:]
+  limit = (many * bits[f"diagonal:{many}"] - few * bits[f"diagonal:{few}"]) / (many - few)
+  return [{"path": path, "gap": value - bits["ar"]} for path, value in (bits | {"diagonal:inf": limit}).items()
+          if path != "ar"]
 
 
 def ratio(bits: np.ndarray, units: np.ndarray) -> tuple[float, float | None]:
@@ -94,15 +140,63 @@ def format_table(table: list[dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
+def format_gap(gap: list[dict[str, Any]], unit: str) -> str:
+  """The path gap for people."""
+  return "\n".join([f"path gap: {unit} above ar"] + [f"{entry['path']:<14}{entry['gap']:>18.4f}" for entry in gap])
+
+
+def progression(run: checkpoint.Run, sequence: np.ndarray, window: int, passes: int) -> list[dict[str, Any]]:
+  """What a model with a learned clock infers about one sequence (L + 1,): for each token after the first its `token`, `nats`
+  (autoregression's), `speed` (the posterior's mean), `expected` (the prior's mean, from the past alone) and `half`, the
+  clock's time at which its t is 1/2: small for tokens that come early. Raises UserError for a model with a shared clock.
+  """
+  if run.config.model.progression != "learned":
+    raise UserError("--show-progression: the model has a shared clock (config.model.progression), it infers no times")
+
+  @jax.jit
+  def infer(params, sequence_1xT):
+    net = run.model.bind({"params": params})
+    L = sequence_1xT.shape[1] - 1
+    hidden, _ = net.clean(sequence_1xT[:, :-1])
+    nats = elbo.token_nats(net, hidden, sequence_1xT)
+    anchor = jax.numpy.arange(0, L, window)[None]
+    token = elbo.gather_windows(sequence_1xT, anchor, window)[..., 1:]
+    count = jax.numpy.full(anchor.shape, passes)
+    expected, _ = net.speed_prior(hidden[:, ::window], window, count)
+    change, _ = net.speed_posterior(hidden, nats, token, anchor, count)
+    return nats[0], (expected + change).reshape(L), expected.reshape(L)
+
+  nats, speed, expected = (np.asarray(x) for x in infer(run.params, sequence[None]))
+  half = 1.0 - 0.5 ** np.exp(-speed)
+  return [{"token": int(t), "nats": float(n), "speed": float(r), "expected": float(e), "half": float(h)}
+          for t, n, r, e, h in zip(sequence[1:], nats, speed, expected, half)]
+
+
+def format_progression(found: list[dict[str, Any]], tokenizer: tokenizer_lib.Tokenizer, window: int) -> str:
+  """A line a token, a rule a window: the token, its surprise, its speed, and the shares of the clock as a bar."""
+  lines = [f"{'token':<12}{'bits':>7}{'speed':>8}{'expected':>10}{'half':>7}  t from 1 to 0 along the clock"]
+  for i, entry in enumerate(found):
+    if i % window == 0:
+      lines.append("-" * 76)
+    s = (np.arange(30) + 0.5) / 30
+    times = (1.0 - s) ** np.exp(entry["speed"])
+    bar = "".join("#" if t > 0.75 else "+" if t > 0.5 else "-" if t > 0.25 else "." for t in times)
+    text = repr(tokenizer.decode(np.array([entry["token"]])))
+    lines.append(f"{text:<12}{entry['nats'] * elbo.BITS:>7.2f}{entry['speed']:>8.2f}{entry['expected']:>10.2f}"
+                 f"{entry['half']:>7.2f}  {bar}")
+  return "\n".join(lines)
+
+
 def main() -> None:
   args = flags.FLAGS
   paths = tuple(path.strip() for path in args.paths.split(",") if path.strip())
-  if not paths:
+  if args.paths and not paths:
     raise UserError("--paths: is empty; give paths as in --paths=ar,diagonal:16,rolling:8")
   for path in paths:
     paths_lib.parse(path)
-  if args.sequences < 0:
-    raise UserError(f"--sequences={args.sequences}: is negative")
+  for name in ("sequences", "window"):
+    if getattr(args, name) < 0:
+      raise UserError(f"--{name}={getattr(args, name)}: is negative")
   if args.json:
     try:
       epath.Path(args.json).open("a").close()
@@ -110,26 +204,44 @@ def main() -> None:
       raise UserError(f"--json={args.json}: cannot be written: {error.strerror or error}") from error
   run = checkpoint.load_run(args.workdir, args.step)
   L = run.config.model.context
+  window = args.window or run.config.window.size
+  if L % window:
+    raise UserError(f"--window={args.window}: does not divide the context of {L}")
+  if not paths:
+    paths = GAP_PATHS + (("learned:8",) if run.config.model.progression == "learned" else ())
   if args.data:
     corpora, split = [data.all_text(args.data, run.tokenizer, "--data")], "test"
   else:
     corpora, split = data.load(run.config.data.path, run.tokenizer), args.split
+  if args.show_progression:
+    sequence = data.held_out(corpora, split, L, 1)[0]
+    found = progression(run, sequence, window, args.passes)
+    print(format_progression(found, run.tokenizer, window))
+    if args.json:
+      epath.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+    return
   sequences = data.held_out(corpora, split, L, args.sequences)
   mesh = sharding.make_mesh(config_lib.Mesh())
-  table = Evaluator(run.model, run.config, run.tokenizer, mesh, args.seed)(run.params, run.statistics, sequences, paths)
+  evaluator = Evaluator(run.model, run.config, run.tokenizer, mesh, args.seed, window=window)
+  table = evaluator(run.params, run.statistics, sequences, paths)
   print(f"{args.data or run.config.data.path + ' (' + split + ')'}: {len(sequences)} sequences of {L} tokens, "
-        f"step {run.step}\n{format_table(table)}")
+        f"windows of {window}, step {run.step}\n{format_table(table)}")
+  if gap := path_gap(table):
+    print("\n" + format_gap(gap, table[0]["unit"]))
   if args.json:
     epath.Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "A run's work directory.")
-  flags.DEFINE_string("paths", "ar,diagonal:1,diagonal:4,diagonal:16,rolling:8", "Comma-separated paths.")
+  flags.DEFINE_string("paths", "", f"Comma-separated paths; default: {','.join(GAP_PATHS)}, and learned:8 where it is.")
   flags.DEFINE_string("data", "", "Text to measure: comma-separated globs; empty: the run's own held-out text.")
   flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run's.")
-  flags.DEFINE_integer("sequences", 0, "At most so many sequences, evenly spread over the text; 0: all.")
+  flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")
+  flags.DEFINE_integer("window", 0, "Tokens of a window; 0: as in training.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
   flags.DEFINE_integer("seed", 0, "Of the latents' noise.")
+  flags.DEFINE_bool("show_progression", False, "Print a passage's tokens with the times that the model infers for them.")
+  flags.DEFINE_integer("passes", 8, "For --show_progression: the passes a window that the speeds are meant for.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
   cli.run(main)

@@ -38,8 +38,9 @@ class Latent:
     return self.time <= 0.0
 
 
-# A field reads a latent (..., T) and returns context logits (..., T, V): what the context says about each token.
-Field = Callable[[Latent], jax.Array]
+# A field reads a latent (..., T) and returns context logits (..., T, V): what the context says about each token. One that
+# conditions itself also reads the context logits of the pass before.
+Field = Callable[..., jax.Array]
 
 
 def unit(table_VxM: jax.Array) -> jax.Array:
@@ -59,7 +60,9 @@ def observe(codes_VxM: jax.Array, token: jax.Array, precision: jax.Array, noise:
   Also the increment between two precisions, with `precision` their difference.
   """
   precision = precision[..., None]
-  return precision * codes_VxM[token] + jnp.sqrt(precision) * noise
+  some = precision > 0.0  # the root's slope at 0 is infinite, and a learned clock's gradient passes here
+  root = jnp.where(some, jnp.sqrt(jnp.where(some, precision, 1.0)), 0.0)
+  return precision * codes_VxM[token] + root * noise
 
 
 def log_belief(context_logits: jax.Array, codes_VxM: jax.Array, y: jax.Array) -> jax.Array:

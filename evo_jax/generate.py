@@ -18,12 +18,14 @@ from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import elbo
 from evo_jax import paths
+from evo_jax import policies
 from evo_jax import sample
 from evo_jax import tokenizer as tokenizer_lib
 from evo_jax.cli import UserError
 from evo_jax.model import DOCUMENT, Evo
 
 MODES = ("ar", "flow")
+PATHS = ("diagonal", "rolling", "random", "learned")  # whose number of passes is --steps
 
 
 def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: config_lib.Config, prompt: np.ndarray,
@@ -31,8 +33,8 @@ def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: confi
              stepper: str = "ode") -> np.ndarray:
   """(num, max_tokens) int32: continuations of one prompt (n,) of token ids, the document token not in it.
 
-  steps, path, stepper: of mode "flow": K passes a window along "diagonal" or "rolling", by sample.STEPPERS. Raises
-  UserError where prompt and continuation do not fit the context.
+  steps, path, stepper: of mode "flow": K passes a window along a path, by sample.STEPPERS; a path with a number of its own,
+  as "entropy:0.5", takes as many passes as it needs. Raises UserError where prompt and continuation do not fit the context.
   """
   C = config.model.context
   length = len(prompt) + 1
@@ -60,8 +62,9 @@ def _write(model, config, mode, tokens, steps, path, stepper, params, statistics
   for windows, size in ((whole, config.window.size), (1, rest)):  # a window's size is free: the last may be shorter
     if windows and size:
       key, window_key = jax.random.split(key)
-      times = paths.grid(f"{path}:{steps}", size, config.paths.rolling_width)
-      state = sample.flow_windows(net, statistics, state, window_key, windows, times, sample.STEPPERS[stepper])
+      policy = policies.make(f"{path}:{steps}" if path in PATHS else path, size, config.paths.rolling_width)
+      state, _ = sample.flow_windows(net, statistics, state, window_key, windows, size, policy, sample.STEPPERS[stepper],
+                                     config.loss.self_conditioning > 0)
   return state
 
 
@@ -84,10 +87,16 @@ def main() -> None:
   for name in ("num", "max_tokens", "steps"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: is not positive")
+  path = f"{args.path}:{args.steps}" if args.path in PATHS else args.path
+  name, _ = paths.parse(path)
+  if name == "ar":
+    raise UserError(f"--path={args.path}: has a mode of its own, --mode=ar")
   run = checkpoint.load_run(args.workdir, args.step)
+  if name == "learned" and run.config.model.progression != "learned":
+    raise UserError(f"--path={args.path}: the model of {args.workdir} has a shared clock (model.progression)")
   prompt = run.tokenizer.encode(args.prompt)
   found = generate(run.model, run.params, run.statistics, run.config, prompt, args.mode, args.num, args.max_tokens,
-                   jax.random.key(args.seed), args.steps, args.path, args.stepper)
+                   jax.random.key(args.seed), args.steps, path, args.stepper)
   for i, tokens in enumerate(found):
     print(("-" * 20 + "\n" if i else "") + args.prompt + run.tokenizer.decode(tokens))
 
@@ -97,7 +106,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("prompt", "", "The text's beginning.")
   flags.DEFINE_enum("mode", "ar", MODES, "One token a pass, or windows of tokens down the flow.")
   flags.DEFINE_integer("steps", 8, "Passes a window (mode flow).")
-  flags.DEFINE_enum("path", "diagonal", ["diagonal", "rolling"], "The window's path (mode flow).")
+  flags.DEFINE_string("path", "diagonal", "The window's path (mode flow): diagonal, rolling, random or learned, in --steps "
+                      "passes; or any that evaluate prices, as entropy:0.5.")
   flags.DEFINE_enum("stepper", "ode", list(sample.STEPPERS), "How a step is taken (mode flow).")
   flags.DEFINE_integer("num", 1, "Number of texts.")
   flags.DEFINE_integer("max_tokens", 200, "Tokens of each text at most.")

@@ -28,6 +28,8 @@ from evo_jax.sharding import RULES, ShardingRules
 
 DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
 _FREQUENCIES = 16  # of the time's cosine features
+_SPEED_DIM = 64  # inner width of the heads that infer speeds
+_SPEED_SPREAD = 0.3  # standard deviation of speeds before training
 _FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 
 
@@ -152,6 +154,18 @@ class Evo(nn.Module):
     self.time_in = param("time_in", (_FREQUENCIES, R), (None, "time"), normal(_FREQUENCIES**-0.5))
     self.time_out = param("time_out", (R, R), (None, "time"), normal(R**-0.5))
 
+    if c.progression == "learned":
+      P, F = _SPEED_DIM, _slot_features(1, jnp.ones(())).shape[-1]
+      head = lambda name, shape: param(name, shape, ("width", None) if shape[0] == D else (None, None),
+                                       normal(shape[0]**-0.5))
+      zeros = nn.initializers.zeros
+      self.speed_prior_in = head("speed_prior_in", (D, P))
+      self.speed_prior_slot = head("speed_prior_slot", (F, P))
+      self.speed_prior_out = param("speed_prior_out", (P, 2), (None, None), zeros)
+      self.speed_posterior_in = param("speed_posterior_in", (3, D, P), (None, "width", None), normal((3 * D)**-0.5))
+      self.speed_posterior_slot = head("speed_posterior_slot", (F + 1, P))
+      self.speed_posterior_out = param("speed_posterior_out", (P, 2), (None, None), zeros)
+
     block = Block
     if c.remat != "none":
       policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[c.remat]
@@ -179,27 +193,29 @@ class Evo(nn.Module):
     x, (k, v) = self.blocks(x, None, None, jnp.arange(L), visible, None)
     return x[:, 0], Cache(k[:, :, 0], v[:, :, 0], segment_BxL)
 
-  def window(self, cache: Cache, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
+  def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
              causal: bool = False) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1, and their keys and values.
 
     Args:
-      cache: the clean stream's.
+      cache: the clean stream's; None: there is no past.
       anchor_BxN: position of each window's first slot; the window sees clean positions before it.
       x_BxNxSxD: embedded slots, from `embed`.
       time_BxNxS: progressions t of the slots; 0 for the anchor and other known tokens.
       causal: True: a slot sees no later slot. With every t = 0 this continues the clean stream, and the keys and
         values (layers, B, N, S, K, E) are those of its new positions.
     """
-    S, L = x_BxNxSxD.shape[2], cache.segment.shape[1]
+    S = x_BxNxSxD.shape[2]
     visible = jnp.tri(S, dtype=bool) if causal else jnp.ones((S, S), bool)
-    past_visible = jnp.arange(L) < anchor_BxN[..., None]
+    positions = anchor_BxN[..., None] + jnp.arange(S)
+    x = self._constrain(x_BxNxSxD)
+    if cache is None:
+      return self.blocks(x, None, self._time(time_BxNxS), positions, visible, None)
+    past_visible = jnp.arange(cache.segment.shape[1]) < anchor_BxN[..., None]
     if self.config.isolate_documents:
       # The anchor is a document's first token where it begins a segment: then it sees nothing before it.
       segment_BxN = jnp.take_along_axis(cache.segment, anchor_BxN, axis=1)
       past_visible = past_visible & (cache.segment[:, None, :] == segment_BxN[..., None])
-    positions = anchor_BxN[..., None] + jnp.arange(S)
-    x = self._constrain(x_BxNxSxD)
     return self.blocks(x, (cache.k, cache.v), self._time(time_BxNxS), positions, visible, past_visible)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -223,6 +239,37 @@ class Evo(nn.Module):
     soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
     return jnp.where(latent.known[..., None], table[latent.token], soft)
 
+  def speed_prior(self, hidden_BxNxD: jax.Array, size: int, passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the past expects of the progression speeds of the `size` tokens after an anchor, in `passes` passes.
+
+    hidden_BxNxD: the clean stream's at the anchors. Returns means and log standard deviations (B, N, size), float32.
+    """
+    slots = _slot_features(size, passes_BxN) @ self.speed_prior_slot
+    hidden = nn.silu(self._plain(hidden_BxNxD)[:, :, None] @ self.speed_prior_in + slots)
+    mean, log_std = jnp.moveaxis(hidden @ self.speed_prior_out, -1, 0)
+    return mean, log_std + math.log(_SPEED_SPREAD)
+
+  def speed_posterior(self, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array, anchor_BxN: jax.Array,
+                      passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the tokens themselves add to `speed_prior`'s means and log standard deviations (B, N, W), float32.
+
+    Each token is judged by itself, its context, how much it surprises (nats_BxL: cross-entropies of tokens 1..L), and the
+    clean stream's last state that the window allows.
+    """
+    B, N, W = token_BxNxW.shape
+    at = (anchor_BxN[..., None] + jnp.arange(W)).reshape(B, N * W)
+    before = jnp.take_along_axis(hidden_BxLxD, at[..., None], axis=1).reshape(B, N, W, -1)
+    nats = jnp.take_along_axis(nats_BxL, at, axis=1).reshape(B, N, W)
+    parts = (before, self.embed_tokens(token_BxNxW), jnp.broadcast_to(before[:, :, -1:], before.shape))
+    slots = jnp.concatenate([_slot_features(W, passes_BxN), nats[..., None]], axis=-1) @ self.speed_posterior_slot
+    hidden = nn.silu(sum(self._plain(x) @ w for x, w in zip(parts, self.speed_posterior_in)) + slots)
+    mean, log_std = jnp.moveaxis(hidden @ self.speed_posterior_out, -1, 0)
+    return mean, log_std
+
+  def _plain(self, x: jax.Array) -> jax.Array:
+    """Normalized, in float32 whatever the network computes in."""
+    return rms_norm(x.astype(jnp.float32), jnp.ones(()), self.config.norm_epsilon)
+
   def _time(self, time: jax.Array) -> jax.Array:
     """The time conditioning (..., R): zero at t = 0, and so is all that linear maps make of it."""
     dtype = jnp.dtype(self.config.dtype)
@@ -236,6 +283,15 @@ class Evo(nn.Module):
   def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
     """Next-token logits (B, L, V) of the clean stream: an ordinary language model."""
     return self.logits(self.clean(tokens_BxL)[0])
+
+
+def _slot_features(size: int, passes: jax.Array) -> jax.Array:
+  """(..., size, 11) float32: a token's place in its window as cosines, and the number of passes (...)."""
+  place = jnp.cos(jnp.pi * (jnp.arange(size)[:, None] + 0.5) / size * jnp.arange(8))
+  passes = passes.astype(jnp.float32)[..., None]
+  counts = jnp.concatenate([jnp.log2(passes) / 4.0, 1.0 / passes, passes / size], axis=-1)[..., None, :]
+  shape = (*counts.shape[:-2], size)
+  return jnp.concatenate([jnp.broadcast_to(place, (*shape, 8)), jnp.broadcast_to(counts, (*shape, 3))], axis=-1)
 
 
 @functools.lru_cache

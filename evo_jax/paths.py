@@ -10,6 +10,8 @@ straight line, and is known after `width`:
     independent   starts drawn at random, width r: tokens in any order and at any distance
     staircase     start i / B, width 1 / B, on a grid of B steps: plain jumps one after another, autoregression
 
+A learned clock gives each token a speed r instead, t_i(s) = (1 - s)^exp(r_i); r = 0 is the diagonal.
+
 Letters in names: B tokens of a window (T where it is any run of tokens), K steps, G knots.
 """
 
@@ -22,7 +24,12 @@ import numpy as np
 
 from evo_jax.cli import UserError
 
-EVALUATED = ("ar", "diagonal", "rolling", "staircase")
+_PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
+_TOKENS = ("left", "certain")  # name:n, n tokens a pass
+_LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0}  # name:threshold, and its greatest value
+_FORMS = "ar, staircase, " + ", ".join([f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] +
+                                       [f"{n}:threshold" for n in _LIMITS])
+KNOWN_BELOW = 0.01  # on a learned clock a token whose time falls below this jumps
 
 
 @flax.struct.dataclass
@@ -51,21 +58,39 @@ def clock(name: str, tokens: int, rolling_width: float, uniform: jax.Array | Non
   raise ValueError(f"no path named {name!r}")
 
 
-def parse(path: str) -> tuple[str, int]:
-  """Splits 'diagonal:16' into ('diagonal', 16); 'ar' and 'staircase' take no number. Raises UserError."""
-  match = re.fullmatch(r"([a-z]+)(?::(\d+))?", path.strip())
-  if not match or match[1] not in EVALUATED:
-    raise UserError(f"path {path!r}: not one of ar, diagonal:K, rolling:K, staircase")
-  name, steps = match[1], int(match[2] or 0)
-  if name in ("diagonal", "rolling") and steps < 1:
-    raise UserError(f"path {path!r}: needs a number of passes, as in {name}:16")
-  if name in ("ar", "staircase") and match[2]:
-    raise UserError(f"path {path!r}: {name} takes no number of passes")
-  return name, steps
+def speed_clock(speed: jax.Array, s: jax.Array) -> jax.Array:
+  """t = (1 - s)^exp(speed) (...), differentiable in speed; 0 where less than KNOWN_BELOW. s broadcasts."""
+  s = jnp.clip(s, 0.0, 1.0)
+  left = jnp.where(s < 1.0, 1.0 - s, 0.5)  # the power's slope is not finite at its ends
+  time = jnp.where(s > 0.0, left ** jnp.exp(jnp.clip(speed, -6.0, 6.0)), 1.0)
+  return jnp.where((time < KNOWN_BELOW) | (s >= 1.0), 0.0, time)
+
+
+def parse(path: str) -> tuple[str, float]:
+  """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none. Raises UserError."""
+  name, colon, text = path.strip().partition(":")
+  if name not in ("ar", "staircase", *_PASSES, *_TOKENS, *_LIMITS):
+    raise UserError(f"path {path!r}: not one of {_FORMS}")
+  if name in ("ar", "staircase"):
+    if colon:
+      raise UserError(f"path {path!r}: {name} takes no number")
+    return name, 0
+  if name in _LIMITS:
+    try:
+      number = float(text)
+    except ValueError:
+      number = -1.0
+    if not 0.0 <= number <= _LIMITS[name]:
+      raise UserError(f"path {path!r}: needs a threshold from 0 to {_LIMITS[name]:g}, as in {name}:0.5")
+    return name, number
+  if not re.fullmatch(r"[1-9]\d*", text):
+    what = "passes" if name in _PASSES else "tokens a pass"
+    raise UserError(f"path {path!r}: needs a number of {what}, as in {name}:{16 if name in _PASSES else 2}")
+  return name, int(text)
 
 
 def grid(path: str, tokens: int, rolling_width: float) -> jax.Array:
-  """Times (K+1, T) float32 of a path's K passes over a window: row k before pass k, the last row all zero."""
+  """Times (K+1, T) float32 of the K passes of diagonal:K, rolling:K or staircase: row k before pass k, the last row 0."""
   name, steps = parse(path)
   steps = steps or tokens
   if name == "staircase":  # exact, where the clock's division would round

@@ -1,7 +1,8 @@
-"""Decoding: a state, a grid of times, a stepper, a scan. Pure functions over a field or a network.
+"""Decoding: a state, a policy, a stepper, a scan. Pure functions over a field or a network.
 
-`ar` walks the staircase: one token a pass. `flow` moves a window of tokens down the probability flow on a fixed grid,
-and lets each token jump to t = 0 at its end. Both keep exact keys and values: known tokens are final.
+`ar` walks the staircase: one token a pass. `flow` moves a window of tokens down the probability flow as a policy says (a
+fixed grid, a learned clock, or what is certain), and lets each token jump to t = 0 at its end. Both keep exact keys and
+values: known tokens are final.
 
 Letters in names: B sequences, T tokens of a window, K steps, V vocabulary, M code elements.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from evo_jax import elbo
 from evo_jax import flow
 from evo_jax import paths
+from evo_jax import policies
 from evo_jax.model import DOCUMENT, Cache
 
 PRECISION_MIN = 1e-4  # where the flow starts: y = sqrt(PRECISION_MIN) eps tells nothing, and fixes what will be told
@@ -39,42 +41,57 @@ STEPPERS: dict[str, Stepper] = {"ode": euler, "ancestral": ancestral}
 
 @flax.struct.dataclass
 class WindowState:
-  """A window on its way: the latent (..., T) and its tokens' precisions (..., T)."""
+  """A window on its way: the latent (..., T), its tokens' precisions (..., T), and the last pass's context logits
+  (..., T, V), None where the field does not condition itself."""
 
   latent: flow.Latent
   precision: jax.Array
+  context: jax.Array | None
 
 
-def sample_window(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, times_KxT: jax.Array, key: jax.Array,
-                  shape: tuple[int, ...], stepper: Stepper = euler) -> jax.Array:
-  """Draws tokens (*shape, T) int32 from a field in K passes.
+def sample_window(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, policy: policies.Policy, key: jax.Array,
+                  shape: tuple[int, ...], stepper: Stepper = euler,
+                  prior_logits: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Draws tokens `shape` = (..., T) int32 from a field, and the passes (...) that it took.
 
-  times_KxT (K + 1, T): progressions, all 1 in the first row, all 0 in the last, never rising. A token whose time comes to 0
-  jumps: it is drawn from its belief.
+  `policy` says after each pass where the tokens move; one whose time comes to 0 jumps: it is drawn from its belief. A fixed
+  grid is scanned; any other policy is followed until every token is known. prior_logits (V,): what the field gets as the
+  context logits before the first pass; None: the field is asked by the latents alone.
   """
-  T = times_KxT.shape[1]
   start_key, key = jax.random.split(key)
-  noise = jax.random.normal(start_key, (*shape, T, codes_VxM.shape[1]), codes_VxM.dtype)
-  state = WindowState(
-      flow.Latent(jnp.sqrt(PRECISION_MIN) * noise, jnp.ones((*shape, T), codes_VxM.dtype), jnp.zeros((*shape, T), jnp.int32)),
-      jnp.full((*shape, T), PRECISION_MIN, codes_VxM.dtype))
+  noise = jax.random.normal(start_key, (*shape, codes_VxM.shape[1]), codes_VxM.dtype)
+  start = WindowState(
+      flow.Latent(jnp.sqrt(PRECISION_MIN) * noise, jnp.ones(shape, codes_VxM.dtype), jnp.zeros(shape, jnp.int32)),
+      jnp.full(shape, PRECISION_MIN, codes_VxM.dtype),
+      None if prior_logits is None else jnp.broadcast_to(prior_logits, (*shape, prior_logits.shape[-1])))
+  uncertainty = warp.entropy()[0]
 
-  def step(state: WindowState, inputs):
-    time_next, key = inputs
-    token_key, step_key = jax.random.split(key)
+  def step(carry, index):
+    state, passes = carry
+    token_key, step_key = jax.random.split(jax.random.fold_in(key, index))
     latent = state.latent
-    time_next = jnp.broadcast_to(time_next, latent.time.shape)
-    log_belief = flow.log_belief(field(latent), codes_VxM, latent.y)
+    context = field(latent) if state.context is None else field(latent, state.context)
+    log_belief = flow.log_belief(context, codes_VxM, latent.y)
+    time_next = jnp.broadcast_to(policy(policies.Reading(index, latent.time, log_belief, uncertainty)),
+                                 shape).astype(codes_VxM.dtype)
     drawn = jax.random.categorical(token_key, log_belief, axis=-1).astype(jnp.int32)
     token = jnp.where((time_next <= 0.0) & ~latent.known, drawn, latent.token)
     precision = jnp.maximum(elbo.precision_at(warp, time_next), state.precision)
     moved = stepper(step_key, latent.y, log_belief, codes_VxM, state.precision, precision)
     y = jnp.where((precision > state.precision)[..., None], moved, latent.y)
-    return WindowState(flow.Latent(y, time_next, token), precision), None
+    after = WindowState(flow.Latent(y, time_next, token), precision, None if state.context is None else context)
+    return after, passes + jnp.any(~latent.known, axis=-1)
 
-  keys = jax.random.split(key, times_KxT.shape[0] - 1)
-  state, _ = jax.lax.scan(step, state, (times_KxT[1:].astype(codes_VxM.dtype), keys))
-  return state.latent.token
+  carry = (start, jnp.zeros(shape[:-1], jnp.int32))
+  if isinstance(policy, policies.Grid):
+    carry, _ = jax.lax.scan(lambda carry, index: (step(carry, index), None), carry,
+                            jnp.arange(policy.times_KxT.shape[0] - 1))
+  else:
+    unfinished = lambda carry: jnp.any(~carry[1][0].latent.known)
+    _, carry = jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1], carry[0])),
+                                  (jnp.zeros((), jnp.int32), carry))
+  state, passes = carry
+  return state.latent.token, passes
 
 
 @flax.struct.dataclass
@@ -128,18 +145,29 @@ def ar(net: elbo.Network, state: TextState, key: jax.Array, tokens: int) -> Text
 
 
 def flow_windows(net: elbo.Network, statistics: elbo.Statistics, state: TextState, key: jax.Array, windows: int,
-                 times_KxT: jax.Array, stepper: Stepper = euler) -> TextState:
-  """Writes `windows` windows of T tokens, each in K passes (see `sample_window`) and one causal pass to read it."""
-  codes = net.codes()
+                 size: int, policy: policies.Policy, stepper: Stepper = euler,
+                 self_conditioned: bool = False) -> tuple[TextState, jax.Array]:
+  """Writes `windows` windows of `size` tokens (see `sample_window`), each with one causal pass more to read it.
+
+  Returns the state and the passes (windows, B) that the windows took.
+  """
+  codes, prior = net.codes(), statistics.log_unigram_V
 
   def window(state, key):
     B = state.token.shape[0]
+    key, policy_key = jax.random.split(key)
     anchor = jnp.full((B, 1), state.last)
     anchor_token = jnp.take(state.token, state.last, axis=1)[:, None]
-    field = lambda latent: elbo.window_logits(net, state.cache, anchor, anchor_token, latent, codes,
-                                              statistics.log_unigram_V)
-    drawn = sample_window(field, codes, statistics.warp, times_KxT, key, (B, 1), stepper)[:, 0]
-    return append(state, drawn, read(net, state, drawn[:, :-1])[1]), None
+    field = lambda latent, prior=prior: elbo.window_logits(net, state.cache, anchor, anchor_token, latent, codes, prior)
+    chosen = policy
+    if isinstance(policy, policies.RandomOrder):
+      chosen = policy.replace(rank=elbo.random_rank(policy_key, (B, 1, size)))
+    if isinstance(policy, policies.Learned):
+      hidden, _ = read(net, state, state.token[:, :0])
+      mean, log_std = net.speed_prior(hidden, size, jnp.broadcast_to(policy.passes, anchor.shape))
+      chosen = policy.replace(speed=mean + jnp.exp(log_std) * jax.random.normal(policy_key, mean.shape))
+    drawn, passes = sample_window(field, codes, statistics.warp, chosen, key, (B, 1, size), stepper,
+                                  prior if self_conditioned else None)
+    return append(state, drawn[:, 0], read(net, state, drawn[:, 0, :-1])[1]), passes[:, 0]
 
-  state, _ = jax.lax.scan(window, state, jax.random.split(key, windows))
-  return state
+  return jax.lax.scan(window, state, jax.random.split(key, windows))

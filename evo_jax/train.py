@@ -51,6 +51,11 @@ def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
 
 
+def windows_start(config: config_lib.Config) -> int:
+  """Training steps before the first one with windows."""
+  return int(config.window.start * config.train.steps)
+
+
 def make_model(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> Evo:
   """The network for a tokenizer. Raises UserError if its vocabulary does not fit the configuration."""
   if config.model.vocab_size and tokenizer.vocab_size > config.model.vocab_size:
@@ -79,18 +84,22 @@ def abstract_items(model: Evo, config: config_lib.Config, mesh: jax.sharding.Mes
   return jax.tree.map(place, nn.unbox(boxed), sharding.shardings(mesh, boxed)).items()
 
 
-def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo,
-               config: config_lib.Config) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One step on a global batch (B, L + 1) of int32 tokens: the new state and metrics (losses in bits a token)."""
+def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config: config_lib.Config,
+               windows: bool = True) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step on a global batch (B, L + 1) of int32 tokens: the new state and metrics (losses in bits a token).
+
+  windows: False leaves them out (before `windows_start`).
+  """
   B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
-  draw = None
-  if config.window.count:
+  draw, learned = None, config.model.progression == "learned"
+  if config.window.count and windows:
+    density = state.statistics.step_density() if config.paths.step_sampling == "importance" else None
     draw = elbo.draw_windows(key_for(config.train.seed, "windows", state.step), B, L, config.model.code_dim,
-                             config.window, config.paths, config.loss.bound_windows)
+                             config.window, config.paths, config.loss.bound_windows, density)
 
   def losses(params, sequence, draw):
     net = model.bind({"params": params})
-    terms, measured, metrics = elbo.training_loss(net, state.statistics, sequence, draw, config.loss)
+    terms, measured, metrics = elbo.training_loss(net, state.statistics, sequence, draw, config.loss, learned)
     return terms, (measured, metrics)
 
   def gradients(sequence, draw):
@@ -144,7 +153,8 @@ def train(config: config_lib.Config, workdir: str) -> None:
   if config.optim.learning_rate == 0:
     raise UserError("config.optim.learning_rate: 0.0 trains nothing")
   for path in (*config.eval.paths, *config.eval.train_paths):
-    paths.parse(path)
+    if paths.parse(path)[0] == "learned" and config.model.progression != "learned":
+      raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
   tokenizer = tokenizer_lib.load(config.data.tokenizer, config.data.tokenizer_path)
   model = make_model(config, tokenizer)
   mesh = sharding.make_mesh(config.mesh)
@@ -189,13 +199,13 @@ def train(config: config_lib.Config, workdir: str) -> None:
     stack.callback(bar.close)
     stop = stack.enter_context(_stop_on_signal())
     evaluator = evaluate.Evaluator(model, config, tokenizer, mesh)
-    step_fn = jax.jit(functools.partial(train_step, model=model, config=config), donate_argnums=0,
-                      out_shardings=(places, None))
+    step_fn = jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows",
+                      donate_argnums=0, out_shardings=(places, None))
 
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
     for step in range(done + 1, config.train.steps + 1):
-      state, metrics = step_fn(state, sharding.global_batch(mesh, next(iterator)))
+      state, metrics = step_fn(state, sharding.global_batch(mesh, next(iterator)), windows=step > windows_start(config))
       if pending is not None:
         _checked(step - 1, pending, checkpoints)
         bar.step(step - 1, float(pending["bits"]))

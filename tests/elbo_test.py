@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evo_jax import elbo, paths
+from evo_jax import elbo, paths, policies
 from toy import LENGTH, STRINGS, SYMBOLS, Toy
 
 COUNT = 2000
@@ -14,7 +14,8 @@ COUNT = 2000
 def cost(toy, times, seed=0):
   """Mean price of a string in nats, and its standard error; the samples' own surprise is a control variate."""
   token, number = toy.sample(jax.random.key(seed), COUNT)
-  price = jax.jit(lambda token: elbo.path_cost(toy.field, toy.codes, toy.warp, token, times, jax.random.key(seed + 1)))
+  price = jax.jit(lambda token: elbo.path_cost(toy.field, toy.codes, toy.warp, token, policies.Grid(times),
+                                                        jax.random.key(seed + 1))[0])
   excess = np.asarray(price(token).sum(-1), np.float64) + np.log(toy.probability)[np.asarray(number)]
   return toy.entropy + excess.mean(), excess.std() / COUNT**0.5
 
@@ -54,9 +55,11 @@ def test_staircase_has_no_noise(toy):
   assert stderr < 1e-5  # each string costs exactly its own surprise
 
 
-def test_passes_cut_a_filled_up_grid(toy):
+def test_passes_end_with_the_path(toy):
+  """A grid filled up with zeros costs and takes what the grid alone does."""
   token, _ = toy.sample(jax.random.key(0), 10)
   times = paths.grid("diagonal:4", LENGTH, 0.5)
-  filled = jnp.pad(times, [(0, 9), (0, 0)])
-  price = lambda times, passes: elbo.path_cost(toy.field, toy.codes, toy.warp, token, times, jax.random.key(1), passes)
-  np.testing.assert_allclose(price(times, None), jax.jit(price)(filled, 4), rtol=1e-5, atol=1e-5)
+  price = jax.jit(lambda times: elbo.path_cost(toy.field, toy.codes, toy.warp, token, policies.Grid(times), jax.random.key(1)))
+  (a, passes), (b, filled) = price(times), price(jnp.pad(times, [(0, 9), (0, 0)]))
+  np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  assert (passes == 4).all() and (filled == 4).all()

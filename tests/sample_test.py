@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evo_jax import flow, generate, paths, sample
+from evo_jax import flow, generate, paths, policies, sample
 from toy import LENGTH, STRINGS, Toy
 from model_test import V, build
 
@@ -52,8 +52,8 @@ def test_decoded_strings_have_the_source_frequencies(toy, stepper):
   """Chi-square over 81 strings. 8,000 draws at level 1e-3 find, with power above 0.9, frequencies that are off by 10 %
   (non-centrality 80); one parallel jump is found at once."""
   count = 8_000
-  draw = jax.jit(lambda key, times: sample.sample_window(toy.field, toy.codes, toy.warp, times, key, (count,),
-                                                         sample.STEPPERS[stepper]))
+  draw = jax.jit(lambda key, times: sample.sample_window(toy.field, toy.codes, toy.warp, policies.Grid(times),
+                                                         key, (count, LENGTH), sample.STEPPERS[stepper])[0])
   number = lambda tokens: np.asarray(tokens) @ 3 ** np.arange(LENGTH)[::-1]
   test = lambda tokens: stats.chisquare(np.bincount(number(tokens), minlength=81), count * toy.probability / toy.probability.sum())
   assert (number(STRINGS) == np.arange(81)).all()
@@ -64,8 +64,8 @@ def test_decoded_strings_have_the_source_frequencies(toy, stepper):
 
 def test_staircase_sampling_is_exact(toy):
   count = 8_000
-  tokens = jax.jit(lambda key: sample.sample_window(toy.field, toy.codes, toy.warp, paths.grid("staircase", LENGTH, 0.5),
-                                                    key, (count,)))(jax.random.key(1))
+  tokens = jax.jit(lambda key: sample.sample_window(toy.field, toy.codes, toy.warp, policies.Grid(
+      paths.grid("staircase", LENGTH, 0.5)), key, (count, LENGTH))[0])(jax.random.key(1))
   found = np.bincount(np.asarray(tokens) @ 3 ** np.arange(LENGTH)[::-1], minlength=81)
   assert stats.chisquare(found, count * toy.probability / toy.probability.sum()).pvalue > 1e-3
 
@@ -93,7 +93,7 @@ def test_cached_decoding_equals_reading_anew():
     net = model.bind({"params": params})
     state = sample.ar(net, sample.start_text(net, prompt, 6), jax.random.key(0), 7)
     times = paths.grid("diagonal:3", 8, 0.5)
-    state = sample.flow_windows(net, statistics, state, jax.random.key(1), 1, times)
+    state, _ = sample.flow_windows(net, statistics, state, jax.random.key(1), 1, 8, policies.Grid(times))
     return state, net.clean(state.token[:, :-1])[1]
 
   state, cache = write(params)

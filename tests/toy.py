@@ -30,7 +30,7 @@ class Toy:
     number = jax.random.categorical(key, self.log_p, shape=(count,))
     return jnp.asarray(STRINGS)[number], number
 
-  def field(self, latent: flow.Latent):
+  def field(self, latent: flow.Latent, context=None):
     """Context logits c = log p(symbol | all latents) - evidence, so that softmax(c + E y) is the exact posterior."""
     evidence = flow.evidence(self.codes, latent.y)  # (..., 4, 3)
     exact = jnp.where(jax.nn.one_hot(latent.token, SYMBOLS, dtype=bool), 0.0, -1e9)
