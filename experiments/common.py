@@ -1,4 +1,5 @@
-"""What the experiments share: loading a configuration file, and results that say where they come from."""
+"""What the experiments share: configurations with changes, runs that are trained once and measured once, and results that
+say where they come from."""
 
 import importlib.util
 import json
@@ -11,6 +12,10 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+
+from evo_jax import checkpoint, data, evaluate, sharding, train
+from evo_jax import config as config_lib
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +26,52 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()
+
+
+def configure(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> config_lib.Config:
+  """The configuration of `values` with changes, as {"model.layers": 3}; later ones win. Raises UserError."""
+  values = values.copy_and_resolve_references()
+  for name, value in (item for change in changes for item in change.items()):
+    section, field = name.split(".")
+    values[section][field] = value
+  return config_lib.from_dict(values)
+
+
+class Measured:
+  """A configuration that is trained in `workdir` and measured on paths, as far as it was not yet."""
+
+  def __init__(self, config: config_lib.Config, workdir: str | Path):
+    self.config, self.workdir = config, Path(workdir)
+    self._run = self._evaluators = None
+
+  def __call__(self, split: str, sequences: int, paths: tuple[str, ...], window: int = 0) -> dict[str, dict[str, Any]]:
+    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single sequences
+    (what a window of another size than in training gives, is under "path@window")."""
+    file = self.workdir / f"measured_{split}_{sequences}.json"
+    known = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
+    if known.pop("step") != self.config.train.steps:
+      known = {}
+    names = {path: f"{path}@{window}" if window else path for path in paths}
+    for path, name in names.items():
+      if name not in known:
+        entry, each = self._measure(split, sequences, path, window)
+        known[name] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
+        file.write_text(json.dumps({"step": self.config.train.steps} | known))
+        print(f"{self.workdir.name}: {split} {name:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
+              f"{entry['passes_per_token']:.4g} passes a token", flush=True)
+    return {name: known[name] for name in names.values()}
+
+  def _measure(self, split: str, sequences: int, path: str, window: int) -> tuple[dict[str, Any], np.ndarray]:
+    if self._run is None:
+      train.train(self.config, str(self.workdir))
+      self._run = checkpoint.load_run(str(self.workdir))
+      self._corpora = data.load(self.config.data.path, self._run.tokenizer)
+      self._evaluators = {}
+    if window not in self._evaluators:
+      self._evaluators[window] = evaluate.Evaluator(self._run.model, self.config, self._run.tokenizer,
+                                                    sharding.make_mesh(config_lib.Mesh()), window=window)
+    text = data.held_out(self._corpora, split, self.config.model.context, sequences)
+    return self._evaluators[window].measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 
 def write_result(name: str, result: Any) -> None:

@@ -1,0 +1,47 @@
+"""Compute by formula: floating-point operations of a forward pass and of a training step, from shapes alone.
+
+A multiplication and an addition count as two. Counted are the matrix products (weights, attention scores and sums, soft
+inputs, beliefs, the vocabulary's logits); what is element by element is not, a few per cent at small widths. Attention is counted
+as it is computed, without savings from masks. `experiments/frontier.py` matches methods by these numbers; a test holds
+them against XLA's own count.
+"""
+
+from evo_jax import config as config_lib
+
+
+def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: int, windows: bool) -> float:
+  """Operations of one pass over `slots` tokens, each of which attends to `keys` positions.
+
+  windows: True for slots of windows, which pay for soft inputs and time conditioning, too. With the vocabulary's logits.
+  """
+  D, E = model.width, model.width // model.heads
+  block = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.hidden
+  if windows:
+    block += 6 * D * model.time_dim
+  attention = 2 * keys * E * model.heads
+  outside = vocab_rows * D
+  if windows:
+    outside += vocab_rows * (2 * model.code_dim + D)  # evidence for the input and for the belief, expected embedding
+  return 2.0 * slots * (model.layers * (block + attention) + outside)
+
+
+def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True) -> float:
+  """Operations of one training step: forward, and backward at twice its price.
+
+  windows: False for a step before the windows start. The windows' second reading under self-conditioning is a forward pass
+  in the share of the steps that have it.
+  """
+  model, L, B = config.model, config.model.context, config.data.batch_size
+  W, N = config.window.size, config.window.count if windows else 0
+  alone = config.loss.ar_weight == 0 and W == L and N > 0
+  clean = 0.0 if alone else 3.0 * read(model, vocab_rows, B * L, L, False)
+  keys = W + 1 if alone else L + W + 1
+  window = read(model, vocab_rows, B * N * (W + 1), keys, True)
+  return clean + window * (3.0 + config.loss.self_conditioning)
+
+
+def train_run(config: config_lib.Config, vocab_rows: int) -> float:
+  """Operations of all training steps of a configuration."""
+  before = int(config.window.start * config.train.steps)
+  return (before * train_step(config, vocab_rows, windows=False)
+          + (config.train.steps - before) * train_step(config, vocab_rows))

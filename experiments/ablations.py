@@ -1,0 +1,77 @@
+"""One switch at a time: what each lever of the method gives, in validation bits on the paths that it is meant for.
+
+  python -m experiments.ablations [--data='dir/*.txt'] [--budget=4e12] [--only=NAME,...] [--workdir=runs/ablations]
+
+All settings train the same model (the frontier's CPU scale) for the same number of floating-point operations; runs that
+were stopped go on. Nothing here reads the test split.
+"""
+
+from absl import flags
+
+from evo_jax import cli, flops
+from evo_jax import config as config_lib
+from evo_jax.cli import UserError
+from experiments import common, frontier
+
+PATHS = ("ar", "staircase", "left:2", "certain:2", "certain:4", "entropy:1", "random:8", "diagonal:4", "diagonal:16",
+         "diagonal:64", "rolling:8")
+LEARNED = {"model.progression": "learned", "paths.learned": 0.5}
+
+SETTINGS = {
+    "base": {},
+    # The path mixture, and how many windows of what size.
+    "no_jumps": {"paths.erasure": 0.0, "paths.ragged": 0.0, "paths.staircase": 0.1},
+    "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
+    "no_ragged": {"paths.ragged": 0.0},
+    "windows_8": {"window.count": 8, "loss.bound_windows": 2},
+    "size_8": {"window.size": 8, "window.count": 8, "loss.bound_windows": 2},
+    "start_half": {"window.start": 0.5, "window.count": 8, "loss.bound_windows": 2},
+    # What teaches, and how strongly.
+    "window_weight_1": {"loss.window_weight": 1.0},
+    "window_weight_0.25": {"loss.window_weight": 0.25},
+    "clean_gradient_0": {"loss.clean_gradient": 0.0},
+    "separate_clip": {"optim.separate_clip": True},
+    "cross_entropy": {"loss.bound_windows": 0, "loss.codes": "all"},
+    "bound": {"loss.bound_windows": 4, "loss.bound_weight": 1.0},
+    # The bound's variance.
+    "plain_noise": {"loss.antithetic": False},
+    "small_step_rate": {"loss.integrand": "rate", "paths.steps": (1000,)},
+    "importance_steps": {"paths.step_sampling": "importance"},
+    # What the network sees, and how much a code holds.
+    "self_conditioning": {"loss.self_conditioning": 0.5},
+    "codes_8": {"model.code_dim": 8},
+    "codes_128": {"model.code_dim": 128},
+    "learned": LEARNED,
+}
+
+
+def main() -> None:
+  args = flags.FLAGS
+  names = args.only.split(",") if args.only else list(SETTINGS)
+  for name in names:
+    if name not in SETTINGS:
+      raise UserError(f"--only: {name!r} is not one of {', '.join(SETTINGS)}")
+  results = []
+  for name in names:
+    changes = SETTINGS[name]
+    config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed), frontier.EVO | changes, args.budget)
+    measure = common.Measured(config, f"{args.workdir}/{name}")
+    paths = PATHS + (("learned:2", "learned:4", "learned:8") if config.model.progression == "learned" else ())
+    found = measure("valid", args.sequences, paths)
+    results.append({"name": name, "changes": changes, "steps": config.train.steps,
+                    "flops": flops.train_run(config, frontier.rows(config)),
+                    "table": {path: {k: v for k, v in entry.items() if k != "each"} for path, entry in found.items()}})
+  print(f"{'setting':<20}" + "".join(f"{path:>12}" for path in PATHS))
+  for result in results:
+    print(f"{result['name']:<20}" + "".join(f"{result['table'][path]['bits']:>12.3f}" for path in PATHS))
+  common.write_result("ablations", results)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("data", "", "Text, as config.data.path; default: the standard library's sources.")
+  flags.DEFINE_float("budget", 4e12, "Floating-point operations of each setting's training.")
+  flags.DEFINE_integer("sequences", 32, "Held-out sequences; 0: all.")
+  flags.DEFINE_integer("seed", 0, "Of parameters and draws.")
+  flags.DEFINE_string("only", "", "Comma-separated settings; default: all.")
+  flags.DEFINE_string("workdir", "runs/ablations", "Where the runs live.")
+  cli.run(main)
