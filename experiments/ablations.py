@@ -9,7 +9,6 @@ were stopped go on. Nothing here reads the test split.
 from absl import flags
 
 from evo_jax import cli, flops
-from evo_jax import config as config_lib
 from evo_jax.cli import UserError
 from experiments import common, frontier
 

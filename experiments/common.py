@@ -42,36 +42,33 @@ class Measured:
 
   def __init__(self, config: config_lib.Config, workdir: str | Path):
     self.config, self.workdir = config, Path(workdir)
-    self._run = self._evaluators = None
+    self._run = None
 
-  def __call__(self, split: str, sequences: int, paths: tuple[str, ...], window: int = 0) -> dict[str, dict[str, Any]]:
-    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single sequences
-    (what a window of another size than in training gives, is under "path@window")."""
-    file = self.workdir / f"measured_{split}_{sequences}.json"
+  def __call__(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
+    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single sequences:
+    of `sequences` evenly spread ones numbers 0, every, 2 every, ..."""
+    file = self.workdir / f"measured_{split}_{sequences}_{every}.json"
     known = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
     if known.pop("step") != self.config.train.steps:
       known = {}
-    names = {path: f"{path}@{window}" if window else path for path in paths}
-    for path, name in names.items():
-      if name not in known:
-        entry, each = self._measure(split, sequences, path, window)
-        known[name] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
+    for path in paths:
+      if path not in known:
+        entry, each = self._measure(split, sequences, every, path)
+        known[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
         file.write_text(json.dumps({"step": self.config.train.steps} | known))
-        print(f"{self.workdir.name}: {split} {name:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
+        print(f"{self.workdir.name}: {split} {path:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
               f"{entry['passes_per_token']:.4g} passes a token", flush=True)
-    return {name: known[name] for name in names.values()}
+    return {path: known[path] for path in paths}
 
-  def _measure(self, split: str, sequences: int, path: str, window: int) -> tuple[dict[str, Any], np.ndarray]:
+  def _measure(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     if self._run is None:
       train.train(self.config, str(self.workdir))
       self._run = checkpoint.load_run(str(self.workdir))
       self._corpora = data.load(self.config.data.path, self._run.tokenizer)
-      self._evaluators = {}
-    if window not in self._evaluators:
-      self._evaluators[window] = evaluate.Evaluator(self._run.model, self.config, self._run.tokenizer,
-                                                    sharding.make_mesh(config_lib.Mesh()), window=window)
-    text = data.held_out(self._corpora, split, self.config.model.context, sequences)
-    return self._evaluators[window].measure(self._run.params, self._run.statistics, text, (path,))[0]
+      self._evaluator = evaluate.Evaluator(self._run.model, self.config, self._run.tokenizer,
+                                           sharding.make_mesh(config_lib.Mesh()))
+    text = data.held_out(self._corpora, split, self.config.model.context, sequences)[::every]
+    return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 
 def write_result(name: str, result: Any) -> None:

@@ -5,7 +5,7 @@
 Trains each of `METHODS` on the same text for the same number of floating-point operations (formula in `evo_jax/flops.py`,
 held against XLA's count here), in runs/frontier/SCALE/NAME-SEED; what was stopped goes on, what is measured is kept. Measures every
 curve on validation and test text. At each budget of passes validation picks the strategy, or the pair of strategies that take
-turns, and the test split says what it costs. --draw only collects what is there and draws it.
+turns, and the test split says what it costs.
 
 Text is read as 27 characters (a-z and space), as in text8.
 """
@@ -29,9 +29,9 @@ from experiments import common
 
 # Shapes and budgets by scale. `budget`: floating-point operations of each method's training.
 SCALES: dict[str, dict[str, Any]] = {
-    "cpu": {"budget": 1.8e13, "valid": 32, "test": 64, "changes": {
+    "cpu": {"budget": 1.2e13, "valid": 24, "test": 48, "changes": {
         "model.layers": 3, "model.width": 128, "model.heads": 2, "model.kv_heads": 2, "model.hidden": 384,
-        "data.batch_size": 16, "optim.learning_rate": 3e-3, "optim.warmup": 50}},
+        "data.batch_size": 8, "optim.learning_rate": 3e-3, "optim.warmup": 50}},
     "gpu": {"budget": 4.0e16, "valid": 128, "test": 512, "changes": {
         "model.layers": 12, "model.width": 512, "model.heads": 8, "model.kv_heads": 8, "model.hidden": 1408,
         "model.dtype": "bfloat16", "data.batch_size": 256, "optim.learning_rate": 1.5e-3, "optim.warmup": 300,
@@ -50,13 +50,12 @@ ERASURE = DIFFUSION | {
     "paths.erasure": 1.0, "paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "paths.staircase": 0.0,
     "loss.bound_windows": 0, "loss.codes": "frozen"}
 
-POLICIES = ("left:2", "left:4", "certain:2", "certain:4", "certain:8", "entropy:0.5", "entropy:1", "entropy:1.5", "entropy:2",
-            "entropy:2.5", "confidence:0.9", "confidence:0.7", "confidence:0.5")
-EVO_PATHS = ("ar", "staircase", *POLICIES, "maturity:0.1", "maturity:0.25", "maturity:0.5", "diagonal:2", "diagonal:4",
-             "diagonal:8", "diagonal:16", "diagonal:64", "rolling:4", "rolling:8", "rolling:16", "random:2", "random:4",
-             "random:8", "random:16")
+POLICIES = ("left:2", "certain:2", "certain:4", "certain:8", "entropy:0.75", "entropy:1.5", "entropy:2.5",
+            "confidence:0.8", "confidence:0.5")
+EVO_PATHS = ("ar", *POLICIES, "maturity:0.2", "maturity:0.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16",
+             "diagonal:64", "rolling:8", "rolling:16", "random:4", "random:16")
 
-# name: (changes, paths as its paper has it, paths that are this project's, share of the held-out sequences)
+# name: (changes, paths as its paper has it, paths that are this project's, one of how many held-out sequences)
 METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {
     "ar": ({"window.count": 0, "loss.bound_windows": 0}, ("ar",), (), 1),
     "ar_equal_text": ({"window.count": 0, "loss.bound_windows": 0}, ("ar",), (), 1),
@@ -126,15 +125,171 @@ def method_config(name: str, scale: dict[str, Any], text: str, seed: int) -> con
   return fitted(values, changes, budget)
 
 
-def run(name: str, seed: int) -> None:
-  """Trains and measures a method."""
-  args = flags.FLAGS
-  scale = SCALES[args.scale]
-  config = method_config(name, scale, args.data, seed)
-  measure = common.Measured(config, Path(args.workdir) / args.scale / f"{name}-{seed}")
-  _, published, ours, share = METHODS[name]
-  for split in ("valid", "test"):
-    measure(split, scale[split] // share, published + ours)
+def measured(name: str, seed: int, scale_name: str, text: str, workdir: str) -> dict[str, Any]:
+  """A method's run: trained and measured as far as it is not yet."""
+  scale = SCALES[scale_name]
+  config = method_config(name, scale, text, seed)
+  measure = common.Measured(config, Path(workdir) / scale_name / f"{name}-{seed}")
+  changes, published, ours, every = METHODS[name]
+  curves = {split: measure(split, scale[split], published + ours, every) for split in ("valid", "test")}
+  return {"name": name, "seed": seed, "changes": changes, "steps": config.train.steps,
+          "characters": config.train.steps * config.data.batch_size * config.model.context,
+          "flops": flops.train_run(config, rows(config)), "every": every, **curves}
+
+
+Points = dict[str, dict[str, Any]]  # by path: bits, stderr, passes_per_token, each
+
+
+def cheapest(points: Points, budget: float) -> list[tuple[str, float]] | None:
+  """The strategy, or the two that take turns window by window, with the fewest bits at not more than `budget` passes a token
+  on average: [(path, share of the windows)]. A mixture's bits and passes are means of the two's. None: all need more."""
+  slack = 1e-9
+  choices = [(p["bits"], [(path, 1.0)]) for path, p in points.items() if p["passes_per_token"] <= budget + slack]
+  for slow, a in points.items():
+    for fast, b in points.items():
+      if b["passes_per_token"] < budget < a["passes_per_token"] - slack:
+        share = (budget - b["passes_per_token"]) / (a["passes_per_token"] - b["passes_per_token"])
+        choices.append((share * a["bits"] + (1 - share) * b["bits"], [(slow, share), (fast, 1 - share)]))
+  return min(choices, key=lambda choice: choice[0])[1] if choices else None
+
+
+def mixed(points: Points, mixture: list[tuple[str, float]], field: str) -> Any:
+  """A field of a mixture of strategies."""
+  return sum(share * np.asarray(points[path][field]) for path, share in mixture)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+  """Mean and standard error of paired differences a - b over sequences."""
+  d = np.asarray(a) - np.asarray(b)
+  return {"difference": float(d.mean()), "stderr": float(d.std(ddof=1) / len(d)**0.5)}
+
+
+def summarize(runs: list[dict[str, Any]], published_only: bool) -> list[dict[str, Any]]:
+  """By budget: what validation picks for each run and what that costs on the test split; for each run of Evo, the paired
+  difference to the best baseline of its seed (validation picks that one, too). published_only: baselines decode as in
+  their papers, without this project's policies."""
+  table = []
+  for budget in BUDGETS:
+    row, picked = {"budget": budget, "methods": [], "evo_against_best_baseline": []}, {}
+    for r in runs:
+      name = r["name"]
+      paths = METHODS[name][1] + (() if published_only and name in BASELINES else METHODS[name][2])
+      keep = lambda split: {path: r[split][path] for path in paths}
+      mixture = cheapest(keep("valid"), budget)
+      if mixture is None:
+        continue
+      each = mixed(r["test"], mixture, "each")
+      picked[name, r["seed"]] = (float(mixed(r["valid"], mixture, "bits")), each, r["every"])
+      row["methods"].append({
+          "name": name, "seed": r["seed"], "strategy": [[path, round(share, 4)] for path, share in mixture],
+          "valid_bits": picked[name, r["seed"]][0], "test_bits": float(mixed(r["test"], mixture, "bits")),
+          "test_stderr": float(each.std(ddof=1) / len(each)**0.5),
+          "test_passes": float(mixed(r["test"], mixture, "passes_per_token"))})
+    for (name, seed), (_, each, every) in picked.items():
+      rivals = {n: p for (n, s), p in picked.items() if n in BASELINES and s == seed}
+      if name.startswith("evo") and rivals:
+        best = min(rivals, key=lambda n: rivals[n][0])
+        step = np.lcm(every, rivals[best][2])  # the sequences that both have
+        row["evo_against_best_baseline"].append({
+            "name": name, "seed": seed, "baseline": best,
+            **difference(each[::step // every], rivals[best][1][::step // rivals[best][2]])})
+    table.append(row)
+  return table
+
+
+def single_differences(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+  """Paired differences on the test split that the method's claims are about."""
+  by = {(r["name"], r["seed"]): r for r in runs}
+  each = lambda name, seed, path: (np.array(by[name, seed]["test"][path]["each"]), by[name, seed]["every"])
+  claims = {
+      "evo's ar above AR alone, equal operations": (("evo", "ar"), ("ar", "ar")),
+      "evo's ar above AR alone, equal text": (("evo", "ar"), ("ar_equal_text", "ar")),
+      **{f"learned clock above shared clock, K = {k}": (("evo_learned", f"learned:{k}"), ("evo", f"diagonal:{k}"))
+         for k in (2, 4, 8)},
+      **{f"learned clock above the same model's diagonal, K = {k}":
+         (("evo_learned", f"learned:{k}"), ("evo_learned", f"diagonal:{k}")) for k in (2, 4, 8)},
+      "evo's diagonal:64 above masked diffusion's bound": (("evo", "diagonal:64"), ("mdlm", "random:256")),
+      "evo's diagonal:64 above block diffusion's bound, blocks of 16": (("evo", "diagonal:64"), ("bd3_16", "random:16")),
+      "plaid's bound above masked diffusion's bound": (("plaid", "diagonal:256"), ("mdlm", "random:256")),
+  }
+  found = {}
+  for claim, ((name_a, path_a), (name_b, path_b)) in claims.items():
+    for seed in sorted({r["seed"] for r in runs}):
+      if (name_a, seed) in by and (name_b, seed) in by:
+        (a, every_a), (b, every_b) = each(name_a, seed, path_a), each(name_b, seed, path_b)
+        step = np.lcm(every_a, every_b)
+        found.setdefault(claim, []).append({"seed": seed, **difference(a[::step // every_a], b[::step // every_b])})
+  return found
+
+
+LABELS = {
+    "ar": "AR", "ar_equal_text": "AR, as much text as Evo", "mdlm": "masked diffusion", "bd3_4": "block diffusion, 4",
+    "bd3_16": "block diffusion, 16", "plaid": "Gaussian diffusion", "evo": "Evo", "evo_learned": "Evo, learned clock"}
+
+
+def draw(runs: list[dict[str, Any]], file: Path) -> None:
+  """The picture: test bits against passes, a line along each method's cheapest strategies, a dot for each strategy."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+  figure, axes = plt.subplots(figsize=(8.5, 5.2))
+  colors = dict(zip(LABELS, ("black", "gray", "tab:green", "tab:olive", "tab:orange", "tab:purple", "tab:blue", "tab:red")))
+  for r in runs:
+    if r["seed"] or r["name"] == "ar_equal_text":
+      continue
+    name, color = r["name"], colors[r["name"]]
+    published, ours = METHODS[name][:3][1], METHODS[name][2]
+    sets = [(published, "-", LABELS[name])]
+    if ours:
+      sets.append((published + ours, "--", LABELS[name] + " with this project's policies"))
+    axes.scatter([r["test"][p]["passes_per_token"] for p in published + ours], [r["test"][p]["bits"] for p in published + ours],
+                 s=12 if name != "ar" else 40, color=color, alpha=0.5)
+    for paths, style, label in sets:
+      if len(paths) == 1:
+        axes.plot([], [], "o", color=color, label=label)
+        continue
+      budgets = np.geomspace(0.0625, 4.0, 200)
+      mixtures = [cheapest({p: r["valid"][p] for p in paths}, b) for b in budgets]
+      line = [(b, mixed(r["test"], m, "bits")) for b, m in zip(budgets, mixtures) if m]
+      axes.plot(*zip(*line), style, color=color, label=label)
+  axes.set_xscale("log", base=2)
+  axes.set_xlim(0.0625, 4.0)
+  ticks = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4)
+  axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+  axes.set_xlabel("forward passes a character")
+  axes.set_ylabel("bits a character (upper bound, test text)")
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(file, dpi=130)
+
+
+def report(runs: list[dict[str, Any]], scale_name: str, text: str) -> None:
+  """Prints the tables, writes the JSON and the picture."""
+  result = {"scale": scale_name, "settings": SCALES[scale_name], "text": "standard library" if not text else
+            ", ".join(Path(part).name for part in text.split(",")), "runs": runs,
+            "budgets_baselines_as_published": summarize(runs, True),
+            "budgets_baselines_with_our_policies": summarize(runs, False),
+            "differences": single_differences(runs)}
+  for title in ("budgets_baselines_as_published", "budgets_baselines_with_our_policies"):
+    print(f"\n{title.replace('_', ' ')}: test bits a character (validation picks)")
+    print(f"{'method':<16}{'seed':>5}" + "".join(f"{row['budget']:>18g}" for row in result[title]))
+    for r in runs:
+      cells = []
+      for row in result[title]:
+        found = [m for m in row["methods"] if (m["name"], m["seed"]) == (r["name"], r["seed"])]
+        cells.append(f"{found[0]['test_bits']:.4f} +- {found[0]['test_stderr']:.4f}" if found else "-")
+      print(f"{r['name']:<16}{r['seed']:>5}" + "".join(f"{cell:>18}" for cell in cells))
+    for row in result[title]:
+      for entry in row["evo_against_best_baseline"]:
+        print(f"at {row['budget']:g} passes: {entry['name']}-{entry['seed']} minus {entry['baseline']}: "
+              f"{entry['difference']:+.4f} +- {entry['stderr']:.4f}")
+  print()
+  for claim, entries in result["differences"].items():
+    for entry in entries:
+      print(f"{claim}, seed {entry['seed']}: {entry['difference']:+.4f} +- {entry['stderr']:.4f}")
+  common.write_result(f"frontier_{scale_name}", result)
+  draw(runs, common.RESULTS / f"frontier_{scale_name}.png")
 
 
 def main() -> None:
@@ -143,9 +298,11 @@ def main() -> None:
   for name in names:
     if name not in METHODS:
       raise UserError(f"--only: {name!r} is not one of {', '.join(METHODS)}")
-  for seed in range(args.first_seed, args.seeds):
-    for name in names:
-      run(name, seed)
+  ratio = check_flops(method_config(names[-1], SCALES[args.scale], args.data, 0))
+  print(f"operations of a training step of {names[-1]}: the formula counts {ratio:.3f} of what XLA counts")
+  runs = [measured(name, seed, args.scale, args.data, args.workdir)
+          for seed in range(args.first_seed, args.seeds) for name in names]
+  report(runs, args.scale, args.data)
 
 
 if __name__ == "__main__":
@@ -154,6 +311,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("only", "", "Comma-separated methods; default: all.")
   flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... of each method.")
   flags.DEFINE_integer("first_seed", 0, "The first of them.")
-  flags.DEFINE_bool("draw", False, "Train and measure nothing: collect what is there.")
   flags.DEFINE_string("workdir", "runs/frontier", "Where the runs live.")
   cli.run(main)

@@ -1,0 +1,198 @@
+"""The training objective's levers: what is drawn, what is taught, and what is left alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import small_config
+from evo_jax import config as config_lib
+from evo_jax import elbo, flops, train
+from model_test import V, build
+from train_test import one_step
+
+NAMES = config_lib.TRAIN_PATHS
+
+
+def drawn(bound_windows=1, batch=2000, density=None, **changes):
+  config = small_config(**{"loss__bound_windows": bound_windows, **changes})
+  return elbo.draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
+
+
+def only(name):
+  return {f"paths__{path}": float(path == name) for path in NAMES if path != "learned"}
+
+
+def test_windows_taught_by_the_bound_take_gaussian_paths():
+  draw = drawn(paths__erasure=0.3, paths__ragged=0.3)
+  path = np.asarray(draw.path)
+  gaussian = [NAMES.index(n) for n in config_lib.GAUSSIAN_PATHS]
+  assert np.isin(path[:, 0], gaussian).all() and not np.isin(path[:, 1], gaussian).all()
+  share = np.bincount(path[:, 1], minlength=len(NAMES)) / len(path)
+  want = np.array([{"diagonal": 0.5, "rolling": 0.2, "independent": 0.2, "staircase": 0.1, "erasure": 0.3, "ragged": 0.3}
+                   .get(n, 0) for n in NAMES])
+  np.testing.assert_allclose(share, want / want.sum(), atol=0.02)
+
+
+def test_erasure_leaves_any_number_of_tokens_unknown_anywhere():
+  time = np.asarray(drawn(0, **only("erasure")).time).reshape(-1, 8)
+  assert np.isin(time, [0, 1]).all()
+  counts = np.bincount(time.sum(1).astype(int), minlength=9) / len(time)
+  assert counts[0] == 0
+  np.testing.assert_allclose(counts[1:], 1 / 8, atol=0.01)
+  np.testing.assert_allclose(time.mean(0), 4.5 / 8, atol=0.03)  # no place is preferred
+  clipped = np.asarray(drawn(0, **only("erasure"), paths__erasure_range=(0.25, 0.75)).time).sum(-1)
+  assert set(np.unique(clipped)) == {3, 4, 5, 6}
+
+
+def test_ragged_windows_are_known_up_to_somewhere():
+  time = np.asarray(drawn(0, **only("ragged")).time).reshape(-1, 8)
+  first = time.argmax(1)
+  assert np.isin(time, [0, 1]).all() and (time.max(1) == 1).all()
+  np.testing.assert_allclose(np.bincount(first, minlength=8) / len(time), 1 / 8, atol=0.01)
+  beyond = np.concatenate([row[f + 1:] for row, f in zip(time, first)])
+  assert 0.55 < beyond.mean() < 0.75  # a third of the tokens beyond is known
+
+
+def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
+  """With the number of unknown tokens uniform that is masked diffusion's continuous-time bound."""
+  net, statistics, _ = build()
+  config = small_config(loss__bound_windows=0, **only("erasure"))
+  tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
+  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
+  (_, window), _, _ = elbo.training_loss(net, statistics, tokens, draw, dataclasses.replace(config.loss, window_weight=1.0))
+  slots = elbo.gather_windows(tokens, draw.anchor, 8)
+  latent = elbo.observe_at(net.codes(), statistics.warp, slots[..., 1:], draw.time, draw.noise)
+  logits = elbo.window_logits(net, net.clean(tokens[:, :-1])[1], draw.anchor, slots[..., 0], latent, net.codes(),
+                              statistics.log_unigram_V)
+  nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(slots)[..., 1:, None], -1)[..., 0]
+  unknown = np.asarray(draw.time) > 0
+  want = np.mean((nats * unknown).sum(-1) / unknown.sum(-1))
+  np.testing.assert_allclose(window, want, rtol=1e-4)
+
+
+def test_importance_sampled_steps_are_weighted_back():
+  """Steps come as often as they are asked for, and the weights leave every mean over the clock as it was."""
+  density = jnp.array([0.4, 0.3, 0.2, 0.1])
+  draw = drawn(1, density=density, paths__steps=(64,), **only("diagonal"))
+  clock, weight = np.asarray(draw.clock[:, 0]), np.asarray(draw.weight)
+  np.testing.assert_allclose(np.histogram(clock, 4, (0, 1))[0] / len(clock), density, atol=0.01)
+  for value in (np.ones_like(clock), clock, clock**2):
+    plain = np.mean((np.arange(64) / 64)[:, None] ** [0, 1, 2], 0)
+  for power, want in enumerate(plain):
+    np.testing.assert_allclose(np.mean(weight[:, 0] * clock**power), want, atol=0.01)
+  assert (weight[:, 1] == 1).all()
+  statistics = build()[1].replace(squares_G=jnp.array([4.0] + [1.0] * 15))
+  found = np.asarray(statistics.step_density())
+  assert abs(found.sum() - 1) < 1e-6 and 1.7 < found[0] / found[1] < 2.0  # as the root of the squares, a tenth even
+
+
+LEARNED = dict(model__progression="learned", paths__learned=1.0, loss__bound_windows=1)
+
+
+def test_speeds_start_as_the_past_expects_and_are_learned():
+  """Before training q = p and the clock is shared; the bound teaches both heads, and nothing of it touches AR's gradient."""
+  config = small_config(**LEARNED)
+  model, state = train.Evo(config.model, V), None
+  state = jax.jit(lambda: train.nn.unbox(train.init_state(model, config)))()
+  tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
+  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+
+  def losses(params, which):
+    terms, _, metrics = elbo.training_loss(model.bind({"params": params}), state.statistics, tokens, draw, config.loss, True)
+    return terms[which], metrics
+
+  (_, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: losses(p, 1), has_aux=True))(state.params)
+  assert abs(float(metrics["progression_kl"])) < 1e-6
+  for name in ("speed_prior_out", "speed_posterior_out"):
+    assert np.isfinite(gradient[name]).all() and np.abs(gradient[name]).max() > 1e-5, name
+  ar = jax.jit(jax.grad(lambda p: losses(p, 0)[0]))(state.params)
+  assert all((np.asarray(leaf) == 0).all() for name, leaf in ar.items() if name.startswith("speed"))
+
+
+def test_inferred_speeds_differ_and_pay_kl():
+  net, statistics, config = build(**LEARNED)
+  tokens = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
+  hidden, _ = net.clean(tokens[:, :-1])
+  anchor = jnp.array([[0, 8], [16, 24]])
+  token = elbo.gather_windows(tokens, anchor, 8)[..., 1:]
+  infer = lambda passes, token: elbo.infer_speeds(net, hidden, elbo.token_nats(net, hidden, tokens), token, anchor,
+                                                  jnp.full((2, 2), passes), jnp.zeros((2, 2, 8)))
+  speed, kl = infer(4, token)
+  assert speed.shape == kl.shape == (2, 2, 8) and (np.asarray(kl) > 0).all() and np.ptp(speed, axis=-1).min() > 1e-3
+  assert not np.allclose(speed, infer(8, token)[0])  # the clock knows its passes
+  other, _ = infer(4, token.at[0, 1, 3].set(1 + token[0, 1, 3] % 5))  # the posterior reads the token itself ...
+  assert np.argwhere(~np.isclose(other, speed, atol=1e-6)).tolist() == [[0, 1, 3]]
+  prior = lambda hidden: net.speed_prior(hidden, 8, jnp.full((2, 2), 4))[0]
+  at_anchor = jnp.take_along_axis(hidden, anchor[..., None], axis=1)
+  later = net.clean(tokens.at[0, 12].set(1 + tokens[0, 12] % 5)[:, :-1])[0]  # ... the prior only the past
+  np.testing.assert_allclose(prior(at_anchor)[0], prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6)
+
+
+def test_self_conditioning_reads_twice():
+  """At share 1 the windows' loss is that of a second reading under the first one's belief; in the bound likewise."""
+  net, statistics, config = build()
+  tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
+  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+  loss = lambda share: float(elbo.training_loss(net, statistics, tokens, draw,
+                                                dataclasses.replace(config.loss, self_conditioning=share))[0][1])
+  assert abs(loss(1.0) - loss(0.0)) > 1e-4
+  np.testing.assert_allclose(loss(1e-9), loss(0.0), rtol=1e-6)
+  from evo_jax import policies
+  cost = lambda path, on: np.asarray(elbo.sequence_cost(net, statistics, tokens, jax.random.key(2),
+                                                        policies.make(path, 8, 0.5), 8, on)[0])
+  np.testing.assert_allclose(cost("diagonal:1", True), cost("diagonal:1", False), atol=1e-5)  # nothing was read before
+  assert np.abs(cost("diagonal:2", True) - cost("diagonal:2", False)).max() > 1e-4
+
+
+def test_a_window_of_the_whole_sequence_needs_no_clean_stream():
+  net, statistics, config = build(window__size=32, window__count=1)
+  tokens = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
+  anchor = jnp.zeros((2, 1), jnp.int32)
+  x, time = net.embed_tokens(tokens)[:, None], jnp.full((2, 1, 33), 0.5)
+  with_cache, _ = net.window(net.clean(tokens[:, :-1])[1], anchor, x, time)
+  without, _ = net.window(None, anchor, x, time)
+  np.testing.assert_allclose(with_cache, without, atol=1e-5)
+
+
+DIFFUSION = dict(loss__ar_weight=0.0, window__size=32, window__count=1)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(DIFFUSION, loss__bound_windows=0, **only("erasure")),
+    dict(DIFFUSION, loss__self_conditioning=0.5, **only("diagonal")),
+    dict(LEARNED, loss__self_conditioning=0.5, train__accumulate=2, paths__step_sampling="importance"),
+    dict(loss__antithetic=False, loss__integrand="rate", paths__steps=(1000,))])
+def test_every_lever_is_a_configuration(changes):
+  """Masked diffusion, Gaussian diffusion, learned clocks, plain or priced noise: a step of each is finite and teaches."""
+  state, metrics = one_step(**changes)
+  assert all(np.isfinite(value) for value in metrics.values()), metrics
+  assert float(metrics["gradient_norm"]) > 0.01 and 3 < float(metrics["bits"]) < 12
+  assert np.asarray(state.params["embedding"]).std() > 0
+
+
+def test_windows_can_start_later():
+  config = small_config(window__start=0.5)
+  assert train.windows_start(config) == 6
+  model = train.make_model(config, train.tokenizer_lib.Bytes())
+  state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
+  batch = jax.ShapeDtypeStruct((8, 33), jnp.int32)
+  names = lambda windows: jax.eval_shape(lambda s, b: train.train_step(s, b, model=model, config=config, windows=windows),
+                                         state, batch)[1]
+  assert "window_ce" in names(True) and "window_ce" not in names(False)
+  assert flops.train_run(config, 264) == 6 * flops.train_step(config, 264) + 6 * flops.train_step(config, 264, False)
+
+
+@pytest.mark.parametrize("changes", [dict(window__count=0), dict(window__count=2), dict(
+    DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure"))])
+def test_operations_by_formula_are_those_that_xla_counts(changes):
+  """At a width where matrix products are nearly all there is."""
+  config = small_config(**{**dict(model__width=256, model__heads=4, model__kv_heads=2, model__hidden=512, model__unroll=2,
+                                  model__context=128, window__size=16), **changes})
+  model = train.make_model(config, train.tokenizer_lib.Bytes())
+  state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
+  batch = jax.ShapeDtypeStruct((8, 129), jnp.int32)
+  step = jax.jit(lambda s, b: train.train_step(s, b, model=model, config=config)).lower(state, batch)
+  assert abs(flops.train_step(config, model.rows) / step.cost_analysis()["flops"] - 1) < 0.06
