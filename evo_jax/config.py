@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
-JUMP_PATHS = ("staircase", "erasure", "ragged")  # a token is unknown or known
+JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
 
 
@@ -46,7 +46,7 @@ class Model:
   norm_epsilon: float = pinned(1e-5)
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = pinned(False)  # True: no attention across document boundaries
-  progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or a speed for each, inferred
+  progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or one for each, inferred
   dtype: str = "float32"  # of computation
   param_dtype: str = pinned("float32")
   remat: str = "none"  # none | full | dots: what the backward pass computes again
@@ -71,9 +71,11 @@ class Paths:
   independent: float = 0.2
   learned: float = 0.0  # the clock of model.progression = learned
   staircase: float = 0.1
+  streams: float = 0.0  # several staircases side by side
   erasure: float = 0.0  # a random number of tokens unknown, anywhere: masked diffusion's states
   ragged: float = 0.0  # all known up to somewhere, and some beyond: the states that adaptive policies meet
   rolling_width: float = 0.5  # share of the clock that one token's way takes on rolling and independent paths
+  stream_counts: tuple[int, ...] = (2, 4, 8)  # n of a window on the path of streams
   erasure_range: tuple[float, ...] = (0.0, 1.0)  # of the share of unknown tokens that is drawn (BD3-LM's clipped schedule)
   steps: tuple[int, ...] = (4, 8, 16, 32, 64)  # K of the discretizations that the bound is trained on
   learned_steps: tuple[int, ...] = (2, 4, 8, 16)  # K of the learned clock's
@@ -260,7 +262,7 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
   for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
                 "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
-                "paths.learned", "paths.erasure", "paths.ragged", "window.start", "loss.self_conditioning",
+                "paths.learned", "paths.streams", "paths.erasure", "paths.ragged", "window.start", "loss.self_conditioning",
                 "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
                 "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
                 "data.seed"):
@@ -275,9 +277,11 @@ def _check(c: Config) -> None:
   need(c.model.context % c.window.size == 0, "window.size", f"does not divide model.context = {c.model.context}")
   need(any(getattr(c.paths, p) > 0 for p in TRAIN_PATHS), "paths.diagonal", "and all other path weights are zero")
   need(0 < c.paths.rolling_width <= 1, "paths.rolling_width", "is not in (0, 1]")
-  for name in ("steps", "learned_steps"):
-    steps = getattr(c.paths, name)
-    need(steps and min(steps) >= 1, f"paths.{name}", "must hold positive numbers of steps")
+  for name in ("steps", "learned_steps", "stream_counts"):
+    numbers = getattr(c.paths, name)
+    need(numbers and min(numbers) >= 1, f"paths.{name}", "must hold positive numbers")
+  need(not c.paths.streams or max(c.paths.stream_counts) <= c.window.size, "paths.stream_counts",
+       f"has more streams than a window has tokens, window.size = {c.window.size}")
   limits = c.paths.erasure_range
   need(len(limits) == 2 and 0 <= limits[0] < limits[1] <= 1, "paths.erasure_range", "is not LOW, HIGH in [0, 1]")
   need(c.paths.step_sampling in ("even", "importance"), "paths.step_sampling", "is not one of even, importance")

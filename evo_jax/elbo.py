@@ -25,8 +25,8 @@ BITS = 1.0 / np.log(2.0)  # bits in a nat
 _UNIGRAM_MEMORY = 1000  # steps after which the unigram estimate forgets as fast as it learns
 _COST_BINS = 16  # of the clock, over which the bound's squared step costs are followed
 _ERASURE_PASSES = 32  # of a random order that are priced, at most
-_LEARNED, _STAIRCASE, _ERASURE, _RAGGED = (
-    config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "erasure", "ragged"))
+_LEARNED, _STAIRCASE, _STREAMS, _ERASURE, _RAGGED = (
+    config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "streams", "erasure", "ragged"))
 _GAUSSIANS = len(config_lib.GAUSSIAN_PATHS)  # paths of a lower index have partial evidence
 
 
@@ -39,8 +39,8 @@ class Network(Protocol):
   def embed(self, latent, codes_VxM, prior_logits): ...
   def logits(self, hidden): ...
   def embed_tokens(self, tokens): ...
-  def speed_prior(self, hidden_BxNxD, size, passes_BxN): ...
-  def speed_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
+  def clock_prior(self, hidden_BxNxD, size, passes_BxN): ...
+  def clock_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
 
 
 @flax.struct.dataclass
@@ -119,11 +119,12 @@ class Draw:
   time_next: jax.Array  # (B, N, W): where the step from there leads (read for bound windows)
   clock: jax.Array  # (B, N): the shared clock at `time`
   clock_next: jax.Array  # (B, N): and at `time_next`
+  front: jax.Array  # (B, N, W) bool: on streams, the tokens that the next pass makes known
   steps: jax.Array  # (B, N): K of the path's discretization
   weight: jax.Array  # (B, N): of the steps, 1 / (how much more often than evenly they are drawn)
   noise: jax.Array  # (B, N, W, M) standard normal
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
-  speed_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
+  delay_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
   coin: jax.Array  # (B,) in [0, 1): the first decides on self-conditioning
 
 
@@ -175,6 +176,8 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
   erased = jnp.clip(jnp.ceil((low + (high - low) * s_u) * W), 1, W)[..., None]
   first = jnp.floor(s_u * W)[..., None]
   places = jnp.arange(W)
+  length = -(-W // choose_steps(mixture.stream_counts))[..., None]  # of a stream
+  streamed = places % length >= jnp.floor(s_u[..., None] * length)
   ragged = (places == first) | ((places > first) & (uniform[..., 1:] >= steps_u[..., None] ** 2))
 
   def times(s):
@@ -184,7 +187,9 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
         found.append(rank < erased)
       elif name == "ragged":
         found.append(ragged)
-      else:  # of the learned clock's place the diagonal is a holder, until speeds are inferred
+      elif name == "streams":
+        found.append(streamed)
+      else:  # of the learned clock's place the diagonal is a holder, until clocks are inferred
         name = "diagonal" if name == "learned" else name
         found.append(_snap(paths.clock(name, W, mixture.rolling_width, uniform[..., 1:])(s[..., None])))
     stacked = jnp.stack([jnp.broadcast_to(t, (batch, N, W)).astype(s.dtype) for t in found])
@@ -192,9 +197,10 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
 
   return Draw(
       anchor=anchor, path=path, steps=steps, weight=weight, clock=clock, clock_next=clock_next, time=times(clock),
+      front=places % length == jnp.floor(s_u[..., None] * length),
       time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
       noise=noise[:, :N], step_noise=noise[:, N:],
-      speed_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jax.random.uniform(keys[5], (batch,)))
+      delay_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jax.random.uniform(keys[5], (batch,)))
 
 
 def _snap(time: jax.Array) -> jax.Array:
@@ -249,19 +255,22 @@ def gaussian_kl(q: tuple[jax.Array, jax.Array], p: tuple[jax.Array, jax.Array]) 
   return log_p - log_q + 0.5 * (jnp.exp(2 * (log_q - log_p)) + ((mean_q - mean_p) * jnp.exp(-log_p)) ** 2 - 1.0)
 
 
-def infer_speeds(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array,
-                 anchor_BxN: jax.Array, passes_BxN: jax.Array, noise_BxNxW: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Speeds of windows' tokens, drawn from what the clean text proposes, and what they cost in nats, KL(q || p): (B, N, W).
+def infer_clock(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array,
+                anchor_BxN: jax.Array, passes_BxN: jax.Array,
+                noise_BxNxW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """A learned clock for windows: delays, drawn from what the clean text proposes; sharpnesses, which the past alone tells;
+  and what the delays cost in nats, KL(q || p): each (B, N, W).
 
   hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads learn from them and do not teach
   them.
   """
   hidden_BxLxD, nats_BxL = jax.lax.stop_gradient((hidden_BxLxD, nats_BxL))
   anchor_hidden = jnp.take_along_axis(hidden_BxLxD, anchor_BxN[..., None], axis=1)
-  prior = net.speed_prior(anchor_hidden, token_BxNxW.shape[-1], passes_BxN)
-  change = net.speed_posterior(hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN)
-  posterior = jax.tree.map(jnp.add, prior, change)
-  return posterior[0] + jnp.exp(posterior[1]) * noise_BxNxW, gaussian_kl(posterior, prior)
+  mean, log_std, sharpness = net.clock_prior(anchor_hidden, token_BxNxW.shape[-1], passes_BxN)
+  change = net.clock_posterior(hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN)
+  posterior = mean + change[0], log_std + change[1]
+  delay = posterior[0] + jnp.exp(posterior[1]) * noise_BxNxW
+  return delay, sharpness, gaussian_kl(posterior, (mean, log_std))
 
 
 def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array) -> jax.Array:
@@ -308,12 +317,12 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
 
   time, time_next, kl = draw.time, draw.time_next, jnp.zeros(())
   if learned:
-    speed, kl = infer_speeds(net, hidden, nats_BxL, token, draw.anchor, draw.steps, draw.speed_noise)
-    # Like the codes, speeds are taught by the bound alone: cross-entropy only wants all tokens known at once.
-    speed = jnp.where(is_bound[:, None], speed, jax.lax.stop_gradient(speed))
+    delay, sharpness, kl = infer_clock(net, hidden, nats_BxL, token, draw.anchor, draw.steps, draw.delay_noise)
+    # Like the codes, clocks are taught by the bound alone: cross-entropy only wants all tokens known at once.
+    delay, sharpness = (jnp.where(is_bound[:, None], x, jax.lax.stop_gradient(x)) for x in (delay, sharpness))
     use = (draw.path == _LEARNED)[..., None]
-    time = jnp.where(use, paths.speed_clock(speed, draw.clock[..., None]), time)
-    time_next = jnp.where(use, paths.speed_clock(speed, draw.clock_next[..., None]), time_next)
+    time = jnp.where(use, paths.learned_clock(delay, sharpness, draw.clock[..., None]), time)
+    time_next = jnp.where(use, paths.learned_clock(delay, sharpness, draw.clock_next[..., None]), time_next)
     kl = jnp.where(use, kl, 0.0)[:, :bound_windows]
   latent = observe_at(codes, warp, token, time, draw.noise)
 
@@ -353,9 +362,12 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   whole_b = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]  # the path's cost that this step stands for
   bound_BxN = whole_b * draw.weight[:, :bound_windows] + jnp.mean(kl)
   # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
-  among_unknown = (draw.path == _ERASURE) | (draw.path == _RAGGED)
-  shares = jnp.where(among_unknown, jnp.maximum(jnp.sum(unknown, axis=-1), 1), W)
-  ce_BxN = (jnp.sum(nats, axis=-1) / shares)[:, bound_windows:]
+  among = (draw.path == _ERASURE) | (draw.path == _RAGGED) | (draw.path == _STREAMS)
+  share = jnp.where(among[..., None], unknown / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1), 1.0 / W)
+  # Of streams the bound asks only for what the next pass makes known; half of the weight stays with all, for more signal.
+  front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
+  share = jnp.where((draw.path == _STREAMS)[..., None], 0.5 * (share + front), share)
+  ce_BxN = jnp.sum(nats * share, axis=-1)[:, bound_windows:]
   window = (config.bound_weight * jnp.sum(bound_BxN) + jnp.sum(ce_BxN)) / (token.shape[0] * token.shape[1])
 
   nats, whole_b = jax.lax.stop_gradient((nats, whole_b))
@@ -463,7 +475,7 @@ def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
 
   policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read after
   the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A learned clock's
-  speeds, drawn from what the clean text proposes, pay their KL.
+  delays, drawn from what the clean text proposes, pay their KL.
   """
   B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
   hidden, cache = None, None
@@ -483,9 +495,9 @@ def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
       return nats.reshape(B, L), jnp.sum(passes, axis=1)
     policy = policy.replace(rank=random_rank(start_key, token.shape))
   if isinstance(policy, policies.Learned):
-    speed, kl = infer_speeds(net, hidden, token_nats(net, hidden, sequence_BxT), token, anchor_BxN,
-                             jnp.broadcast_to(policy.passes, anchor_BxN.shape),
-                             jax.random.normal(start_key, token.shape))
-    policy = policy.replace(speed=speed)
+    delay, sharpness, kl = infer_clock(net, hidden, token_nats(net, hidden, sequence_BxT), token, anchor_BxN,
+                                       jnp.broadcast_to(policy.passes, anchor_BxN.shape),
+                                       jax.random.normal(start_key, token.shape))
+    policy = policy.replace(delay=delay, sharpness=sharpness)
   nats, passes = path_cost(field, codes, statistics.warp, token, policy, key, prior if self_conditioned else None)
   return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)

@@ -7,9 +7,10 @@ Paths, over windows of the model's size (or --window) that are read one after an
 
   ar            autoregression on the clean stream: one token a pass
   staircase     the same inside the windows; left:n is n tokens a pass, leftmost first
+  streams:n     n staircases side by side, one in each n-th of the window: n tokens a pass that are far apart
   diagonal:K    all of a window's tokens together, in K passes of partial evidence
   rolling:K     a wave of partial evidence from left to right, in K passes
-  learned:K     each token at the speed that the model infers, in K passes (model.progression = learned)
+  learned:K     each token by the clock that the model infers for it, in K passes (model.progression = learned)
   random:K      masked diffusion: equally many tokens a pass, in random order
   certain:n     n tokens a pass: the leftmost and those whose beliefs have the least entropy
   entropy:h     all tokens whose beliefs have less than h bits, and the leftmost; also confidence:p (largest
@@ -26,6 +27,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import checkpoint
@@ -146,12 +148,12 @@ def format_gap(gap: list[dict[str, Any]], unit: str) -> str:
 
 
 def progression(run: checkpoint.Run, sequence: np.ndarray, window: int, passes: int) -> list[dict[str, Any]]:
-  """What a model with a learned clock infers about one sequence (L + 1,): for each token after the first its `token`, `nats`
-  (autoregression's), `speed` (the posterior's mean), `expected` (the prior's mean, from the past alone) and `half`, the
-  clock's time at which its t is 1/2: small for tokens that come early. Raises UserError for a model with a shared clock.
+  """What a model with a learned clock infers about one sequence (L + 1,), for each token after the first: `token`, `nats`
+  (autoregression's), `half` and `expected`, the clock's time in [0, 1] at which its t is 1/2, by the posterior's mean and
+  by the prior's (from the past alone), and `times`, its t before each pass. Raises UserError for a model with a shared clock.
   """
   if run.config.model.progression != "learned":
-    raise UserError("--show-progression: the model has a shared clock (config.model.progression), it infers no times")
+    raise UserError("--show_progression: the model has a shared clock (config.model.progression), it infers no times")
 
   @jax.jit
   def infer(params, sequence_1xT):
@@ -159,31 +161,28 @@ def progression(run: checkpoint.Run, sequence: np.ndarray, window: int, passes: 
     L = sequence_1xT.shape[1] - 1
     hidden, _ = net.clean(sequence_1xT[:, :-1])
     nats = elbo.token_nats(net, hidden, sequence_1xT)
-    anchor = jax.numpy.arange(0, L, window)[None]
+    anchor = jnp.arange(0, L, window)[None]
     token = elbo.gather_windows(sequence_1xT, anchor, window)[..., 1:]
-    count = jax.numpy.full(anchor.shape, passes)
-    expected, _ = net.speed_prior(hidden[:, ::window], window, count)
-    change, _ = net.speed_posterior(hidden, nats, token, anchor, count)
-    return nats[0], (expected + change).reshape(L), expected.reshape(L)
+    count = jnp.full(anchor.shape, passes)
+    delay, sharpness, _ = elbo.infer_clock(net, hidden, nats, token, anchor, count, jnp.zeros(token.shape))
+    expected, _, _ = net.clock_prior(hidden[:, ::window], window, count)
+    times = paths_lib.learned_clock(delay, sharpness, (jnp.arange(passes + 1) / passes)[:, None, None, None])
+    return nats[0], jax.nn.sigmoid(delay).reshape(L), jax.nn.sigmoid(expected).reshape(L), times.reshape(passes + 1, L).T
 
-  nats, speed, expected = (np.asarray(x) for x in infer(run.params, sequence[None]))
-  half = 1.0 - 0.5 ** np.exp(-speed)
-  return [{"token": int(t), "nats": float(n), "speed": float(r), "expected": float(e), "half": float(h)}
-          for t, n, r, e, h in zip(sequence[1:], nats, speed, expected, half)]
+  found = (np.asarray(x).tolist() for x in infer(run.params, sequence[None]))
+  return [{"token": int(token), "nats": nats, "half": half, "expected": expected, "times": times}
+          for token, nats, half, expected, times in zip(sequence[1:], *found)]
 
 
 def format_progression(found: list[dict[str, Any]], tokenizer: tokenizer_lib.Tokenizer, window: int) -> str:
-  """A line a token, a rule a window: the token, its surprise, its speed, and the shares of the clock as a bar."""
-  lines = [f"{'token':<12}{'bits':>7}{'speed':>8}{'expected':>10}{'half':>7}  t from 1 to 0 along the clock"]
+  """A line a token, a rule a window: the token, its surprise, when its t is 1/2, and its t before each pass."""
+  lines = [f"{'token':<12}{'bits':>7}{'half':>7}{'expected':>10}  t before each pass"]
   for i, entry in enumerate(found):
     if i % window == 0:
-      lines.append("-" * 76)
-    s = (np.arange(30) + 0.5) / 30
-    times = (1.0 - s) ** np.exp(entry["speed"])
-    bar = "".join("#" if t > 0.75 else "+" if t > 0.5 else "-" if t > 0.25 else "." for t in times)
+      lines.append("-" * 72)
     text = repr(tokenizer.decode(np.array([entry["token"]])))
-    lines.append(f"{text:<12}{entry['nats'] * elbo.BITS:>7.2f}{entry['speed']:>8.2f}{entry['expected']:>10.2f}"
-                 f"{entry['half']:>7.2f}  {bar}")
+    times = " ".join(f"{t:.2f}" if 0 < t < 1 else f"{t:<4.0f}" for t in entry["times"])
+    lines.append(f"{text:<12}{entry['nats'] * elbo.BITS:>7.2f}{entry['half']:>7.2f}{entry['expected']:>10.2f}  {times}")
   return "\n".join(lines)
 
 
@@ -242,6 +241,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
   flags.DEFINE_integer("seed", 0, "Of the latents' noise.")
   flags.DEFINE_bool("show_progression", False, "Print a passage's tokens with the times that the model infers for them.")
-  flags.DEFINE_integer("passes", 8, "For --show_progression: the passes a window that the speeds are meant for.")
+  flags.DEFINE_integer("passes", 8, "For --show_progression: the passes a window.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
   cli.run(main)

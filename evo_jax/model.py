@@ -28,8 +28,8 @@ from evo_jax.sharding import RULES, ShardingRules
 
 DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
 _FREQUENCIES = 16  # of the time's cosine features
-_SPEED_DIM = 64  # inner width of the heads that infer speeds
-_SPEED_SPREAD = 0.3  # standard deviation of speeds before training
+_CLOCK_DIM = 64  # inner width of the heads that infer clocks
+_DELAY_SPREAD = 0.2  # standard deviation of delays before training
 _FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 
 
@@ -155,16 +155,14 @@ class Evo(nn.Module):
     self.time_out = param("time_out", (R, R), (None, "time"), normal(R**-0.5))
 
     if c.progression == "learned":
-      P, F = _SPEED_DIM, _slot_features(1, jnp.ones(())).shape[-1]
-      head = lambda name, shape: param(name, shape, ("width", None) if shape[0] == D else (None, None),
-                                       normal(shape[0]**-0.5))
+      P, F = _CLOCK_DIM, _slot_features(1, jnp.ones(())).shape[-1]
       zeros = nn.initializers.zeros
-      self.speed_prior_in = head("speed_prior_in", (D, P))
-      self.speed_prior_slot = head("speed_prior_slot", (F, P))
-      self.speed_prior_out = param("speed_prior_out", (P, 2), (None, None), zeros)
-      self.speed_posterior_in = param("speed_posterior_in", (3, D, P), (None, "width", None), normal((3 * D)**-0.5))
-      self.speed_posterior_slot = head("speed_posterior_slot", (F + 1, P))
-      self.speed_posterior_out = param("speed_posterior_out", (P, 2), (None, None), zeros)
+      self.clock_prior_in = param("clock_prior_in", (D, P), ("width", None), normal(D**-0.5))
+      self.clock_prior_slot = param("clock_prior_slot", (F, P), (None, None), normal(F**-0.5))
+      self.clock_prior_out = param("clock_prior_out", (P + F, 3), (None, None), zeros)
+      self.clock_posterior_in = param("clock_posterior_in", (3, D, P), (None, "width", None), normal((3 * D)**-0.5))
+      self.clock_posterior_slot = param("clock_posterior_slot", (F + 1, P), (None, None), normal((F + 1)**-0.5))
+      self.clock_posterior_out = param("clock_posterior_out", (P, 2), (None, None), zeros)
 
     block = Block
     if c.remat != "none":
@@ -239,19 +237,22 @@ class Evo(nn.Module):
     soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
     return jnp.where(latent.known[..., None], table[latent.token], soft)
 
-  def speed_prior(self, hidden_BxNxD: jax.Array, size: int, passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the past expects of the progression speeds of the `size` tokens after an anchor, in `passes` passes.
+  def clock_prior(self, hidden_BxNxD: jax.Array, size: int,
+                  passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the past expects of the clock of the `size` tokens after an anchor, in `passes` passes: the delays' means and
+    log standard deviations, and the sharpnesses, each (B, N, size) float32. Before training the clock is the shared one.
 
-    hidden_BxNxD: the clean stream's at the anchors. Returns means and log standard deviations (B, N, size), float32.
+    hidden_BxNxD: the clean stream's at the anchors.
     """
-    slots = _slot_features(size, passes_BxN) @ self.speed_prior_slot
-    hidden = nn.silu(self._plain(hidden_BxNxD)[:, :, None] @ self.speed_prior_in + slots)
-    mean, log_std = jnp.moveaxis(hidden @ self.speed_prior_out, -1, 0)
-    return mean, log_std + math.log(_SPEED_SPREAD)
+    slots = _slot_features(size, passes_BxN)
+    hidden = nn.silu((self._plain(hidden_BxNxD) @ self.clock_prior_in)[:, :, None] + slots @ self.clock_prior_slot)
+    out = jnp.concatenate([hidden, slots], axis=-1) @ self.clock_prior_out
+    mean, log_std, log_sharpness = jnp.moveaxis(out, -1, 0)
+    return mean, log_std + math.log(_DELAY_SPREAD), jnp.exp(jnp.clip(log_sharpness, -2.0, 4.0))
 
-  def speed_posterior(self, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array, anchor_BxN: jax.Array,
+  def clock_posterior(self, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array, anchor_BxN: jax.Array,
                       passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the tokens themselves add to `speed_prior`'s means and log standard deviations (B, N, W), float32.
+    """What the tokens themselves add to the means and log standard deviations of their delays (B, N, W), float32.
 
     Each token is judged by itself, its context, how much it surprises (nats_BxL: cross-entropies of tokens 1..L), and the
     clean stream's last state that the window allows.
@@ -260,10 +261,10 @@ class Evo(nn.Module):
     at = (anchor_BxN[..., None] + jnp.arange(W)).reshape(B, N * W)
     before = jnp.take_along_axis(hidden_BxLxD, at[..., None], axis=1).reshape(B, N, W, -1)
     nats = jnp.take_along_axis(nats_BxL, at, axis=1).reshape(B, N, W)
-    parts = (before, self.embed_tokens(token_BxNxW), jnp.broadcast_to(before[:, :, -1:], before.shape))
-    slots = jnp.concatenate([_slot_features(W, passes_BxN), nats[..., None]], axis=-1) @ self.speed_posterior_slot
-    hidden = nn.silu(sum(self._plain(x) @ w for x, w in zip(parts, self.speed_posterior_in)) + slots)
-    mean, log_std = jnp.moveaxis(hidden @ self.speed_posterior_out, -1, 0)
+    parts = (before, self.embed_tokens(token_BxNxW), before[:, :, -1:])
+    slots = jnp.concatenate([_slot_features(W, passes_BxN), nats[..., None]], axis=-1) @ self.clock_posterior_slot
+    hidden = nn.silu(sum(self._plain(x) @ w for x, w in zip(parts, self.clock_posterior_in)) + slots)
+    mean, log_std = jnp.moveaxis(hidden @ self.clock_posterior_out, -1, 0)
     return mean, log_std
 
   def _plain(self, x: jax.Array) -> jax.Array:
@@ -286,12 +287,17 @@ class Evo(nn.Module):
 
 
 def _slot_features(size: int, passes: jax.Array) -> jax.Array:
-  """(..., size, 11) float32: a token's place in its window as cosines, and the number of passes (...)."""
-  place = jnp.cos(jnp.pi * (jnp.arange(size)[:, None] + 0.5) / size * jnp.arange(8))
-  passes = passes.astype(jnp.float32)[..., None]
+  """(..., size, 12) float32: a token's place in its window as cosines; its place in its stream, were the window walked in as
+  many streams as `passes` (...) ask for, on the scale of delays; and the number of passes."""
+  index = jnp.arange(size)
+  place = jnp.cos(jnp.pi * (index[:, None] + 0.5) / size * jnp.arange(8))
+  passes = passes[..., None]
+  phase = (index % jnp.maximum(passes, 1) + 0.5) / jnp.maximum(passes, 1)
+  passes = passes.astype(jnp.float32)
   counts = jnp.concatenate([jnp.log2(passes) / 4.0, 1.0 / passes, passes / size], axis=-1)[..., None, :]
   shape = (*counts.shape[:-2], size)
-  return jnp.concatenate([jnp.broadcast_to(place, (*shape, 8)), jnp.broadcast_to(counts, (*shape, 3))], axis=-1)
+  return jnp.concatenate([jnp.broadcast_to(place, (*shape, 8)), jnp.log(phase / (1.0 - phase))[..., None],
+                          jnp.broadcast_to(counts, (*shape, 3))], axis=-1)
 
 
 @functools.lru_cache

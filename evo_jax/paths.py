@@ -9,8 +9,10 @@ straight line, and is known after `width`:
     rolling       starts evenly spread in order, width r: a wave from left to right
     independent   starts drawn at random, width r: tokens in any order and at any distance
     staircase     start i / B, width 1 / B, on a grid of B steps: plain jumps one after another, autoregression
+    streams       n staircases side by side, one in each n-th of the window: tokens that jump together are far apart
 
-A learned clock gives each token a speed r instead, t_i(s) = (1 - s)^exp(r_i); r = 0 is the diagonal.
+A learned clock gives each token a delay m and a sharpness b instead: t_i(s) = sigmoid(b_i (m_i - logit s)). m = 0 and
+b = 1 is the diagonal; a large b is a jump, at the clock's time sigmoid(m).
 
 Letters in names: B tokens of a window (T where it is any run of tokens), K steps, G knots.
 """
@@ -25,11 +27,11 @@ import numpy as np
 from evo_jax.cli import UserError
 
 _PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
-_TOKENS = ("left", "certain")  # name:n, n tokens a pass
+_TOKENS = ("left", "certain", "streams")  # name:n, n tokens a pass
 _LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0}  # name:threshold, and its greatest value
 _FORMS = "ar, staircase, " + ", ".join([f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] +
                                        [f"{n}:threshold" for n in _LIMITS])
-KNOWN_BELOW = 0.01  # on a learned clock a token whose time falls below this jumps
+END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
 
 
 @flax.struct.dataclass
@@ -58,12 +60,14 @@ def clock(name: str, tokens: int, rolling_width: float, uniform: jax.Array | Non
   raise ValueError(f"no path named {name!r}")
 
 
-def speed_clock(speed: jax.Array, s: jax.Array) -> jax.Array:
-  """t = (1 - s)^exp(speed) (...), differentiable in speed; 0 where less than KNOWN_BELOW. s broadcasts."""
-  s = jnp.clip(s, 0.0, 1.0)
-  left = jnp.where(s < 1.0, 1.0 - s, 0.5)  # the power's slope is not finite at its ends
-  time = jnp.where(s > 0.0, left ** jnp.exp(jnp.clip(speed, -6.0, 6.0)), 1.0)
-  return jnp.where((time < KNOWN_BELOW) | (s >= 1.0), 0.0, time)
+def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.Array:
+  """t = sigmoid(sharpness (delay - logit s)) (...), differentiable in both; exactly 1 and 0 within END of the ends, where
+  tokens wait and jump. s in [0, 1] broadcasts."""
+  inside = (s > 0.0) & (s < 1.0)
+  s_inside = jnp.where(inside, s, 0.5)
+  time = jax.nn.sigmoid(sharpness * (delay - jnp.log(s_inside) + jnp.log1p(-s_inside)))
+  time = jnp.where(time > 1.0 - END, 1.0, jnp.where(time < END, 0.0, time))
+  return jnp.where(inside, time, (s <= 0.0).astype(time.dtype))
 
 
 def parse(path: str) -> tuple[str, float]:
@@ -90,11 +94,12 @@ def parse(path: str) -> tuple[str, float]:
 
 
 def grid(path: str, tokens: int, rolling_width: float) -> jax.Array:
-  """Times (K+1, T) float32 of the K passes of diagonal:K, rolling:K or staircase: row k before pass k, the last row 0."""
+  """Times (K+1, T) float32 of a path's K passes (diagonal:K, rolling:K, streams:n, staircase): row k before pass k, the
+  last row all zero."""
   name, steps = parse(path)
-  steps = steps or tokens
-  if name == "staircase":  # exact, where the clock's division would round
-    return (jnp.arange(tokens)[None, :] >= jnp.arange(tokens + 1)[:, None]).astype(jnp.float32)
+  if name in ("staircase", "streams"):  # exact, where the clock's division would round
+    length = -(-tokens // max(steps, 1))
+    return (jnp.arange(tokens)[None, :] % length >= jnp.arange(length + 1)[:, None]).astype(jnp.float32)
   s = jnp.arange(steps + 1) / steps
   times = clock(name, tokens, rolling_width)(s[:, None])
   return times.at[-1].set(0.0)  # the end is exact, whatever the rounding

@@ -51,13 +51,16 @@ class Grid:
 
 @flax.struct.dataclass
 class Learned:
-  """The learned clock in `passes` passes (int32 scalar); `speed` (..., T) is inferred anew for each window."""
+  """The learned clock in `passes` passes (int32 scalar); `delay` and `sharpness` (..., T) are inferred anew for each
+  window."""
 
   passes: jax.Array
-  speed: jax.Array | None = None
+  delay: jax.Array | None = None
+  sharpness: jax.Array | None = None
 
   def __call__(self, reading: Reading) -> jax.Array:
-    return jnp.minimum(paths.speed_clock(self.speed, (reading.index + 1) / self.passes), reading.time)
+    time = paths.learned_clock(self.delay, self.sharpness, (reading.index + 1) / self.passes)
+    return jnp.minimum(time, reading.time)
 
 
 @flax.struct.dataclass
@@ -122,7 +125,7 @@ def make(path: str, tokens: int, rolling_width: float, most: int = 0) -> Policy 
   name, number = paths.parse(path)
   if name == "ar":
     return None
-  if name in ("diagonal", "rolling", "staircase"):
+  if name in ("diagonal", "rolling", "streams", "staircase"):
     times = paths.grid(path, tokens, rolling_width)
     return Grid(jnp.pad(times, [(0, max(most + 1 - len(times), 0)), (0, 0)]))
   if name == "learned":

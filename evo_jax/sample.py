@@ -164,8 +164,9 @@ def flow_windows(net: elbo.Network, statistics: elbo.Statistics, state: TextStat
       chosen = policy.replace(rank=elbo.random_rank(policy_key, (B, 1, size)))
     if isinstance(policy, policies.Learned):
       hidden, _ = read(net, state, state.token[:, :0])
-      mean, log_std = net.speed_prior(hidden, size, jnp.broadcast_to(policy.passes, anchor.shape))
-      chosen = policy.replace(speed=mean + jnp.exp(log_std) * jax.random.normal(policy_key, mean.shape))
+      mean, log_std, sharpness = net.clock_prior(hidden, size, jnp.broadcast_to(policy.passes, anchor.shape))
+      delay = mean + jnp.exp(log_std) * jax.random.normal(policy_key, mean.shape)
+      chosen = policy.replace(delay=delay, sharpness=sharpness)
     drawn, passes = sample_window(field, codes, statistics.warp, chosen, key, (B, 1, size), stepper,
                                   prior if self_conditioned else None)
     return append(state, drawn[:, 0], read(net, state, drawn[:, 0, :-1])[1]), passes[:, 0]

@@ -41,19 +41,21 @@ COMMON = {
     "model.context": 256, "model.unroll": 3, "data.tokenizer": "chars27", "train.log_every": 50, "train.checkpoint_every": 200,
     "train.eval_every": 0, "eval.samples": 0, "eval.paths": ("ar",), "eval.sequences": 16}
 
-# The windows of Evo: most states that policies meet, and a path of partial evidence that the bound teaches.
+# The windows of Evo: wide, so that streams in them are long, and only in the second half of training; one window of two on
+# paths of partial evidence, taught by the bound, the other on all paths, most of all on streams.
 EVO = {
-    "window.size": 16, "window.count": 4, "loss.bound_windows": 1, "loss.window_weight": 0.5, "paths.diagonal": 0.3,
-    "paths.rolling": 0.15, "paths.independent": 0.05, "paths.staircase": 0.0, "paths.erasure": 0.2, "paths.ragged": 0.3}
+    "window.size": 64, "window.count": 2, "window.start": 0.5, "loss.bound_windows": 1, "loss.window_weight": 0.5,
+    "paths.diagonal": 0.1, "paths.rolling": 0.1, "paths.independent": 0.05, "paths.staircase": 0.0, "paths.streams": 0.45,
+    "paths.erasure": 0.1, "paths.ragged": 0.2}
 DIFFUSION = {"loss.ar_weight": 0.0, "loss.window_weight": 1.0}
 ERASURE = DIFFUSION | {
     "paths.erasure": 1.0, "paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "paths.staircase": 0.0,
     "loss.bound_windows": 0, "loss.codes": "frozen"}
 
-POLICIES = ("left:2", "certain:2", "certain:4", "certain:8", "entropy:0.75", "entropy:1.5", "entropy:2.5",
-            "confidence:0.8", "confidence:0.5")
-EVO_PATHS = ("ar", *POLICIES, "maturity:0.2", "maturity:0.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16",
-             "diagonal:64", "rolling:8", "rolling:16", "random:4", "random:16")
+POLICIES = ("streams:2", "streams:4", "streams:8", "left:2", "certain:2", "certain:4", "certain:8", "entropy:2.5",
+            "confidence:0.5")
+EVO_PATHS = ("ar", "streams:2", "streams:4", "streams:8", "streams:16", "left:2", "certain:8", "entropy:2.5", "diagonal:2",
+             "diagonal:4", "diagonal:8", "diagonal:16", "diagonal:64", "rolling:8", "rolling:32", "random:8", "random:64")
 
 # name: (changes, paths as its paper has it, paths that are this project's, one of how many held-out sequences)
 METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {
@@ -62,7 +64,7 @@ METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {
     "mdlm": (ERASURE | {"window.size": 256, "window.count": 1},
              ("random:32", "random:64", "random:128", "random:256"), ("certain:8", "certain:4"), 2),
     "bd3_4": (ERASURE | {"window.size": 4, "window.count": 64, "paths.erasure_range": (0.45, 0.95)},
-              ("random:1", "random:2", "random:4"), ("certain:2", "entropy:0.5", "entropy:1", "entropy:2"), 1),
+              ("random:1", "random:2", "random:4"), ("streams:2", "certain:2", "entropy:2.5"), 1),
     "bd3_16": (ERASURE | {"window.size": 16, "window.count": 16, "paths.erasure_range": (0.3, 0.8)},
                ("random:2", "random:4", "random:8", "random:16"), POLICIES, 1),
     "plaid": (DIFFUSION | {"window.size": 256, "window.count": 1, "loss.bound_windows": 1, "loss.bound_weight": 1.0,
@@ -70,7 +72,7 @@ METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {
                            "paths.staircase": 0.0, "paths.steps": (32, 64, 128, 256)},
               ("diagonal:32", "diagonal:64", "diagonal:128", "diagonal:256"), (), 4),
     "evo": (EVO, EVO_PATHS, (), 1),
-    "evo_learned": (EVO | {"model.progression": "learned", "paths.learned": 0.4, "paths.diagonal": 0.1},
+    "evo_learned": (EVO | {"model.progression": "learned", "paths.learned": 0.25},
                     EVO_PATHS + ("learned:2", "learned:4", "learned:8"), (), 1),
 }
 BASELINES = ("ar", "mdlm", "bd3_4", "bd3_16", "plaid")

@@ -56,6 +56,14 @@ def test_ragged_windows_are_known_up_to_somewhere():
   assert 0.55 < beyond.mean() < 0.75  # a third of the tokens beyond is known
 
 
+def test_streams_are_known_up_to_one_place_each():
+  draw = drawn(0, **only("streams"), paths__stream_counts=(2,))
+  time, front = np.asarray(draw.time).reshape(-1, 2, 4), np.asarray(draw.front).reshape(-1, 2, 4)
+  assert (time[:, 0] == time[:, 1]).all() and (np.diff(time, axis=-1) >= 0).all() and np.isin(time, [0, 1]).all()
+  np.testing.assert_allclose(np.bincount(time[:, 0].sum(-1).astype(int), minlength=5)[1:] / len(time), 0.25, atol=0.01)
+  assert (front.sum(-1) == 1).all() and (front.argmax(-1) == 4 - time.sum(-1)).all()
+
+
 def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   """With the number of unknown tokens uniform that is masked diffusion's continuous-time bound."""
   net, statistics, _ = build()
@@ -92,7 +100,7 @@ def test_importance_sampled_steps_are_weighted_back():
 LEARNED = dict(model__progression="learned", paths__learned=1.0, loss__bound_windows=1)
 
 
-def test_speeds_start_as_the_past_expects_and_are_learned():
+def test_clocks_start_shared_and_are_learned():
   """Before training q = p and the clock is shared; the bound teaches both heads, and nothing of it touches AR's gradient."""
   config = small_config(**LEARNED)
   model, state = train.Evo(config.model, V), None
@@ -106,26 +114,27 @@ def test_speeds_start_as_the_past_expects_and_are_learned():
 
   (_, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: losses(p, 1), has_aux=True))(state.params)
   assert abs(float(metrics["progression_kl"])) < 1e-6
-  for name in ("speed_prior_out", "speed_posterior_out"):
+  for name in ("clock_prior_out", "clock_posterior_out"):
     assert np.isfinite(gradient[name]).all() and np.abs(gradient[name]).max() > 1e-5, name
   ar = jax.jit(jax.grad(lambda p: losses(p, 0)[0]))(state.params)
-  assert all((np.asarray(leaf) == 0).all() for name, leaf in ar.items() if name.startswith("speed"))
+  assert all((np.asarray(leaf) == 0).all() for name, leaf in ar.items() if name.startswith("clock"))
 
 
-def test_inferred_speeds_differ_and_pay_kl():
+def test_inferred_clocks_differ_and_pay_kl():
   net, statistics, config = build(**LEARNED)
   tokens = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
   hidden, _ = net.clean(tokens[:, :-1])
   anchor = jnp.array([[0, 8], [16, 24]])
   token = elbo.gather_windows(tokens, anchor, 8)[..., 1:]
-  infer = lambda passes, token: elbo.infer_speeds(net, hidden, elbo.token_nats(net, hidden, tokens), token, anchor,
-                                                  jnp.full((2, 2), passes), jnp.zeros((2, 2, 8)))
-  speed, kl = infer(4, token)
-  assert speed.shape == kl.shape == (2, 2, 8) and (np.asarray(kl) > 0).all() and np.ptp(speed, axis=-1).min() > 1e-3
-  assert not np.allclose(speed, infer(8, token)[0])  # the clock knows its passes
-  other, _ = infer(4, token.at[0, 1, 3].set(1 + token[0, 1, 3] % 5))  # the posterior reads the token itself ...
-  assert np.argwhere(~np.isclose(other, speed, atol=1e-6)).tolist() == [[0, 1, 3]]
-  prior = lambda hidden: net.speed_prior(hidden, 8, jnp.full((2, 2), 4))[0]
+  infer = lambda passes, token: elbo.infer_clock(net, hidden, elbo.token_nats(net, hidden, tokens), token, anchor,
+                                                 jnp.full((2, 2), passes), jnp.zeros((2, 2, 8)))
+  delay, sharpness, kl = infer(4, token)
+  assert delay.shape == kl.shape == (2, 2, 8) and (np.asarray(kl) > 0).all() and np.ptp(delay, axis=-1).min() > 1e-3
+  assert (np.asarray(sharpness) > 0).all()
+  assert not np.allclose(delay, infer(8, token)[0])  # the clock knows its passes
+  other, _, _ = infer(4, token.at[0, 1, 3].set(1 + token[0, 1, 3] % 5))  # the posterior reads the token itself ...
+  assert np.argwhere(~np.isclose(other, delay, atol=1e-6)).tolist() == [[0, 1, 3]]
+  prior = lambda hidden: net.clock_prior(hidden, 8, jnp.full((2, 2), 4))[0]
   at_anchor = jnp.take_along_axis(hidden, anchor[..., None], axis=1)
   later = net.clean(tokens.at[0, 12].set(1 + tokens[0, 12] % 5)[:, :-1])[0]  # ... the prior only the past
   np.testing.assert_allclose(prior(at_anchor)[0], prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6)

@@ -130,24 +130,24 @@ def test_blocks_of_one_are_autoregression(toy):
   np.testing.assert_allclose(price.sum(-1), -np.log(toy.probability), atol=1e-4)
 
 
-def test_inferred_speeds_pay_their_way(toy):
-  """Speeds that a posterior draws from the tokens: with KL(q || p) the total stays above the entropy; without it, it need
-  not. Here q tells the tokens' values apart by speed alone, and the path's own price falls below the entropy's."""
+def test_inferred_clocks_pay_their_way(toy):
+  """Delays that a posterior draws from the tokens: with KL(q || p) the total stays above the entropy; without it, it need
+  not. Here q tells the tokens' values apart by delay alone, and the path's own price falls below the entropy's."""
   token, number = toy.sample(jax.random.key(0), 6000)
   prior = (jnp.zeros(token.shape), jnp.full(token.shape, jnp.log(1.0)))
   posterior = (1.5 * (token - 1.0), jnp.full(token.shape, jnp.log(0.5)))
-  speed = posterior[0] + jnp.exp(posterior[1]) * jax.random.normal(jax.random.key(1), token.shape)
+  delay = posterior[0] + jnp.exp(posterior[1]) * jax.random.normal(jax.random.key(1), token.shape)
 
-  def telling(latent, context=None):  # a field that reads the token off the speed, as a network could off the times
-    clue = -0.5 * ((speed[..., None] - 1.5 * (jnp.arange(SYMBOLS) - 1.0)) / 0.5) ** 2
+  def telling(latent, context=None):  # a field that reads the token off the delay, as a network could off the times
+    clue = -0.5 * ((delay[..., None] - 1.5 * (jnp.arange(SYMBOLS) - 1.0)) / 0.5) ** 2
     return jnp.where((latent.time < 1.0)[..., None], toy.field(latent) + clue, toy.field(latent))
 
   kl = np.asarray(elbo.gaussian_kl(posterior, prior).sum(-1), np.float64)
   assert (kl > 0).all()
-  price = np.asarray(priced(toy, policies.Learned(np.int32(8), speed), token, field=telling)[0].sum(-1), np.float64)
+  price = np.asarray(priced(toy, policies.Learned(np.int32(8), delay, jnp.ones(token.shape)), token, field=telling)[0].sum(-1), np.float64)
   surprise = -np.log(toy.probability)[np.asarray(number)]
   assert (price - surprise).mean() < -0.1 and (price + kl - surprise).mean() > 0.1
-  fair = np.asarray(priced(toy, policies.Learned(np.int32(64), jax.random.normal(jax.random.key(2), token.shape)), token)[0]
+  fair = np.asarray(priced(toy, policies.Learned(np.int32(64), jax.random.normal(jax.random.key(2), token.shape), jnp.ones(token.shape)), token)[0]
                     .sum(-1), np.float64) - surprise  # q = p: an average over paths
   assert -4 * fair.std() / 6000**0.5 < fair.mean() < 0.1
 
@@ -160,15 +160,29 @@ def test_kl_of_normals_is_the_integral():
   np.testing.assert_allclose(elbo.gaussian_kl(q, p), want, rtol=1e-4)
 
 
-def test_learned_clocks_fall_and_have_a_slope_everywhere():
-  speed = jnp.linspace(-3, 3, 13)
-  s = jnp.linspace(0, 1, 21)[:, None]
-  times = np.asarray(paths.speed_clock(speed, s))
+def test_learned_clocks_fall_and_have_a_slope():
+  delay, s = jnp.linspace(-3, 3, 13), jnp.linspace(0, 1, 21)[:, None]
+  clock = lambda delay, s, sharpness=1.0: paths.learned_clock(delay, sharpness, s)
+  times = np.asarray(clock(delay, s))
   assert (times[0] == 1).all() and (times[-1] == 0).all() and (np.diff(times, axis=0) <= 0).all()
-  np.testing.assert_allclose(times[:, 6], 1 - s[:, 0], atol=1e-6)  # speed 0 is the shared clock
-  assert times[10, 0] > 0.95 and times[1, 12] < 0.5 and times[10, 12] == 0.0
-  slope = jax.vmap(jax.vmap(jax.grad(paths.speed_clock), (0, None)), (None, 0))(speed, s[:, 0])
-  assert np.isfinite(slope).all() and (np.asarray(slope) <= 0).all() and (slope[10, 5:8] < -0.1).all()
+  np.testing.assert_allclose(times[1:-1, 6], 1 - s[1:-1, 0], atol=1e-6)  # no delay is the shared clock
+  sharp = np.asarray(clock(delay, s, 50.0))
+  assert np.isin(sharp[:, 6], [0, 1]).sum() == 20 and sharp[9, 6] == 1 and sharp[11, 6] == 0  # a jump at the middle
+  slope = jax.vmap(jax.vmap(jax.grad(clock), (0, None)), (None, 0))(delay, s[:, 0])
+  assert np.isfinite(slope).all() and (np.asarray(slope) >= 0).all() and (slope[10, 5:8] > 0.1).all()
+
+
+@pytest.mark.parametrize("streams, passes", [(1, 4), (2, 2), (3, 2), (4, 1)])
+def test_streams_are_staircases_side_by_side(toy, streams, passes):
+  times = np.asarray(paths.grid(f"streams:{streams}", LENGTH, 0.5))
+  assert times.shape == (passes + 1, LENGTH) and (times[0] == 1).all() and (times[-1] == 0).all()
+  assert (np.diff(times.reshape(passes + 1, LENGTH), axis=0) <= 0).all()
+  if streams == 2:
+    assert times[1].tolist() == [0, 1, 0, 1]
+  price, taken = priced(toy, policies.make(f"streams:{streams}", LENGTH, 0.5), jnp.asarray(STRINGS))
+  q = np.exp(-np.asarray(price.sum(-1), np.float64))
+  assert abs(q.sum() - 1) < 1e-4 and (taken == passes).all()
+  assert (abs((toy.probability * price.sum(-1)).sum() - toy.entropy) < 1e-4) == (streams == 1)
 
 
 def test_the_rate_is_the_price_of_a_short_step(toy):
