@@ -28,6 +28,8 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+  # --show-progression is --show_progression; values, and fields of a configuration, stay as they are.
+  argv = [re.sub(r"^--[a-z-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
   try:
     return flags.FLAGS(argv, known_only=False)
   except flags.Error as error:

@@ -12,26 +12,27 @@ from evo_jax import cli, flops
 from evo_jax.cli import UserError
 from experiments import common, frontier
 
-PATHS = ("ar", "staircase", "left:2", "certain:2", "certain:4", "entropy:1", "random:8", "diagonal:4", "diagonal:16",
-         "diagonal:64", "rolling:8")
-LEARNED = {"model.progression": "learned", "paths.learned": 0.5}
+PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16", "rolling:16")
 
 SETTINGS = {
     "base": {},
-    # The path mixture, and how many windows of what size.
-    "no_jumps": {"paths.erasure": 0.0, "paths.ragged": 0.0, "paths.staircase": 0.1},
-    "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
+    # The path mixture; when windows start, how many they are and of what size.
+    "no_streams": {"paths.streams": 0.0},
     "no_ragged": {"paths.ragged": 0.0},
-    "windows_8": {"window.count": 8, "loss.bound_windows": 2},
-    "size_8": {"window.size": 8, "window.count": 8, "loss.bound_windows": 2},
-    "start_half": {"window.start": 0.5, "window.count": 8, "loss.bound_windows": 2},
+    "no_jumps": {"paths.streams": 0.0, "paths.erasure": 0.0, "paths.ragged": 0.0},
+    "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
+    "start_0": {"window.start": 0.0},
+    "start_0.75": {"window.start": 0.75, "window.count": 4, "loss.bound_windows": 2},
+    "size_16": {"window.size": 16, "window.count": 8, "loss.bound_windows": 4, "paths.stream_counts": (2, 4)},
+    "size_32": {"window.size": 32, "window.count": 4, "loss.bound_windows": 2},
+    "size_128": {"window.size": 128},
     # What teaches, and how strongly.
     "window_weight_1": {"loss.window_weight": 1.0},
     "window_weight_0.25": {"loss.window_weight": 0.25},
     "clean_gradient_0": {"loss.clean_gradient": 0.0},
     "separate_clip": {"optim.separate_clip": True},
     "cross_entropy": {"loss.bound_windows": 0, "loss.codes": "all"},
-    "bound": {"loss.bound_windows": 4, "loss.bound_weight": 1.0},
+    "bound": {"loss.bound_weight": 1.0},
     # The bound's variance.
     "plain_noise": {"loss.antithetic": False},
     "small_step_rate": {"loss.integrand": "rate", "paths.steps": (1000,)},
@@ -40,7 +41,7 @@ SETTINGS = {
     "self_conditioning": {"loss.self_conditioning": 0.5},
     "codes_8": {"model.code_dim": 8},
     "codes_128": {"model.code_dim": 128},
-    "learned": LEARNED,
+    "learned": {"model.progression": "learned", "paths.learned": 0.25},
 }
 
 

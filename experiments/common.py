@@ -71,8 +71,8 @@ class Measured:
     return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 
-def write_result(name: str, result: Any) -> None:
-  """Writes experiments/results/NAME.json with the command, the commit and the machine."""
+def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
+  """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
   commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
   options = " ".join(a if " " not in a else f"'{a}'" for a in sys.argv[1:])
   record = {
@@ -82,8 +82,8 @@ def write_result(name: str, result: Any) -> None:
                  f"Python {platform.python_version()}, jax {jax.__version__}",
       "result": result,
   }
-  RESULTS.mkdir(exist_ok=True)
-  (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _processor() -> str:

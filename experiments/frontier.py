@@ -1,6 +1,6 @@
 """The frontier: bits a character against forward passes a token, for every method, in one harness at one price.
 
-  python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...] [--seeds=2] [--draw]
+  pip install -e '.[plot]' && python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...] [--seeds=2] [--draw]
 
 Trains each of `METHODS` on the same text for the same number of floating-point operations (formula in `evo_jax/flops.py`,
 held against XLA's count here), in runs/frontier/SCALE/NAME-SEED; what was stopped goes on, what is measured is kept. Measures every
@@ -18,6 +18,8 @@ from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib
+from matplotlib import pyplot as plt
 import ml_collections
 import numpy as np
 
@@ -26,6 +28,8 @@ from evo_jax import config as config_lib
 from evo_jax import tokenizer as tokenizer_lib
 from evo_jax.cli import UserError
 from experiments import common
+
+matplotlib.use("Agg")
 
 # Shapes and budgets by scale. `budget`: floating-point operations of each method's training.
 SCALES: dict[str, dict[str, Any]] = {
@@ -231,9 +235,6 @@ LABELS = {
 
 def draw(runs: list[dict[str, Any]], file: Path) -> None:
   """The picture: test bits against passes, a line along each method's cheapest strategies, a dot for each strategy."""
-  import matplotlib
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
   figure, axes = plt.subplots(figsize=(8.5, 5.2))
   colors = dict(zip(LABELS, ("black", "gray", "tab:green", "tab:olive", "tab:orange", "tab:purple", "tab:blue", "tab:red")))
   for r in runs:
@@ -266,8 +267,8 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
   figure.savefig(file, dpi=130)
 
 
-def report(runs: list[dict[str, Any]], scale_name: str, text: str) -> None:
-  """Prints the tables, writes the JSON and the picture."""
+def report(runs: list[dict[str, Any]], scale_name: str, text: str, folder: Path) -> None:
+  """Prints the tables; writes the JSON and the picture."""
   result = {"scale": scale_name, "settings": SCALES[scale_name], "text": "standard library" if not text else
             ", ".join(Path(part).name for part in text.split(",")), "runs": runs,
             "budgets_baselines_as_published": summarize(runs, True),
@@ -290,8 +291,8 @@ def report(runs: list[dict[str, Any]], scale_name: str, text: str) -> None:
   for claim, entries in result["differences"].items():
     for entry in entries:
       print(f"{claim}, seed {entry['seed']}: {entry['difference']:+.4f} +- {entry['stderr']:.4f}")
-  common.write_result(f"frontier_{scale_name}", result)
-  draw(runs, common.RESULTS / f"frontier_{scale_name}.png")
+  common.write_result(f"frontier_{scale_name}", result, folder)
+  draw(runs, folder / f"frontier_{scale_name}.png")
 
 
 def main() -> None:
@@ -300,16 +301,20 @@ def main() -> None:
   for name in names:
     if name not in METHODS:
       raise UserError(f"--only: {name!r} is not one of {', '.join(METHODS)}")
+  if args.budget:
+    SCALES[args.scale]["budget"] = args.budget
   ratio = check_flops(method_config(names[-1], SCALES[args.scale], args.data, 0))
   print(f"operations of a training step of {names[-1]}: the formula counts {ratio:.3f} of what XLA counts")
   runs = [measured(name, seed, args.scale, args.data, args.workdir)
           for seed in range(args.first_seed, args.seeds) for name in names]
-  report(runs, args.scale, args.data)
+  report(runs, args.scale, args.data, Path(args.output) if args.output else common.RESULTS)
 
 
 if __name__ == "__main__":
   flags.DEFINE_enum("scale", "cpu", list(SCALES), "Model and budget.")
   flags.DEFINE_string("data", "", "Text, as config.data.path; default: the standard library's sources.")
+  flags.DEFINE_float("budget", 0, "Floating-point operations of each method's training; 0: the scale's.")
+  flags.DEFINE_string("output", "", "Folder for the JSON and the picture; default: experiments/results.")
   flags.DEFINE_string("only", "", "Comma-separated methods; default: all.")
   flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... of each method.")
   flags.DEFINE_integer("first_seed", 0, "The first of them.")

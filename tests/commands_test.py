@@ -42,7 +42,77 @@ def test_generate_writes_text(workdir):
   assert found[0].stdout == found[1].stdout and len({done.stdout for done in found}) == 4
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, text):
+  folder = tmp_path_factory.mktemp("learned")
+  done = run("evo_jax.main", *train_flags(folder, text, model__progression="learned", paths__learned=0.5, paths__streams=0.5,
+                                          eval__paths=("ar", "learned:2")))
+  assert done.returncode == 0 and "learned:2" in done.stdout and "--- flow" in done.stdout, done.stderr
+  return folder
+
+
+def test_evaluate_prints_the_path_gap(learned):
+  """Every discretization of one checkpoint, what each pays above autoregression, and the limit of many passes."""
+  done = run("evo_jax.evaluate", f"--workdir={learned}", "--sequences=8")
+  assert done.returncode == 0, done.stderr
+  table, gap = done.stdout.split("path gap")
+  bits = {line.split()[0]: float(line.split()[1]) for line in table.splitlines()[2:] if line}
+  gaps = {line.split()[0]: float(line.split()[1]) for line in gap.splitlines()[1:]}
+  assert list(bits) == ["ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16", "learned:8"]
+  assert list(gaps) == [*list(bits)[1:], "diagonal:inf"]
+  assert all(abs(gaps[path] - bits[path] + bits["ar"]) < 2e-4 for path in bits if path != "ar")
+  assert abs(gaps["diagonal:inf"] - (4 * gaps["diagonal:64"] - gaps["diagonal:16"]) / 3) < 1e-3
+
+
+def test_evaluate_shows_the_inferred_progression(learned, workdir, tmp_path):
+  file = tmp_path / "times.json"
+  done = run("evo_jax.evaluate", f"--workdir={learned}", "--show-progression", "--passes=4", f"--json={file}")
+  assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 + 4 + 32, done.stderr
+  found = json.loads(file.read_text())
+  assert len(found) == 32 and all(0 < e["half"] < 1 and len(e["times"]) == 5 for e in found)
+  assert all(e["times"] == sorted(e["times"], reverse=True) and (e["times"][0], e["times"][-1]) == (1, 0) for e in found)
+  refused = run("evo_jax.evaluate", f"--workdir={workdir}", "--show_progression")
+  assert refused.returncode == 1 and "the model has a shared clock" in refused.stderr
+
+
+def test_generate_follows_any_policy(learned):
+  found = [run("evo_jax.generate", f"--workdir={learned}", "--prompt=the ri", "--mode=flow", "--max_tokens=16", "--steps=4",
+               f"--path={path}") for path in ("learned", "entropy:6", "streams:2")]
+  for done in found:
+    assert done.returncode == 0 and done.stdout.startswith("the ri") and len(done.stdout) > 7, done.stderr
+
+
+def test_the_frontier_in_short(text, tmp_path):
+  """One training step of two methods, measured, collected and drawn; what is there is not done again."""
+  flags = ("--budget=1", "--only=ar,bd3_4", f"--data={text}", f"--workdir={tmp_path}/runs", f"--output={tmp_path}")
+  done = run("experiments.frontier", *flags)
+  assert done.returncode == 0 and re.search("formula counts (0.9|1.0)", done.stdout), done.stderr
+  record = json.loads((tmp_path / "frontier_cpu.json").read_text())
+  assert {"command", "commit", "machine", "result"} == set(record) and "ar,bd3_4" in record["command"]
+  budgets = {row["budget"]: [m["name"] for m in row["methods"]] for row in record["result"]["budgets_baselines_as_published"]}
+  assert budgets == {1.0: ["ar", "bd3_4"], 0.5: ["bd3_4"], 0.25: ["bd3_4"], 0.125: []}
+  assert (tmp_path / "frontier_cpu.png").stat().st_size > 10_000
+  again = run("experiments.frontier", *flags)
+  assert again.returncode == 0 and "step" not in again.stderr, again.stderr
+
+
+def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
+  from experiments import frontier
+  point = lambda bits, passes: {"bits": bits, "passes_per_token": passes, "each": [bits, bits]}
+  points = {"slow": point(2.0, 1.0), "dear": point(3.0, 0.6), "fast": point(3.0, 0.25)}
+  assert frontier.cheapest(points, 1.0) == [("slow", 1.0)] and frontier.cheapest(points, 0.25) == [("fast", 1.0)]
+  mixture = dict(frontier.cheapest(points, 0.5))
+  assert mixture == pytest.approx({"slow": 1 / 3, "fast": 2 / 3}) and frontier.cheapest(points, 0.1) is None
+  assert frontier.mixed(points, list(mixture.items()), "bits") == pytest.approx(8 / 3)
+  assert frontier.mixed(points, list(mixture.items()), "passes_per_token") == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("module, flags, message", [
+    ("evaluate", ("--workdir=RUN", "--paths=ar,learned:4"), "the model has a shared clock"),
+    ("evaluate", ("--workdir=RUN", "--paths=entropy:x"), "path 'entropy:x': needs a threshold from 0 to 64"),
+    ("evaluate", ("--workdir=RUN", "--window=7"), "--window=7: does not divide the context of 32"),
+    ("generate", ("--workdir=RUN", "--mode=flow", "--path=ar"), "--path=ar: has a mode of its own"),
+    ("generate", ("--workdir=RUN", "--mode=flow", "--path=learned"), "has a shared clock"),
     ("evaluate", ("--workdir=/no/such",), "--workdir=/no/such: is no folder"),
     ("evaluate", ("--workdir=RUN", "--paths=spiral:2"), "path 'spiral:2'"),
     ("evaluate", ("--workdir=RUN", "--data=/no/such*"), "--data: no file matches"),
@@ -86,6 +156,10 @@ def test_ci_runs_the_readmes_tests():
     ({"model": 3}, "config.model: is a section"),
     ({"eval": {"paths": "ar"}}, "config.eval.paths: 'ar' is not a tuple"),
     ({"train": {"steps": -1}}, "config.train.steps: -1 is not positive"),
+    ({"model": {"progression": "learned"}}, "config.paths.learned: 0.0 does not go with model.progression = learned"),
+    ({"paths": {"erasure_range": (0.9, 0.1)}}, "config.paths.erasure_range: (0.9, 0.1) is not LOW, HIGH"),
+    ({"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}}, "config.loss.bound_windows: 1 needs one of"),
+    ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
     ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
     ({"data": {"weights": (1.0,), "path": "a,b"}}, "config.data.weights"),
     ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of")])

@@ -32,7 +32,8 @@ def test_warp_inverts_and_is_fitted():
   assert warp.precision(jnp.float32(1.0)) == 0.0
 
 
-@pytest.mark.parametrize("path", ["diagonal:1", "diagonal:5", "rolling:1", "rolling:8", "staircase"])
+@pytest.mark.parametrize("path", ["diagonal:1", "diagonal:5", "rolling:1", "rolling:8", "staircase", "streams:2",
+                                  "streams:4"])
 def test_grids_fall_from_one_to_zero(path):
   times = np.asarray(paths.grid(path, 6, 0.5))
   assert (times[0] == 1).all() and (times[-1] == 0).all() and (np.diff(times, axis=0) <= 0).all()
@@ -45,7 +46,8 @@ def test_rolling_finishes_left_to_right():
   assert (np.diff(times, axis=1) >= 0).all() and times[4, 0] == 0 and times[4, -1] == 1
 
 
-@pytest.mark.parametrize("path", ["spiral:3", "diagonal", "diagonal:0", "ar:3", "rolling:x", ""])
+@pytest.mark.parametrize("path", ["spiral:3", "diagonal", "diagonal:0", "ar:3", "rolling:x", "", "streams:0", "certain",
+                                  "entropy", "entropy:-1", "confidence:2", "maturity:x", "learned:1.5"])
 def test_bad_paths_are_named(path):
   with pytest.raises(cli.UserError, match="path"):
     paths.parse(path)
