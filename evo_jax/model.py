@@ -29,7 +29,8 @@ from evo_jax.sharding import RULES, ShardingRules
 DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
 _FREQUENCIES = 16  # of the time's cosine features
 _CLOCK_DIM = 64  # inner width of the heads that infer clocks
-_DELAY_SPREAD = 0.2  # standard deviation of delays before training
+_DELAY_SPREAD, _SHARPNESS = 0.2, 8.0  # standard deviation of delays, and sharpness, before training
+_PHASE = 8  # of the slot features, a token's place in its stream
 _FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 
 
@@ -240,7 +241,8 @@ class Evo(nn.Module):
   def clock_prior(self, hidden_BxNxD: jax.Array, size: int,
                   passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the past expects of the clock of the `size` tokens after an anchor, in `passes` passes: the delays' means and
-    log standard deviations, and the sharpnesses, each (B, N, size) float32. Before training the clock is the shared one.
+    log standard deviations, and the sharpnesses, each (B, N, size) float32. Before training the clock is that of as many
+    streams as the passes ask for, its jumps made soft.
 
     hidden_BxNxD: the clean stream's at the anchors.
     """
@@ -248,7 +250,8 @@ class Evo(nn.Module):
     hidden = nn.silu((self._plain(hidden_BxNxD) @ self.clock_prior_in)[:, :, None] + slots @ self.clock_prior_slot)
     out = jnp.concatenate([hidden, slots], axis=-1) @ self.clock_prior_out
     mean, log_std, log_sharpness = jnp.moveaxis(out, -1, 0)
-    return mean, log_std + math.log(_DELAY_SPREAD), jnp.exp(jnp.clip(log_sharpness, -2.0, 4.0))
+    return (mean + slots[..., _PHASE], log_std + math.log(_DELAY_SPREAD),
+            jnp.exp(jnp.clip(log_sharpness + math.log(_SHARPNESS), -2.0, 4.0)))
 
   def clock_posterior(self, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array, anchor_BxN: jax.Array,
                       passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -97,3 +97,15 @@ def test_euler_step_keeps_a_known_token_on_its_way():
   at = lambda precision: precision * code + precision**0.5 * noise
   moved = flow.euler_step(at(0.01), code, jnp.asarray(0.01), jnp.asarray(50.0))
   np.testing.assert_allclose(moved, at(50.0), rtol=1e-4)
+
+
+def test_rotated_codes_are_the_same_model():
+  """A rotation of the codes turns the latents with it and leaves evidence, beliefs and prices as they were."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  codes = flow.unit(jax.random.normal(keys[0], (5, 4)))
+  turn = jnp.linalg.qr(jax.random.normal(keys[1], (4, 4)))[0]
+  token, noise = jnp.arange(5), jax.random.normal(keys[2], (5, 4))
+  y = flow.observe(codes, token, jnp.full(5, 3.0), noise)
+  turned = flow.observe(codes @ turn, token, jnp.full(5, 3.0), noise @ turn)  # isotropic: as likely as `noise`
+  np.testing.assert_allclose(turned, y @ turn, atol=1e-5)
+  np.testing.assert_allclose(flow.evidence(codes @ turn, turned), flow.evidence(codes, y), atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import small_config
 from evo_jax import config as config_lib
-from evo_jax import elbo, flops, train
+from evo_jax import elbo, flops, paths, train
 from model_test import V, build
 from train_test import one_step
 
@@ -100,8 +100,9 @@ def test_importance_sampled_steps_are_weighted_back():
 LEARNED = dict(model__progression="learned", paths__learned=1.0, loss__bound_windows=1)
 
 
-def test_clocks_start_shared_and_are_learned():
-  """Before training q = p and the clock is shared; the bound teaches both heads, and nothing of it touches AR's gradient."""
+def test_clocks_start_as_soft_streams_and_are_learned():
+  """Before training q = p and the clock is that of streams; the bound teaches both heads, and nothing of it touches AR's
+  gradient."""
   config = small_config(**LEARNED)
   model, state = train.Evo(config.model, V), None
   state = jax.jit(lambda: train.nn.unbox(train.init_state(model, config)))()
@@ -116,6 +117,9 @@ def test_clocks_start_shared_and_are_learned():
   assert abs(float(metrics["progression_kl"])) < 1e-6
   for name in ("clock_prior_out", "clock_posterior_out"):
     assert np.isfinite(gradient[name]).all() and np.abs(gradient[name]).max() > 1e-5, name
+  delay, _, sharpness = model.bind({"params": state.params}).clock_prior(jnp.zeros((1, 1, 32)), 8, jnp.full((1, 1), 4))
+  times = paths.learned_clock(delay[0, 0], sharpness[0, 0], (jnp.arange(5) / 4)[:, None])
+  np.testing.assert_allclose(times, paths.grid("streams:2", 8, 0.5), atol=0.21)
   ar = jax.jit(jax.grad(lambda p: losses(p, 0)[0]))(state.params)
   assert all((np.asarray(leaf) == 0).all() for name, leaf in ar.items() if name.startswith("clock"))
 
