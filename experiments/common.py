@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 import subprocess
 import sys
 from typing import Any
@@ -74,7 +75,8 @@ class Measured:
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
   """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
   commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-  options = " ".join(a if " " not in a else f"'{a}'" for a in sys.argv[1:])
+  short = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:])  # whose machine it was, is no matter
+  options = " ".join(a if not re.search(r"[ *]", a) else f"'{a}'" for a in short)
   record = {
       "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),
       "commit": commit.stdout.strip(),

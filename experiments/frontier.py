@@ -235,7 +235,7 @@ LABELS = {
 
 def draw(runs: list[dict[str, Any]], file: Path) -> None:
   """The picture: test bits against passes, a line along each method's cheapest strategies, a dot for each strategy."""
-  figure, axes = plt.subplots(figsize=(8.5, 5.2))
+  figure, axes = plt.subplots(figsize=(11, 5.2))
   colors = dict(zip(LABELS, ("black", "gray", "tab:green", "tab:olive", "tab:orange", "tab:purple", "tab:blue", "tab:red")))
   for r in runs:
     if r["seed"] or r["name"] == "ar_equal_text":
@@ -262,7 +262,7 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
   axes.set_xlabel("forward passes a character")
   axes.set_ylabel("bits a character (upper bound, test text)")
   axes.grid(alpha=0.3)
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
   figure.tight_layout()
   figure.savefig(file, dpi=130)
 
