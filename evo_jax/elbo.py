@@ -171,13 +171,13 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
   clock_next = jnp.where(index + 1 >= steps, 1.0, (index + 1) / steps)
 
   # Which tokens are unknown on the paths that only jump.
-  rank = jnp.argsort(jnp.argsort(uniform[..., 1:], axis=-1), axis=-1)
+  rank = paths.rank(uniform[..., 1:])
   low, high = mixture.erasure_range
   erased = jnp.clip(jnp.ceil((low + (high - low) * s_u) * W), 1, W)[..., None]
   first = jnp.floor(s_u * W)[..., None]
   places = jnp.arange(W)
   length = -(-W // choose_steps(mixture.stream_counts))[..., None]  # of a stream
-  streamed = places % length >= jnp.floor(s_u[..., None] * length)
+  in_stream, reached = places % length, jnp.floor(s_u[..., None] * length)
   ragged = (places == first) | ((places > first) & (uniform[..., 1:] >= steps_u[..., None] ** 2))
 
   def times(s):
@@ -188,7 +188,7 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
       elif name == "ragged":
         found.append(ragged)
       elif name == "streams":
-        found.append(streamed)
+        found.append(in_stream >= reached)
       else:  # of the learned clock's place the diagonal is a holder, until clocks are inferred
         name = "diagonal" if name == "learned" else name
         found.append(_snap(paths.clock(name, W, mixture.rolling_width, uniform[..., 1:])(s[..., None])))
@@ -197,7 +197,7 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
 
   return Draw(
       anchor=anchor, path=path, steps=steps, weight=weight, clock=clock, clock_next=clock_next, time=times(clock),
-      front=places % length == jnp.floor(s_u[..., None] * length),
+      front=in_stream == reached,
       time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
       noise=noise[:, :N], step_noise=noise[:, N:],
       delay_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jax.random.uniform(keys[5], (batch,)))
@@ -414,7 +414,8 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
               key: jax.Array, prior_logits: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """One draw of a path's whole price in nats for every token (..., T), and the passes (...) that it took.
 
-  The price's mean bounds -log p from above. `policy` makes the path of what is read. prior_logits (V,): what the field gets as
+  The price's mean bounds -log p from above. Steps are priced plainly, not in antithetic pairs: along one trajectory the
+  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of what is read. prior_logits (V,): what the field gets as
   the context logits before the first pass; later the last pass's; None: the field is asked by the latents alone.
   """
   shape = (*token.shape, codes_VxM.shape[1])
@@ -465,7 +466,7 @@ def erasure_cost(field: flow.Field, codes_VxM: jax.Array, token: jax.Array, poli
 
 def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Random orders over the last axis: int32 ranks, uniform over all permutations."""
-  return jnp.argsort(jnp.argsort(jax.random.uniform(key, shape), axis=-1), axis=-1).astype(jnp.int32)
+  return paths.rank(jax.random.uniform(key, shape))
 
 
 def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array, key: jax.Array,

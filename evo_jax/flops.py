@@ -7,6 +7,7 @@ them against XLA's own count.
 """
 
 from evo_jax import config as config_lib
+from evo_jax import train
 
 
 def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: int, windows: bool) -> float:
@@ -42,6 +43,6 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True)
 
 def train_run(config: config_lib.Config, vocab_rows: int) -> float:
   """Operations of all training steps of a configuration."""
-  before = int(config.window.start * config.train.steps)
+  before = train.windows_start(config)
   return (before * train_step(config, vocab_rows, windows=False)
           + (config.train.steps - before) * train_step(config, vocab_rows))

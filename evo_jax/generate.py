@@ -48,6 +48,11 @@ def generate(model: Evo, params: Any, statistics: elbo.Statistics, config: confi
   return np.asarray(jax.device_get(state.token))[:, length:length + max_tokens]
 
 
+def _with_passes(path: str, steps: int) -> str:
+  """The path's full name: of "diagonal", "diagonal:8"."""
+  return f"{path}:{steps}" if path in PATHS else path
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _start(model, params, prompt_BxC, length):
   return sample.start_text(model.bind({"params": params}), prompt_BxC, length)
@@ -62,7 +67,7 @@ def _write(model, config, mode, tokens, steps, path, stepper, params, statistics
   for windows, size in ((whole, config.window.size), (1, rest)):  # a window's size is free: the last may be shorter
     if windows and size:
       key, window_key = jax.random.split(key)
-      policy = policies.make(f"{path}:{steps}" if path in PATHS else path, size, config.paths.rolling_width)
+      policy = policies.make(_with_passes(path, steps), size, config.paths.rolling_width)
       state, _ = sample.flow_windows(net, statistics, state, window_key, windows, size, policy, sample.STEPPERS[stepper],
                                      config.loss.self_conditioning > 0)
   return state
@@ -87,7 +92,7 @@ def main() -> None:
   for name in ("num", "max_tokens", "steps"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: is not positive")
-  path = f"{args.path}:{args.steps}" if args.path in PATHS else args.path
+  path = _with_passes(args.path, args.steps)
   name, _ = paths.parse(path)
   if name == "ar":
     raise UserError(f"--path={args.path}: has a mode of its own, --mode=ar")

@@ -179,6 +179,11 @@ def isotonic_decreasing(values_G: jax.Array, weights_G: jax.Array) -> jax.Array:
   return jnp.min(best_JxI, axis=0)
 
 
+def rank(values: jax.Array) -> jax.Array:
+  """Each value's place in ascending order over the last axis, int32 from 0; of uniform draws, a random order."""
+  return jnp.argsort(jnp.argsort(values, axis=-1), axis=-1)
+
+
 def low_discrepancy(key: jax.Array, count: int, dimensions: int) -> jax.Array:
   """(count, dimensions) float32 in [0, 1): a randomly shifted Kronecker lattice.
 

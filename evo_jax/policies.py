@@ -111,7 +111,7 @@ class Certain:
       if self.by == "maturity":
         time = jnp.minimum(time, score)
     score = jnp.where(leftmost, -jnp.inf, jnp.where(unknown, score, jnp.inf))
-    rank = jnp.argsort(jnp.argsort(score, axis=-1), axis=-1)
+    rank = paths.rank(score)
     jumps = unknown & ((score < self.threshold) | (rank < jnp.maximum(self.count, 1)))
     return jnp.where(jumps, 0.0, time)
 

@@ -9,7 +9,6 @@ were stopped go on. Nothing here reads the test split.
 from absl import flags
 
 from evo_jax import cli, flops
-from evo_jax.cli import UserError
 from experiments import common, frontier
 
 PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16", "rolling:16")
@@ -47,12 +46,8 @@ SETTINGS = {
 
 def main() -> None:
   args = flags.FLAGS
-  names = args.only.split(",") if args.only else list(SETTINGS)
-  for name in names:
-    if name not in SETTINGS:
-      raise UserError(f"--only: {name!r} is not one of {', '.join(SETTINGS)}")
   results = []
-  for name in names:
+  for name in common.chosen(args.only, SETTINGS):
     changes = SETTINGS[name]
     config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed), frontier.EVO | changes, args.budget)
     measure = common.Measured(config, f"{args.workdir}/{name}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from evo_jax import checkpoint, data, evaluate, sharding, train
 from evo_jax import config as config_lib
+from evo_jax.cli import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,11 +32,25 @@ def load_config(path: str) -> ml_collections.ConfigDict:
 
 def configure(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> config_lib.Config:
   """The configuration of `values` with changes, as {"model.layers": 3}; later ones win. Raises UserError."""
+  return config_lib.from_dict(changed(values, *changes))
+
+
+def changed(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> ml_collections.ConfigDict:
+  """A copy of `values` with changes, not checked yet."""
   values = values.copy_and_resolve_references()
   for name, value in (item for change in changes for item in change.items()):
     section, field = name.split(".")
     values[section][field] = value
-  return config_lib.from_dict(values)
+  return values
+
+
+def chosen(only: str, known: dict[str, Any]) -> list[str]:
+  """The names that --only asks for, or all. Raises UserError for one that is not known."""
+  names = only.split(",") if only else list(known)
+  for name in names:
+    if name not in known:
+      raise UserError(f"--only: {name!r} is not one of {', '.join(known)}")
+  return names
 
 
 class Measured:

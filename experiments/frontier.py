@@ -26,7 +26,6 @@ import numpy as np
 from evo_jax import cli, flops, train
 from evo_jax import config as config_lib
 from evo_jax import tokenizer as tokenizer_lib
-from evo_jax.cli import UserError
 from experiments import common
 
 matplotlib.use("Agg")
@@ -85,13 +84,8 @@ BUDGETS = (1.0, 0.5, 0.25, 0.125)
 
 def base(scale: dict[str, Any], text: str, seed: int) -> ml_collections.ConfigDict:
   """The configuration that a scale's methods share."""
-  from evo_jax import config
-  values = config.default()
-  changes = COMMON | scale["changes"] | {"train.seed": seed, "data.seed": seed}
-  for name, value in (changes | ({"data.path": text} if text else {})).items():
-    section, field = name.split(".")
-    values[section][field] = value
-  return values
+  return common.changed(config_lib.default(), COMMON, scale["changes"], {"train.seed": seed, "data.seed": seed},
+                        {"data.path": text} if text else {})
 
 
 def rows(config: config_lib.Config) -> int:
@@ -241,7 +235,7 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
     if r["seed"] or r["name"] == "ar_equal_text":
       continue
     name, color = r["name"], colors[r["name"]]
-    published, ours = METHODS[name][:3][1], METHODS[name][2]
+    _, published, ours, _ = METHODS[name]
     sets = [(published, "-", LABELS[name])]
     if ours:
       sets.append((published + ours, "--", LABELS[name] + " with this project's policies"))
@@ -297,10 +291,7 @@ def report(runs: list[dict[str, Any]], scale_name: str, text: str, folder: Path)
 
 def main() -> None:
   args = flags.FLAGS
-  names = args.only.split(",") if args.only else list(METHODS)
-  for name in names:
-    if name not in METHODS:
-      raise UserError(f"--only: {name!r} is not one of {', '.join(METHODS)}")
+  names = common.chosen(args.only, METHODS)
   if args.budget:
     SCALES[args.scale]["budget"] = args.budget
   ratio = check_flops(method_config(names[-1], SCALES[args.scale], args.data, 0))

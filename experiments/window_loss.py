@@ -11,7 +11,6 @@ from absl import flags
 from evo_jax import checkpoint, cli, evaluate, data, train
 from evo_jax import config as config_lib
 from evo_jax import sharding
-from evo_jax.cli import UserError
 from experiments import common
 
 PATHS = ("ar", "staircase", "diagonal:1", "diagonal:4", "diagonal:16", "diagonal:64", "rolling:8", "rolling:32")
@@ -37,11 +36,8 @@ def measure(name: str, changes: dict) -> dict:
   common_changes = {"train.steps": flags.FLAGS.steps, "train.eval_every": 0, "eval.samples": 0, "eval.paths": ("ar",)}
   if flags.FLAGS.data:
     common_changes["data.path"] = flags.FLAGS.data
-  for field, value in {**common_changes, **changes}.items():
-    section, key = field.split(".")
-    values[section][key] = value
   workdir = f"{flags.FLAGS.workdir}/{name}"
-  train.train(config_lib.from_dict(values), workdir)
+  train.train(common.configure(values, common_changes, changes), workdir)
   run = checkpoint.load_run(workdir)
   sequences = data.held_out(data.load(run.config.data.path, run.tokenizer), "valid", run.config.model.context,
                             flags.FLAGS.sequences)
@@ -53,11 +49,7 @@ def measure(name: str, changes: dict) -> dict:
 
 
 def main() -> None:
-  names = flags.FLAGS.only.split(",") if flags.FLAGS.only else list(SETTINGS)
-  unknown = [name for name in names if name not in SETTINGS]
-  if unknown:
-    raise UserError(f"--only: {unknown[0]!r} is not one of {', '.join(SETTINGS)}")
-  results = [measure(name, SETTINGS[name]) for name in names]
+  results = [measure(name, SETTINGS[name]) for name in common.chosen(flags.FLAGS.only, SETTINGS)]
   print(f"{'setting':<22}" + "".join(f"{path:>13}" for path in PATHS))
   for result in results:
     print(f"{result['name']:<22}" + "".join(f"{entry['bits']:>13.3f}" for entry in result["table"]))
