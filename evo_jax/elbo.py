@@ -423,19 +423,21 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
   context = None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, prior_logits.shape[-1]))
   uncertainty = warp.entropy()[0]
 
-  def step(carry):
-    index, latent, context, total, passes = carry
+  def step(carry, index):
+    latent, motion, context, total, passes = carry
     noise = jax.random.normal(jax.random.fold_in(key, index), shape, codes_VxM.dtype)
     found = field(latent) if context is None else field(latent, context)
-    reading = policies.Reading(index, latent.time, flow.log_belief(found, codes_VxM, latent.y), uncertainty)
+    log_belief = flow.log_belief(found, codes_VxM, latent.y)
+    reading = policies.Reading(index, latent.time, log_belief, uncertainty, motion, codes_VxM, warp)
     time_next = jnp.broadcast_to(policy(reading), token.shape).astype(codes_VxM.dtype)
     cost, after = take_step(found, codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
-    return (index + 1, after, None if context is None else found, total + cost,
-            passes + jnp.any(~latent.known, axis=-1))
+    precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
+    motion = motion.after(after.y, precision, flow.expected_code(log_belief, codes_VxM))
+    return after, motion, None if context is None else found, total + cost, passes + jnp.any(~latent.known, axis=-1)
 
-  carry = (jnp.zeros((), jnp.int32), start, context, jnp.zeros(token.shape, codes_VxM.dtype),
+  carry = (start, flow.Motion.start(jnp.zeros(shape, codes_VxM.dtype)), context, jnp.zeros(token.shape, codes_VxM.dtype),
            jnp.zeros(token.shape[:-1], jnp.int32))
-  *_, total, passes = jax.lax.while_loop(lambda carry: jnp.any(~carry[1].known), step, carry)
+  *_, total, passes = policies.until_known(step, carry, lambda carry: jnp.any(~carry[0].known))
   return total, passes
 
 

@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 
 
+PRECISION_MIN = 1e-4  # where sampling starts: y = sqrt(PRECISION_MIN) eps tells nothing, and fixes what will be told
+
+
 @flax.struct.dataclass
 class Latent:
   """What is known about some tokens.
@@ -107,6 +110,46 @@ def euler_step(y: jax.Array, predicted: jax.Array, precision: jax.Array, precisi
   """
   old, new = precision[..., None], precision_next[..., None]
   return new * predicted + jnp.sqrt(new / old) * (y - old * predicted)
+
+
+@flax.struct.dataclass
+class Motion:
+  """Where tokens are on the flow, and how they came there.
+
+  y: (..., T, M) latents; precision: (..., T), theirs; code: (..., T, M), e_hat of the pass before; root: (..., T),
+  sqrt(precision) before the last step, negative before the first.
+  """
+
+  y: jax.Array
+  precision: jax.Array
+  code: jax.Array
+  root: jax.Array
+
+  @classmethod
+  def start(cls, noise: jax.Array) -> "Motion":
+    """At t = 1, from standard normal noise (..., T, M)."""
+    precision = jnp.full(noise.shape[:-1], PRECISION_MIN, noise.dtype)
+    return cls(PRECISION_MIN**0.5 * noise, precision, jnp.zeros_like(noise), jnp.full_like(precision, -1.0))
+
+  def after(self, y: jax.Array, precision: jax.Array, code: jax.Array) -> "Motion":
+    """Having moved to y (..., T, M) at `precision` (..., T) under e_hat `code`; where precision is no higher, nothing moved."""
+    moved = precision > self.precision
+    put = lambda new, old: jnp.where(moved.reshape(moved.shape + (1,) * (new.ndim - moved.ndim)), new, old)
+    return Motion(put(y, self.y), put(precision, self.precision), put(code, self.code),
+                  put(jnp.sqrt(self.precision), self.root))
+
+
+def correction(motion: Motion, code: jax.Array, precision_next: jax.Array) -> jax.Array:
+  """What a second-order step to `precision_next` (..., T) adds to `euler_step` (..., T, M), e_hat being `code` now.
+
+  With z = y / sqrt(lambda) the flow is dz / dsqrt(lambda) = e_hat; this is the two-step Adams-Bashforth rule in sqrt(lambda)
+  (DPM-Solver++(2M) in its variables) less Euler's, and an estimate of Euler's error. Zero on a token's first step.
+  """
+  old, new = jnp.sqrt(motion.precision), jnp.sqrt(precision_next)
+  before = old - motion.root
+  known = (motion.root >= 0.0) & (before > 0.0)
+  share = jnp.where(known, (new - old) ** 2 / (2.0 * jnp.where(known, before, 1.0)), 0.0)
+  return (new * share)[..., None] * (code - motion.code)
 
 
 def ancestral_step(key: jax.Array, y: jax.Array, log_belief_: jax.Array, codes_VxM: jax.Array,

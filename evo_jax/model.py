@@ -38,11 +38,12 @@ _FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 class Cache:
   """What the clean stream leaves to be read: final keys and values of its positions.
 
-  k, v: (layers, B, L, K, E); segment: (B, L) int32, the number of documents begun up to each position.
+  k, v: (layers, B, L, K, E), or a tuple of (B, L, K, E) by layer from a model whose layers are apart; segment: (B, L) int32,
+  the number of documents begun up to each position.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | tuple[jax.Array, ...]
+  v: jax.Array | tuple[jax.Array, ...]
   segment: jax.Array
 
 
@@ -127,11 +128,16 @@ class Block(nn.Module):
 
 
 class Evo(nn.Module):
-  """The network. `vocab_size` counts the tokenizer's tokens; the tables may have more rows, which are ruled out."""
+  """The network. `vocab_size` counts the tokenizer's tokens; the tables may have more rows, which are ruled out.
+
+  stacked: layers share one compiled body, their parameters stacked: for training. False, with `unstacked` parameters: each
+  layer by itself, for decoding, where cutting a layer's parameters out of the stack would take longer than reading them.
+  """
 
   config: config_lib.Model
   vocab_size: int
   rules: ShardingRules = RULES
+  stacked: bool = True
 
   @property
   def rows(self) -> int:
@@ -169,6 +175,9 @@ class Evo(nn.Module):
     if c.remat != "none":
       policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[c.remat]
       block = nn.remat(block, prevent_cse=False, policy=policy)
+    if not self.stacked:
+      self.layer = [block(c, self.rules) for _ in range(c.layers)]
+      return
     self.blocks = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, unroll=min(c.unroll, c.layers),
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -189,8 +198,9 @@ class Evo(nn.Module):
     if self.config.isolate_documents:
       visible = visible & (segment_BxL[:, None, :, None] == segment_BxL[:, None, None, :])
     x = self._constrain(self.embed_tokens(tokens_BxL)[:, None])
-    x, (k, v) = self.blocks(x, None, None, jnp.arange(L), visible, None)
-    return x[:, 0], Cache(k[:, :, 0], v[:, :, 0], segment_BxL)
+    x, (k, v) = self._layers(x, None, None, jnp.arange(L), visible, None)
+    first = lambda kv: tuple(a[:, 0] for a in kv) if isinstance(kv, tuple) else kv[:, :, 0]
+    return x[:, 0], Cache(first(k), first(v), segment_BxL)
 
   def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
              causal: bool = False) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -209,13 +219,38 @@ class Evo(nn.Module):
     positions = anchor_BxN[..., None] + jnp.arange(S)
     x = self._constrain(x_BxNxSxD)
     if cache is None:
-      return self.blocks(x, None, self._time(time_BxNxS), positions, visible, None)
+      return self._layers(x, None, self._time(time_BxNxS), positions, visible, None)
     past_visible = jnp.arange(cache.segment.shape[1]) < anchor_BxN[..., None]
     if self.config.isolate_documents:
       # The anchor is a document's first token where it begins a segment: then it sees nothing before it.
       segment_BxN = jnp.take_along_axis(cache.segment, anchor_BxN, axis=1)
       past_visible = past_visible & (cache.segment[:, None, :] == segment_BxN[..., None])
-    return self.blocks(x, (cache.k, cache.v), self._time(time_BxNxS), positions, visible, past_visible)
+    return self._layers(x, (cache.k, cache.v), self._time(time_BxNxS), positions, visible, past_visible)
+
+  def slots(self, past: tuple, read_B: jax.Array, x_BxSxD: jax.Array, time_BxS: jax.Array | None, position_BxS: jax.Array,
+            visible_BxSxS: jax.Array) -> tuple[jax.Array, tuple]:
+    """Any slots, clean ones and windows' together: hidden states (B, S, D), and their keys and values by layer.
+
+    Args:
+      past: keys and values of the clean stream, as in `Cache`; every slot sees the first `read_B` of them.
+      x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their places in the text.
+      visible_BxSxS: which slots a slot sees, (B, S, S) or broadcast to it; itself at least.
+    """
+    length = jax.tree.leaves(past)[0].shape[-3]
+    past_visible = jnp.arange(length) < read_B[:, None, None]
+    time = None if time_BxS is None else self._time(time_BxS[:, None])
+    x = self._constrain(x_BxSxD[:, None])
+    x, kv = self._layers(x, past, time, position_BxS[:, None], visible_BxSxS[:, None], past_visible)
+    return x[:, 0], jax.tree.map(lambda a: a[..., 0, :, :, :], kv)
+
+  def _layers(self, x, past, time, positions, visible, past_visible):
+    if self.stacked:
+      return self.blocks(x, past, time, positions, visible, past_visible)
+    found = []
+    for i, layer in enumerate(self.layer):
+      x, kv = layer(x, None if past is None else (past[0][i], past[1][i]), time, positions, visible, past_visible)
+      found.append(kv)
+    return x, tuple(zip(*found))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
@@ -301,6 +336,13 @@ def _slot_features(size: int, passes: jax.Array) -> jax.Array:
   shape = (*counts.shape[:-2], size)
   return jnp.concatenate([jnp.broadcast_to(place, (*shape, 8)), jnp.log(phase / (1.0 - phase))[..., None],
                           jnp.broadcast_to(counts, (*shape, 3))], axis=-1)
+
+
+def unstacked(params: dict) -> dict:
+  """The parameters of `Evo(..., stacked=False)` from a trained model's: each layer's by itself."""
+  layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+  rest = {name: value for name, value in params.items() if name != "blocks"}
+  return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)}
 
 
 @functools.lru_cache

@@ -28,9 +28,10 @@ from evo_jax.cli import UserError
 
 _PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
 _TOKENS = ("left", "certain", "streams")  # name:n, n tokens a pass
-_LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0}  # name:threshold, and its greatest value
+LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}  # name:threshold, and its greatest value
 _FORMS = "ar, staircase, " + ", ".join([f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] +
-                                       [f"{n}:threshold" for n in _LIMITS])
+                                       [f"{n}:threshold" for n in LIMITS])
+_LEAST_WEIGHT = 1e-3  # of a knot of the warp
 END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
 
 
@@ -73,19 +74,19 @@ def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.A
 def parse(path: str) -> tuple[str, float]:
   """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none. Raises UserError."""
   name, colon, text = path.strip().partition(":")
-  if name not in ("ar", "staircase", *_PASSES, *_TOKENS, *_LIMITS):
+  if name not in ("ar", "staircase", *_PASSES, *_TOKENS, *LIMITS):
     raise UserError(f"path {path!r}: not one of {_FORMS}")
   if name in ("ar", "staircase"):
     if colon:
       raise UserError(f"path {path!r}: {name} takes no number")
     return name, 0
-  if name in _LIMITS:
+  if name in LIMITS:
     try:
       number = float(text)
     except ValueError:
       number = -1.0
-    if not 0.0 <= number <= _LIMITS[name]:
-      raise UserError(f"path {path!r}: needs a threshold from 0 to {_LIMITS[name]:g}, as in {name}:0.5")
+    if not 0.0 <= number <= LIMITS[name]:
+      raise UserError(f"path {path!r}: needs a threshold from 0 to {LIMITS[name]:g}, as in {name}:0.5")
     return name, number
   if not re.fullmatch(r"[1-9]\d*", text):
     what = "passes" if name in _PASSES else "tokens a pass"
@@ -93,14 +94,14 @@ def parse(path: str) -> tuple[str, float]:
   return name, int(text)
 
 
-def grid(path: str, tokens: int, rolling_width: float) -> jax.Array:
+def grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None = None) -> jax.Array:
   """Times (K+1, T) float32 of a path's K passes (diagonal:K, rolling:K, streams:n, staircase): row k before pass k, the
-  last row all zero."""
+  last row all zero. s: (K+1,) the clock of diagonal and rolling, from 0 to 1; None: even steps."""
   name, steps = parse(path)
   if name in ("staircase", "streams"):  # exact, where the clock's division would round
     length = -(-tokens // max(steps, 1))
     return (jnp.arange(tokens)[None, :] % length >= jnp.arange(length + 1)[:, None]).astype(jnp.float32)
-  s = jnp.arange(steps + 1) / steps
+  s = jnp.arange(steps + 1) / steps if s is None else jnp.asarray(s)
   times = clock(name, tokens, rolling_width)(s[:, None])
   return times.at[-1].set(0.0)  # the end is exact, whatever the rounding
 
@@ -134,7 +135,9 @@ class Warp:
 
   def entropy(self) -> jax.Array:
     """(G,) the fitted cross-entropy at the knots, nats, never rising."""
-    return isotonic_decreasing(self.nats_G / self.weight_G, self.weight_G)
+    # The fit takes differences of running sums: in float32 a weight below a millionth of their total would be lost.
+    weight_G = jnp.maximum(self.weight_G, 1e-5 * jnp.sum(self.weight_G))
+    return isotonic_decreasing(self.nats_G / self.weight_G, weight_G)
 
   def _times(self) -> jax.Array:
     entropy_G = self.entropy()
@@ -161,8 +164,9 @@ class Warp:
     parts = (jnp.stack([1.0 - share, share]) * weight).reshape(-1)
     both = jnp.broadcast_to(nats, (2, *nats.shape)).reshape(-1)
     add = lambda values: jax.ops.segment_sum(values, index, num_segments=last + 1)
-    return self.replace(nats_G=decay * self.nats_G + add(parts * both),
-                        weight_G=decay * self.weight_G + add(parts))
+    nats_G, weight_G = decay * self.nats_G + add(parts * both), decay * self.weight_G + add(parts)
+    keep_G = jnp.maximum(_LEAST_WEIGHT / weight_G, 1.0)  # what is not measured any more is forgotten, but for its mean
+    return self.replace(nats_G=keep_G * nats_G, weight_G=keep_G * weight_G)
 
 
 def isotonic_decreasing(values_G: jax.Array, weights_G: jax.Array) -> jax.Array:

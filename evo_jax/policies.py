@@ -8,14 +8,18 @@ the one measures is the price of what the other does.
 Letters in names: T tokens of a window, K passes, V vocabulary.
 """
 
-from typing import Protocol
+from typing import Any, Callable, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evo_jax import flow
 from evo_jax import paths
+
+_SPREAD_ROUNDS = 3
+_CONTROL_STEPS = tuple(2.0 ** (i / 2 - 5) for i in range(11))  # steps of t that are tried, from 1/32 to 1; the first is the least
 
 
 @flax.struct.dataclass
@@ -24,13 +28,31 @@ class Reading:
 
   index: int32 scalar, the pass's number from 0. time: (..., T) progressions. log_belief: (..., T, V) in nats, the
   belief about every token (of no meaning where it is known). uncertainty: scalar, CE(0) in nats, what a token costs of which
-  nothing is known.
+  nothing is known. motion: where the tokens' latents are on the flow; codes_VxM: the codes; warp: precisions by time.
   """
 
   index: jax.Array
   time: jax.Array
   log_belief: jax.Array
   uncertainty: jax.Array
+  motion: flow.Motion
+  codes_VxM: jax.Array
+  warp: paths.Warp
+
+  @property
+  def unknown(self) -> jax.Array:
+    """(..., T) bool: t > 0."""
+    return self.time > 0.0
+
+  @property
+  def leftmost(self) -> jax.Array:
+    """(..., T) bool: the first unknown token."""
+    return self.unknown & (jnp.cumsum(self.unknown, axis=-1) == 1)
+
+  @property
+  def entropy(self) -> jax.Array:
+    """(..., T) the beliefs' entropies in nats."""
+    return -jnp.sum(jnp.exp(self.log_belief) * self.log_belief, axis=-1)
 
 
 class Policy(Protocol):
@@ -89,7 +111,7 @@ class Certain:
     "entropy"     the belief's entropy in bits
     "confidence"  1 - the belief's largest probability
     "maturity"    t_hat = entropy / CE(0), the progression at which a belief is usually that sharp; tokens that do not
-                  jump gather evidence up to min(t, t_hat)
+                  jump gather evidence up to t_hat, but not below 1 - threshold
   """
 
   threshold: jax.Array
@@ -97,41 +119,104 @@ class Certain:
   by: str = flax.struct.field(pytree_node=False)
 
   def __call__(self, reading: Reading) -> jax.Array:
-    unknown = reading.time > 0.0
-    places = jnp.broadcast_to(jnp.arange(unknown.shape[-1], dtype=reading.time.dtype), unknown.shape)
-    leftmost = unknown & (jnp.cumsum(unknown, axis=-1) == 1)
-    time = reading.time
+    unknown, time = reading.unknown, reading.time
     if self.by == "left":
-      score = places
+      score = jnp.broadcast_to(jnp.arange(unknown.shape[-1], dtype=time.dtype), unknown.shape)
     elif self.by == "confidence":
       score = 1.0 - jnp.exp(jnp.max(reading.log_belief, axis=-1))
     else:
-      entropy = -jnp.sum(jnp.exp(reading.log_belief) * reading.log_belief, axis=-1)
-      score = entropy / (np.log(2.0) if self.by == "entropy" else reading.uncertainty)
+      score = reading.entropy / (np.log(2.0) if self.by == "entropy" else reading.uncertainty)
       if self.by == "maturity":
-        time = jnp.minimum(time, score)
-    score = jnp.where(leftmost, -jnp.inf, jnp.where(unknown, score, jnp.inf))
-    rank = paths.rank(score)
-    jumps = unknown & ((score < self.threshold) | (rank < jnp.maximum(self.count, 1)))
+        time = jnp.minimum(time, jnp.maximum(score, 1.0 - self.threshold))
+    score = jnp.where(reading.leftmost, -jnp.inf, jnp.where(unknown, score, jnp.inf))
+    jumps = unknown & ((score < self.threshold) | (paths.rank(score) < jnp.maximum(self.count, 1)))
     return jnp.where(jumps, 0.0, time)
 
 
-def make(path: str, tokens: int, rolling_width: float, most: int = 0) -> Policy | None:
+@flax.struct.dataclass
+class Spread:
+  """Jumps that cost each other little, by one threshold in bits: what a token may be thought to lose because another jumps in
+  the same pass and it does not see it.
+
+  That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold jump. And
+  it falls with distance: about CE(0) / d for tokens d apart, so that of the others tokens jump that are far enough from
+  each other, the most certain first, and always the leftmost. At 0 the leftmost jumps alone; at CE(0) all jump at once.
+  """
+
+  threshold: jax.Array
+
+  def __call__(self, reading: Reading) -> jax.Array:
+    T = reading.time.shape[-1]
+    entropy = reading.entropy / np.log(2.0)
+    spacing = jnp.ceil(reading.uncertainty / np.log(2.0) / jnp.maximum(self.threshold, 1e-6))
+    place = jnp.arange(T)
+    near_TxT = jnp.abs(place[:, None] - place) < spacing
+    order = paths.rank(jnp.where(reading.leftmost, -jnp.inf, jnp.where(reading.unknown, entropy, jnp.inf)))
+    chosen, left = jnp.zeros(order.shape, bool), reading.unknown
+    for _ in range(_SPREAD_ROUNDS):  # tokens that come first among all that are near and still left (Luby's independent set)
+      first_TxT = order[..., :, None] <= jnp.where(left, order, T)[..., None, :]
+      best = left & jnp.all(first_TxT | ~near_TxT, axis=-1)
+      chosen |= best
+      left &= ~jnp.any(best[..., None, :] & near_TxT, axis=-1)
+    return jnp.where(chosen | (reading.unknown & (entropy < self.threshold)), 0.0, reading.time)
+
+
+@flax.struct.dataclass
+class Controlled:
+  """All of a window's tokens together, as on the diagonal, in steps as long as their estimated error allows: the root mean
+  square, over the unknown tokens, of what a second-order step would add to z = y / sqrt(lambda), whose noise is 1."""
+
+  tolerance: jax.Array
+
+  def __call__(self, reading: Reading) -> jax.Array:
+    unknown = reading.unknown
+    now = jnp.max(reading.time, axis=-1, keepdims=True)
+    code = flow.expected_code(reading.log_belief, reading.codes_VxM)
+    best = jnp.maximum(now - _CONTROL_STEPS[0], 0.0)
+    for step in _CONTROL_STEPS[1:]:
+      time = jnp.maximum(now - step, 0.0)
+      precision = jnp.broadcast_to(reading.warp.precision(time), unknown.shape)
+      added = flow.correction(reading.motion, code, precision) / jnp.sqrt(precision)[..., None]
+      square = jnp.sum(jnp.where(unknown, jnp.sum(added**2, axis=-1), 0.0), axis=-1, keepdims=True)
+      error = jnp.sqrt(square / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1))
+      best = jnp.where((error <= self.tolerance) & (now < 1.0), time, best)
+    return jnp.where(unknown, jnp.minimum(jnp.where(best < paths.END, 0.0, best), reading.time), 0.0)
+
+
+def until_known(step: Callable, carry: Any, unfinished: Callable, first: int = 0) -> Any:
+  """Runs carry = step(carry, index) for passes `first`, ... as long as `unfinished(carry)`."""
+  start = (jnp.asarray(first, jnp.int32), carry)
+  return jax.lax.while_loop(lambda c: unfinished(c[1]), lambda c: (c[0] + 1, step(c[1], c[0])), start)[1]
+
+
+def follow(policy: Policy, step: Callable, carry: Any, unfinished: Callable, first: int = 0) -> Any:
+  """The same for a policy; a grid's passes are scanned."""
+  if not isinstance(policy, Grid):
+    return until_known(step, carry, unfinished, first)
+  steps = jnp.arange(first, policy.times_KxT.shape[0] - 1)
+  return jax.lax.scan(lambda carry, index: (step(carry, index), None), carry, steps)[0]
+
+
+def make(path: str, tokens: int, rolling_width: float, most: int = 0, s: jax.Array | None = None) -> Policy | None:
   """The policy of a path's name over windows of `tokens` tokens; None for "ar", which needs no window.
 
-  Grids are filled up with zeros to `most` passes, so that paths of different lengths share compiled code. Raises
-  UserError where the name is none.
+  Grids are filled up with zeros to `most` passes, so that paths of different lengths share compiled code. s: the clock of a
+  grid, as in `paths.grid`. Raises UserError where the name is none.
   """
   name, number = paths.parse(path)
   if name == "ar":
     return None
   if name in ("diagonal", "rolling", "streams", "staircase"):
-    times = paths.grid(path, tokens, rolling_width)
+    times = paths.grid(path, tokens, rolling_width, s)
     return Grid(jnp.pad(times, [(0, max(most + 1 - len(times), 0)), (0, 0)]))
   if name == "learned":
     return Learned(np.int32(number))
   if name == "random":
     return RandomOrder(np.int32(min(number, tokens)))
+  if name == "spread":
+    return Spread(np.float32(number))
+  if name == "error":
+    return Controlled(np.float32(number))
   if name in ("left", "certain"):
     return Certain(np.float32(-np.inf), np.int32(number), "left" if name == "left" else "entropy")
   return Certain(np.float32(1.0 - number if name == "confidence" else number), np.int32(1), name)

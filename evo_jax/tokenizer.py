@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str | bytes) -> np.ndarray: ...
   def decode(self, tokens: np.ndarray) -> str: ...
+  def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
   def lengths(self) -> np.ndarray: ...
 
 
@@ -54,6 +55,10 @@ class Bytes:
     """Text up to the end of the document; bytes that are no UTF-8 show as U+FFFD."""
     tokens = _checked(tokens, self)
     return (tokens - 1).astype(np.uint8).tobytes().decode(errors="replace")
+
+  def lost(self, text: str) -> str:
+    """None: every text is bytes."""
+    return ""
 
   def lengths(self) -> np.ndarray:
     """(vocab_size,) how many units of text each token stands for; the document token stands for none."""
@@ -80,6 +85,10 @@ class Chars27:
     """Text up to the end of the document."""
     alphabet = np.frombuffer(b"? abcdefghijklmnopqrstuvwxyz", np.uint8)
     return alphabet[_checked(tokens, self)].tobytes().decode()
+
+  def lost(self, text: str) -> str:
+    """The characters that are neither letters (of either case) nor white space."""
+    return "".join(c for c in text if not ("a" <= c.lower() <= "z" or c.isspace()))
 
   def lengths(self) -> np.ndarray:
     """(vocab_size,) characters of each token."""
@@ -117,6 +126,10 @@ class SentencePiece:
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the end of the document."""
     return self._processor.DecodeIds(_checked(tokens, self).tolist())
+
+  def lost(self, text: str) -> str:
+    """None: what has no piece falls back to bytes."""
+    return ""
 
   def lengths(self) -> np.ndarray:
     """(vocab_size,) UTF-8 bytes of each piece. `train` leaves text as it is, so that they add up to the text's."""

@@ -250,7 +250,8 @@ def _finish(folder: epath.Path, evaluator, state: TrainState, valid: np.ndarray,
   table = evaluator(params, state.statistics, valid, config.eval.paths)
   text = evaluate.format_table(table)
   say(f"\nheld-out text, {len(valid)} sequences of {config.model.context} tokens\n{text}")
-  samples = generate.final_samples(model, params, state.statistics, config, tokenizer)
+  run = checkpoint.Run(config, tokenizer, model, params, state.statistics, config.train.steps)
+  samples = generate.final_samples(run, evaluator.mesh)
   say("\n" + samples)
   if jax.process_index() == 0:
     checkpoint.write_json(folder / "table.json", table)

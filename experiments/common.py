@@ -89,18 +89,23 @@ class Measured:
 
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
   """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
-  commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
   short = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:])  # whose machine it was, is no matter
   options = " ".join(a if not re.search(r"[ *]", a) else f"'{a}'" for a in short)
   record = {
       "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),
-      "commit": commit.stdout.strip(),
+      "commit": commit(),
       "machine": f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}; "
                  f"Python {platform.python_version()}, jax {jax.__version__}",
       "result": result,
   }
   folder.mkdir(parents=True, exist_ok=True)
   (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def commit() -> str:
+  """The commit that runs, with "-dirty" where files differ from it; empty outside a checkout."""
+  found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+  return found.stdout.strip()
 
 
 def _processor() -> str:

@@ -1,16 +1,18 @@
 """The frontier: bits a character against forward passes a token, for every method, in one harness at one price.
 
-  pip install -e '.[plot]' && python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...] [--seeds=2] [--draw]
+  pip install -e '.[plot]' && python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...] [--seeds=2] [--test]
 
 Trains each of `METHODS` on the same text for the same number of floating-point operations (formula in `evo_jax/flops.py`,
 held against XLA's count here), in runs/frontier/SCALE/NAME-SEED; what was stopped goes on, what is measured is kept. Measures every
-curve on validation and test text. At each budget of passes validation picks the strategy, or the pair of strategies that take
-turns, and the test split says what it costs.
+curve on validation text and prints it. With --test, the last step, measures test text, too, and writes the JSON and the picture:
+at each budget of passes validation picks the strategy, or the pair of strategies that take turns, and the test split says
+what it costs. Runs that the JSON already holds, of the same scale and text, stay in it.
 
 Text is read as 27 characters (a-z and space), as in text8.
 """
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +127,14 @@ def method_config(name: str, scale: dict[str, Any], text: str, seed: int) -> con
   return fitted(values, changes, budget)
 
 
-def measured(name: str, seed: int, scale_name: str, text: str, workdir: str) -> dict[str, Any]:
-  """A method's run: trained and measured as far as it is not yet."""
+def measured(name: str, seed: int, scale_name: str, text: str, workdir: str, splits: tuple[str, ...]) -> dict[str, Any]:
+  """A method's run: trained and measured on `splits` as far as it is not yet."""
   scale = SCALES[scale_name]
   config = method_config(name, scale, text, seed)
   measure = common.Measured(config, Path(workdir) / scale_name / f"{name}-{seed}")
   changes, published, ours, every = METHODS[name]
-  curves = {split: measure(split, scale[split], published + ours, every) for split in ("valid", "test")}
-  return {"name": name, "seed": seed, "changes": changes, "steps": config.train.steps,
+  curves = {split: measure(split, scale[split], published + ours, every) for split in splits}
+  return {"name": name, "seed": seed, "commit": common.commit(), "changes": changes, "steps": config.train.steps,
           "characters": config.train.steps * config.data.batch_size * config.model.context,
           "flops": flops.train_run(config, rows(config)), "every": every, **curves}
 
@@ -164,8 +166,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   return {"difference": float(d.mean()), "stderr": float(d.std(ddof=1) / len(d)**0.5)}
 
 
-def summarize(runs: list[dict[str, Any]], published_only: bool) -> list[dict[str, Any]]:
-  """By budget: what validation picks for each run and what that costs on the test split; for each run of Evo, the paired
+def summarize(runs: list[dict[str, Any]], split: str, published_only: bool) -> list[dict[str, Any]]:
+  """By budget: what validation picks for each run and what that costs on `split`; for each run of Evo, the paired
   difference to the best baseline of its seed (validation picks that one, too). published_only: baselines decode as in
   their papers, without this project's policies."""
   table = []
@@ -174,17 +176,16 @@ def summarize(runs: list[dict[str, Any]], published_only: bool) -> list[dict[str
     for r in runs:
       name = r["name"]
       paths = METHODS[name][1] + (() if published_only and name in BASELINES else METHODS[name][2])
-      keep = lambda split: {path: r[split][path] for path in paths}
-      mixture = cheapest(keep("valid"), budget)
+      mixture = cheapest({path: r["valid"][path] for path in paths}, budget)
       if mixture is None:
         continue
-      each = mixed(r["test"], mixture, "each")
+      each = mixed(r[split], mixture, "each")
       picked[name, r["seed"]] = (float(mixed(r["valid"], mixture, "bits")), each, r["every"])
       row["methods"].append({
           "name": name, "seed": r["seed"], "strategy": [[path, round(share, 4)] for path, share in mixture],
-          "valid_bits": picked[name, r["seed"]][0], "test_bits": float(mixed(r["test"], mixture, "bits")),
-          "test_stderr": float(each.std(ddof=1) / len(each)**0.5),
-          "test_passes": float(mixed(r["test"], mixture, "passes_per_token"))})
+          "valid_bits": picked[name, r["seed"]][0], "bits": float(mixed(r[split], mixture, "bits")),
+          "stderr": float(each.std(ddof=1) / len(each)**0.5),
+          "passes": float(mixed(r[split], mixture, "passes_per_token"))})
     for (name, seed), (_, each, every) in picked.items():
       rivals = {n: p for (n, s), p in picked.items() if n in BASELINES and s == seed}
       if name.startswith("evo") and rivals:
@@ -197,10 +198,10 @@ def summarize(runs: list[dict[str, Any]], published_only: bool) -> list[dict[str
   return table
 
 
-def single_differences(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """Paired differences on the test split that the method's claims are about."""
+def single_differences(runs: list[dict[str, Any]], split: str) -> dict[str, list[dict[str, Any]]]:
+  """Paired differences on a split that the method's claims are about."""
   by = {(r["name"], r["seed"]): r for r in runs}
-  each = lambda name, seed, path: (np.array(by[name, seed]["test"][path]["each"]), by[name, seed]["every"])
+  each = lambda name, seed, path: (np.array(by[name, seed][split][path]["each"]), by[name, seed]["every"])
   claims = {
       "evo's ar above AR alone, equal operations": (("evo", "ar"), ("ar", "ar")),
       "evo's ar above AR alone, equal text": (("evo", "ar"), ("ar_equal_text", "ar")),
@@ -261,21 +262,19 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
   figure.savefig(file, dpi=130)
 
 
-def report(runs: list[dict[str, Any]], scale_name: str, text: str, folder: Path) -> None:
-  """Prints the tables; writes the JSON and the picture."""
-  result = {"scale": scale_name, "settings": SCALES[scale_name], "text": "standard library" if not text else
-            ", ".join(Path(part).name for part in text.split(",")), "runs": runs,
-            "budgets_baselines_as_published": summarize(runs, True),
-            "budgets_baselines_with_our_policies": summarize(runs, False),
-            "differences": single_differences(runs)}
+def report(runs: list[dict[str, Any]], split: str) -> dict[str, Any]:
+  """Prints the tables of a split; returns them."""
+  result = {"split": split, "budgets_baselines_as_published": summarize(runs, split, True),
+            "budgets_baselines_with_our_policies": summarize(runs, split, False),
+            "differences": single_differences(runs, split)}
   for title in ("budgets_baselines_as_published", "budgets_baselines_with_our_policies"):
-    print(f"\n{title.replace('_', ' ')}: test bits a character (validation picks)")
+    print(f"\n{title.replace('_', ' ')}: {split} bits a character (validation picks)")
     print(f"{'method':<16}{'seed':>5}" + "".join(f"{row['budget']:>18g}" for row in result[title]))
     for r in runs:
       cells = []
       for row in result[title]:
         found = [m for m in row["methods"] if (m["name"], m["seed"]) == (r["name"], r["seed"])]
-        cells.append(f"{found[0]['test_bits']:.4f} +- {found[0]['test_stderr']:.4f}" if found else "-")
+        cells.append(f"{found[0]['bits']:.4f} +- {found[0]['stderr']:.4f}" if found else "-")
       print(f"{r['name']:<16}{r['seed']:>5}" + "".join(f"{cell:>18}" for cell in cells))
     for row in result[title]:
       for entry in row["evo_against_best_baseline"]:
@@ -285,8 +284,16 @@ def report(runs: list[dict[str, Any]], scale_name: str, text: str, folder: Path)
   for claim, entries in result["differences"].items():
     for entry in entries:
       print(f"{claim}, seed {entry['seed']}: {entry['difference']:+.4f} +- {entry['stderr']:.4f}")
-  common.write_result(f"frontier_{scale_name}", result, folder)
-  draw(runs, folder / f"frontier_{scale_name}.png")
+  return result
+
+
+def with_earlier(runs: list[dict[str, Any]], origin: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+  """The runs and those that `file` holds of the same origin (scale, settings, text), in the order of METHODS."""
+  earlier = json.loads(file.read_text())["result"] if file.exists() else {}
+  if {key: earlier.get(key) for key in origin} == json.loads(json.dumps(origin)):
+    fresh = {(r["name"], r["seed"]) for r in runs}
+    runs = runs + [r for r in earlier["runs"] if (r["name"], r["seed"]) not in fresh]
+  return sorted(runs, key=lambda r: (r["seed"], list(METHODS).index(r["name"])))
 
 
 def main() -> None:
@@ -296,15 +303,25 @@ def main() -> None:
     SCALES[args.scale]["budget"] = args.budget
   ratio = check_flops(method_config(names[-1], SCALES[args.scale], args.data, 0))
   print(f"operations of a training step of {names[-1]}: the formula counts {ratio:.3f} of what XLA counts")
-  runs = [measured(name, seed, args.scale, args.data, args.workdir)
+  splits = ("valid", "test") if args.test else ("valid",)
+  runs = [measured(name, seed, args.scale, args.data, args.workdir, splits)
           for seed in range(args.first_seed, args.seeds) for name in names]
-  report(runs, args.scale, args.data, Path(args.output) if args.output else common.RESULTS)
+  if not args.test:
+    report(runs, "valid")
+    return
+  folder = Path(args.output) if args.output else common.RESULTS
+  origin = {"scale": args.scale, "settings": SCALES[args.scale],
+            "text": ", ".join(Path(part).name for part in args.data.split(",")) if args.data else "standard library"}
+  runs = with_earlier(runs, origin, folder / f"frontier_{args.scale}.json")
+  common.write_result(f"frontier_{args.scale}", origin | report(runs, "test") | {"runs": runs}, folder)
+  draw(runs, folder / f"frontier_{args.scale}.png")
 
 
 if __name__ == "__main__":
   flags.DEFINE_enum("scale", "cpu", list(SCALES), "Model and budget.")
   flags.DEFINE_string("data", "", "Text, as config.data.path; default: the standard library's sources.")
   flags.DEFINE_float("budget", 0, "Floating-point operations of each method's training; 0: the scale's.")
+  flags.DEFINE_bool("test", False, "Read the test split, too, and write the result: once all choices are made.")
   flags.DEFINE_string("output", "", "Folder for the JSON and the picture; default: experiments/results.")
   flags.DEFINE_string("only", "", "Comma-separated methods; default: all.")
   flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... of each method.")

@@ -63,3 +63,14 @@ def test_low_discrepancy_is_uniform_and_even():
   first, more = paths.low_discrepancy(jax.random.key(1), 4, 2), paths.low_discrepancy(jax.random.key(1), 10**6, 2)
   np.testing.assert_array_equal(first, more[:4])  # exact far out, too
   assert len(np.unique(np.asarray(more[-1000:, 0]))) == 1000
+
+
+def test_the_warp_outlives_knots_that_are_not_measured():
+  """A knot whose weight has decayed to nothing beside the others keeps its mean: 3,000 steps at low precisions only."""
+  warp = paths.Warp.start(jnp.linspace(3.0, 0.1, 48), 400.0)
+  precision = jnp.linspace(0.0, 5.0, 4096)
+  step = lambda _, warp: warp.update(precision, jnp.exp(-precision), jnp.ones(4096), 0.99)
+  warp = jax.jit(lambda warp: jax.lax.fori_loop(0, 3000, step, warp))(warp)
+  entropy = np.asarray(warp.entropy())
+  assert np.isfinite(entropy).all() and (np.diff(entropy) <= 0).all()
+  assert entropy[0] == pytest.approx(1.0, abs=0.06) and np.isfinite(warp.precision(jnp.linspace(0.0, 1.0, 9))).all()
