@@ -384,7 +384,7 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
 
 
 def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int) -> Texts:
-  """One pass that judges what the last one proposed and proposes anew, up to `tokens` tokens.
+  """One pass that judges what the last one proposed and proposes anew, up to `tokens` tokens, no fewer than any row's `most`.
 
   Speculative rejection sampling (Leviathan et al., 2023; Chen et al., 2023): a proposed token d is accepted with probability
   min(1, p(d) / q(d)); the first that is not is drawn from max(p - q, 0), and behind accepted ones one more token from p, so
@@ -394,7 +394,7 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
   """
   T, draft = tokens, texts.draft
   B = draft.log_q.shape[0]
-  proposal, count = draft.token[:, :T], jnp.minimum(draft.count, T)
+  proposal, count = draft.token[:, :T], jnp.minimum(draft.count, draft.most)
   seen = texts.replace(token=put(texts.token, texts.length, proposal))
 
   N = S = T + 1  # windows, and slots of each
@@ -407,7 +407,10 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
   window = jnp.repeat(jnp.arange(N), S)
   sees_fresh = jnp.broadcast_to(jnp.arange(N) < window[:, None], (B, N * S, N))
   flat = lambda a: a.reshape(B, N * S, *a.shape[3:])
-  slots = Slots(flat(x), flat(time), flat(place), sees_fresh, window[:, None] == window)
+  # A row's windows are as wide as it proposes tokens, whatever the batch's widest is.
+  inside = jnp.tile(jnp.arange(S), N) <= draft.most[:, None]
+  sees_slot = ((window[:, None] == window) & inside[:, None, :]) | jnp.eye(N * S, dtype=bool)
+  slots = Slots(flat(x), flat(time), flat(place), sees_fresh, sees_slot)
   clean, hidden, after = read(net, seen, N, jnp.where(texts.done, 0, N), slots)
 
   log_p = shaping(net.logits(clean))  # (B, T + 1, V): number j is of the j-th proposal
@@ -431,11 +434,11 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
   new = jax.vmap(lambda key, log_q: jax.random.categorical(key, log_q, axis=-1))(keys[:, 2], new_log_q).astype(jnp.int32)
   pad = draft.token.shape[1] - T
   after = after.replace(draft=Draft(
-      jnp.pad(new, [(0, 0), (0, pad)]), jnp.pad(new_log_q, [(0, 0), (0, pad), (0, 0)]), jnp.minimum(draft.most, T), draft.most,
+      jnp.pad(new, [(0, 0), (0, pad)]), jnp.pad(new_log_q, [(0, 0), (0, pad), (0, 0)]), draft.most, draft.most,
       draft.accepted + accepted, draft.refused + (accepted < count)))
   time = put(texts.time, texts.length, jnp.where(known, 0.0, 1.0))
   texts = finish(after.replace(token=texts.token), put(texts.token, texts.length, settled), time)
-  return texts.replace(read=jnp.where(texts.done, texts.read, texts.length - 1))
+  return texts.replace(read=texts.length - 1)
 
 
 def fit_draft(texts: Texts) -> Texts:

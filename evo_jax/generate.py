@@ -241,7 +241,8 @@ class Sampler:
     chunk = 1 if trace else _CHUNK
     bind = lambda params: self._model.bind({"params": params})
     end = lambda texts, stop: texts.replace(done=texts.done | stop)
-    given = (self._params, self._statistics, texts, self._shaping, stop)
+    shaping = self._shaping.replace(endless=True) if infill else self._shaping  # a gap does not end the text
+    given = (self._params, self._statistics, texts, shaping, stop)
     if sampling.mode == "ar":
       def some(params, statistics, texts, shaping, stop):
         return decode.advance(lambda t: decode.ar(bind(params), t, shaping), end(texts, stop), chunk)

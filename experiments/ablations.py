@@ -13,6 +13,10 @@ from experiments import common, frontier
 
 PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16", "rolling:16")
 
+# Where all settings start. What they gave went into frontier.EVO and the frontier's learning rate and schedule, so those differ.
+BASE = {"optim.learning_rate": 3e-3, "optim.schedule": "cosine"}
+EVO = frontier.EVO | {"window.count": 2, "window.start": 0.5, "loss.bound_windows": 1}
+
 # name: (method of the frontier, changes to it, paths that are measured)
 SETTINGS = {
     "base": {},
@@ -55,7 +59,7 @@ SETTINGS["learned"] = SETTINGS["learned"][:2] + (PATHS + ("diagonal:2", "diagona
 SETTINGS |= {f"{method}_rate_{rate:g}": (method, {"optim.learning_rate": rate}, paths)
              for method, paths in (("ar", ("ar",)), ("evo", PATHS), ("mdlm", ("random:64",)), ("bd3_16", ("random:16",)),
                                    ("plaid", ("diagonal:64",)))
-             for rate in (1.5e-3, 3e-3, 6e-3) if (method, rate) != ("evo", 3e-3)}
+             for rate in (8e-4, 1.5e-3, 3e-3, 6e-3) if (method, rate) != ("evo", 3e-3)}
 SETTINGS["ar_wsd"] = ("ar", {"optim.schedule": "wsd"}, ("ar",))
 
 
@@ -64,8 +68,8 @@ def main() -> None:
   results = []
   for name in common.chosen(args.only, SETTINGS):
     method, changes, paths = SETTINGS[name]
-    config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed),
-                             frontier.METHODS[method][0] | changes, args.budget)
+    start = BASE | (EVO if method == "evo" else frontier.METHODS[method][0])
+    config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed), start | changes, args.budget)
     found = common.Measured(config, f"{args.workdir}/{name}")("valid", args.sequences, paths)
     results.append({"name": name, "method": method, "changes": changes, "steps": config.train.steps,
                     "flops": flops.train_run(config, frontier.rows(config)),

@@ -20,10 +20,10 @@ V = 20
 
 
 @functools.cache
-def build(**changes):
+def build(vocab_size=V, **changes):
   """A small network with random parameters (also those that start at zero), its statistics, and its config."""
   config = small_config(**changes)
-  model = Evo(config.model, V)
+  model = Evo(config.model, vocab_size)
 
   @jax.jit
   def init():
