@@ -365,7 +365,7 @@ class _Recorder:
 
   def trace(self, sampling: Sampling, tokenizer: tokenizer_lib.Tokenizer) -> trace_lib.Trace:
     """The passes; places from the first unknown one to the last known one."""
-    first, last = self._looks[0], self._looks[-1]
+    last = self._looks[-1]
     begin, length = self._row.begin, int(last["length"])
     written = last["token"][begin:length].tolist()
     end = begin + written.index(DOCUMENT) if DOCUMENT in written else length
@@ -376,7 +376,7 @@ class _Recorder:
     for old, new in zip(self._looks, self._looks[1:]):
       known, was = new["time"][places] <= 0.0, old["time"][places] <= 0.0
       shown = np.where(known, new["token"][places], new["guess"][places])
-      seen = known | (new["seen"][places] if "seen" in new else new["guess"][places] > 0)
+      seen = known | (new["guess"][places] > 0)
       proposed = np.zeros(len(places), bool)
       if "proposal" in new:
         at = places - int(new["length"])
@@ -392,7 +392,6 @@ class _Recorder:
       time.append(np.where(seen, new["time"][places], np.nan))
       believed.append(texts)
       before_text = texts
-    del first
     prompt = tokenizer.decode(np.array(self._row.tokens[:begin - 1], np.int64))
     setting = {"flow": f", {sampling.path or 'diagonal'}, {sampling.steps} passes a window",
                "adaptive": f", threshold {sampling.threshold:g}"}.get(sampling.mode, "")

@@ -19,6 +19,7 @@ from evo_jax import flow
 from evo_jax import paths
 
 _SPREAD_ROUNDS = 3
+_SEED = 1e3  # bits: more than any entropy
 _CONTROL_STEPS = tuple(2.0 ** (i / 2 - 5) for i in range(11))  # steps of t that are tried, from 1/32 to 1; the first is the least
 
 
@@ -140,7 +141,8 @@ class Spread:
 
   That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold jump. And
   it falls with distance: about CE(0) / d for tokens d apart, so that of the others tokens jump that are far enough from
-  each other, the most certain first, and always the leftmost. At 0 the leftmost jumps alone; at CE(0) all jump at once.
+  each other: always the leftmost, then those that follow a known token, which the network knows best, then seeds of new
+  runs, evenly spread from the leftmost on; the most certain first. At 0 the leftmost jumps alone; at CE(0) all jump at once.
   """
 
   threshold: jax.Array
@@ -148,11 +150,15 @@ class Spread:
   def __call__(self, reading: Reading) -> jax.Array:
     T = reading.time.shape[-1]
     entropy = reading.entropy / np.log(2.0)
-    spacing = jnp.ceil(reading.uncertainty / np.log(2.0) / jnp.maximum(self.threshold, 1e-6))
+    spacing = reading.uncertainty / np.log(2.0) / jnp.maximum(self.threshold, 1e-6)
+    spacing = jnp.ceil(T / jnp.maximum(jnp.floor(T / spacing), 1.0))  # runs of one length, which end together
     place = jnp.arange(T)
     near_TxT = jnp.abs(place[:, None] - place) < spacing
-    order = paths.rank(jnp.where(reading.leftmost, -jnp.inf, jnp.where(reading.unknown, entropy, jnp.inf)))
-    chosen, left = jnp.zeros(order.shape, bool), reading.unknown
+    follows = jnp.pad(~reading.unknown, [(0, 0)] * (entropy.ndim - 1) + [(1, 0)], constant_values=True)[..., :-1]
+    even = (place - jnp.argmax(reading.leftmost, axis=-1)[..., None]) % spacing == 0
+    score = jnp.where(follows, 0.0, jnp.where(even, _SEED, 2.0 * _SEED)) + entropy
+    order = paths.rank(jnp.where(reading.leftmost, -jnp.inf, jnp.where(reading.unknown, score, jnp.inf)))
+    chosen, left = jnp.zeros(order.shape, bool), jnp.broadcast_to(reading.unknown, order.shape)
     for _ in range(_SPREAD_ROUNDS):  # tokens that come first among all that are near and still left (Luby's independent set)
       first_TxT = order[..., :, None] <= jnp.where(left, order, T)[..., None, :]
       best = left & jnp.all(first_TxT | ~near_TxT, axis=-1)

@@ -58,9 +58,9 @@ ERASURE = DIFFUSION | {
     "paths.erasure": 1.0, "paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "paths.staircase": 0.0,
     "loss.bound_windows": 0, "loss.codes": "frozen"}
 
-POLICIES = ("streams:2", "streams:4", "streams:8", "spread:0.5", "spread:1", "left:2", "certain:2", "certain:4", "certain:8", "entropy:2.5",
+POLICIES = ("streams:2", "streams:4", "streams:8", "left:2", "certain:2", "certain:4", "certain:8", "entropy:2.5",
             "confidence:0.5")
-EVO_PATHS = ("ar", "streams:2", "streams:4", "streams:8", "streams:16", "spread:0.1", "spread:0.15", "spread:0.3", "spread:0.6",
+EVO_PATHS = ("ar", "streams:2", "streams:4", "streams:8", "streams:16", "spread:0.2", "spread:0.4", "spread:0.8",
              "left:2", "certain:8", "entropy:2.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16", "diagonal:64", "rolling:8", "rolling:32", "random:8", "random:64")
 
 # name: (changes, paths as its paper has it, paths that are this project's, one of how many held-out sequences)
