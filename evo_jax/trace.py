@@ -101,8 +101,7 @@ def page(trace: Trace) -> str:
 def _picture(trace: Trace):
   """The same as a matplotlib figure; of long texts the first tokens and passes, which is said in the title."""
   import matplotlib
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
+  from matplotlib import figure as figures  # not pyplot: a notebook's backend stays what it is
 
   K, T = trace.time.shape
   passes, tokens = min(K, 4 * _PICTURE_PASSES), min(T, 3 * _PICTURE_TOKENS)
@@ -110,8 +109,8 @@ def _picture(trace: Trace):
   fine = passes <= _PICTURE_PASSES and tokens <= _PICTURE_TOKENS
   cell = 0.21 if fine else 0.07
   size = (max(tokens * cell, 5) + 2.9, max(passes * cell, 2.4) + 1.3)
-  figure, (axes, side) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained",
-                                      gridspec_kw={"width_ratios": [max(tokens * cell, 5), 1.4]})
+  figure = figures.Figure(figsize=size, layout="constrained")
+  axes, side = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [max(tokens * cell, 5), 1.4]})
   colors = matplotlib.colormaps["YlOrRd"].with_extremes(bad="white")
   image = axes.imshow(np.ma.masked_invalid(time), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
   if fine:

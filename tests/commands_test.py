@@ -35,11 +35,29 @@ def test_evaluate_writes_json(workdir, tmp_path, text):
 def test_generate_writes_text(workdir):
   flags = (f"--workdir={workdir}", "--prompt=the ri", "--num=2", "--max_tokens=20")
   found = [run("evo_jax.generate", *flags, *more) for more in (
-      ("--seed=1",), ("--seed=1",), ("--seed=2",), ("--mode=flow", "--steps=3"),
-      ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral"))]
+      ("--seed=1",), ("--seed=1",), ("--mode=adaptive", "--threshold=2"), ("--mode=verify", "--seed=2", "--top_k=9"),
+      ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral", "--grid=precision"))]
   for done in found:
-    assert done.returncode == 0 and done.stdout.count("the ri") >= 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count("the ri") >= 2 and "tokens in" in done.stderr, done.stderr
   assert found[0].stdout == found[1].stdout and len({done.stdout for done in found}) == 4
+
+
+def test_generate_takes_prompts_from_files_and_writes_json_and_traces(workdir, tmp_path):
+  (tmp_path / "p.jsonl").write_text('"the"\n{"prompt": "a river"}\n{"text": ""}\n')
+  done = run("evo_jax.generate", f"--workdir={workdir}", "--prompt=flow", f"--prompts={tmp_path}/p.jsonl", "--mode=adaptive",
+             "--max_tokens=12", "--json", f"--trace={tmp_path}/t.html")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert [g["prompt"] for g in found] == ["flow", "the", "a river", ""]
+  for g in found:
+    assert set(g) == {"prompt", "text", "tokens", "settled", "passes", "seconds"}
+    assert len(g["tokens"]) == len(g["settled"]) <= 12 and 0 < g["seconds"] and max(g["settled"], default=0) <= g["passes"]
+  page = (tmp_path / "t.html").read_text()
+  assert "flow" in page and "adaptive" in page
+  piped = run("evo_jax.generate", f"--workdir={workdir}", "--prompts=-", "--max_tokens=4", input="the\na\n")
+  assert piped.returncode == 0 and piped.stdout.count("-" * 20) == 1 and piped.stdout.startswith("the"), piped.stderr
+  filled = run("evo_jax.generate", f"--workdir={workdir}", "--infill=the [...3] of", "--mode=flow", "--steps=2", "--window=4")
+  assert filled.returncode == 0 and re.fullmatch(r"the .* of\n", filled.stdout, re.S), filled.stderr
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +102,7 @@ def test_generate_follows_any_policy(learned):
 
 def test_the_frontier_in_short(text, tmp_path):
   """One training step of two methods, measured, collected and drawn; what is there is not done again."""
-  flags = ("--budget=1", "--only=ar,bd3_4", f"--data={text}", f"--workdir={tmp_path}/runs", f"--output={tmp_path}")
+  flags = ("--budget=1", "--only=ar,bd3_4", "--test", f"--data={text}", f"--workdir={tmp_path}/runs", f"--output={tmp_path}")
   done = run("experiments.frontier", *flags)
   assert done.returncode == 0 and re.search("formula counts (0.9|1.0)", done.stdout), done.stderr
   record = json.loads((tmp_path / "frontier_cpu.json").read_text())
@@ -92,8 +110,10 @@ def test_the_frontier_in_short(text, tmp_path):
   budgets = {row["budget"]: [m["name"] for m in row["methods"]] for row in record["result"]["budgets_baselines_as_published"]}
   assert budgets == {1.0: ["ar", "bd3_4"], 0.5: ["bd3_4"], 0.25: ["bd3_4"], 0.125: []}
   assert (tmp_path / "frontier_cpu.png").stat().st_size > 10_000
-  again = run("experiments.frontier", *flags)
+  again = run("experiments.frontier", *flags, "--only=ar")
   assert again.returncode == 0 and "step" not in again.stderr, again.stderr
+  runs = json.loads((tmp_path / "frontier_cpu.json").read_text())["result"]["runs"]
+  assert [r["name"] for r in runs] == ["ar", "bd3_4"]  # what was there stays
 
 
 def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
@@ -121,7 +141,10 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("evaluate", ("--workdir=RUN", "--pats=ar"), "Unknown command line flag 'pats'"),
     ("generate", ("--workdir=RUN", "--mode=spiral"), "--mode=spiral"),
     ("generate", ("--workdir=RUN", "--max_tokens=500"), "do not fit the context of 32"),
-    ("generate", ("--workdir=RUN", "--num=0"), "--num=0: is not positive"),
+    ("generate", ("--workdir=RUN", "--mode=adaptive", "--threshold=-1"), "--threshold=-1.0: is not in [0, 64]"),
+    ("generate", ("--workdir=RUN", "--trace=/no/such/t.html"), "--trace=/no/such/t.html: there is no folder"),
+    ("generate", ("--workdir=RUN", "--infill=a [...] b"), "--infill: needs --mode=flow or --mode=adaptive"),
+    ("generate", ("--workdir=RUN", "--prompts=/no/such"), "--prompts=/no/such: cannot be read"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),
     ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'")])
 def test_bad_input_is_one_line(workdir, module, flags, message):
