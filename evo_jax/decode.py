@@ -27,7 +27,7 @@ from evo_jax import policies
 from evo_jax import sample
 from evo_jax.model import DOCUMENT
 
-_START, _TOKEN, _PASS, _POLICY = range(4)  # what a row's key is folded with first: no two draws share a key
+_START, _TOKEN, _PASS, _POLICY, _DRAFT = range(5)  # what a row's key is folded with first: no two draws share a key
 FRESH = 16  # slots for fresh tokens in a pass of `adaptive`
 
 
@@ -383,8 +383,51 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
   return move(net, statistics, texts, after, latent, place, log_belief, walk, jnp.zeros((), jnp.int32), shaping)
 
 
-def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int) -> Texts:
-  """One pass that judges what the last one proposed and proposes anew, up to `tokens` tokens, no fewer than any row's `most`.
+def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int,
+           draft_passes: int = 1) -> Texts:
+  """One round of proposals and judgement, up to `tokens` tokens, no fewer than any row's `most`: `draft_passes` passes."""
+  if draft_passes == 1:
+    return judge(net, statistics, texts, shaping, tokens)
+  return judge(net, statistics, propose(net, statistics, texts, shaping, tokens, draft_passes - 1), shaping, tokens, False)
+
+
+def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, anchor_BxN: jax.Array, token_BxNxT: jax.Array,
+                 known: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Slots of N windows a row, S = T + 1 each, flat over N S: x, time, place, and which see which. The anchor's and `known` tokens
+  behind it are known, of the others nothing. A row's windows are as wide as it proposes tokens, whatever the batch's widest is."""
+  B, N, S = *anchor_BxN.shape, token_BxNxT.shape[2] + 1
+  codes, slot = net.codes(), jnp.arange(S)
+  time = jnp.broadcast_to((slot > known).astype(jnp.float32), (B, N, S))
+  token = jnp.concatenate([at(texts.token, anchor_BxN)[..., None], token_BxNxT], axis=2)
+  x = net.embed(flow.Latent(jnp.zeros((B, N, S, codes.shape[1]), codes.dtype), time, token), codes, statistics.log_unigram_V)
+  window, inside = jnp.repeat(jnp.arange(N), S), jnp.tile(slot, N) <= texts.draft.most[:, None]
+  sees = ((window[:, None] == window) & inside[:, None, :]) | jnp.eye(N * S, dtype=bool)
+  flat = lambda a: a.reshape(B, N * S, *a.shape[3:])
+  return flat(x), flat(time), flat(anchor_BxN[..., None] + slot), sees
+
+
+def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, passes: int) -> Texts:
+  """Proposes `tokens` tokens behind the known ones in `passes` passes of a window, each pass the next few from the left."""
+  T, draft = tokens, texts.draft
+  B, anchor = texts.token.shape[0], texts.length - 1
+  token, log_q = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T, draft.log_q.shape[2]))
+  for i in range(passes):
+    low, high = -(-T * i // passes), -(-T * (i + 1) // passes)
+    x, time, place, sees = unread_slots(net, statistics, texts, anchor[:, None], token[:, None], low)
+    slots = Slots(x, time, place, jnp.zeros((B, T + 1, 0), bool), sees)
+    _, hidden, _ = read(net, texts, 0, jnp.zeros_like(anchor), slots, anchor)
+    log_p = shaping(net.logits(hidden[:, :-1]))
+    key = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(pass_keys(texts, _DRAFT))
+    drawn = jax.vmap(lambda key, log_p: jax.random.categorical(key, log_p, axis=-1))(key, log_p).astype(jnp.int32)
+    now = (jnp.arange(T) >= low) & (jnp.arange(T) < high)
+    token, log_q = jnp.where(now, drawn, token), jnp.where(now[:, None], log_p, log_q)
+  pad = draft.token.shape[1] - T
+  draft = draft.replace(token=jnp.pad(token, [(0, 0), (0, pad)]), log_q=jnp.pad(log_q, [(0, 0), (0, pad), (0, 0)]), count=draft.most)
+  return texts.replace(draft=draft, passes=texts.passes + passes * ~texts.done)
+
+
+def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, ahead: bool = True) -> Texts:
+  """One pass that judges what was proposed before and, with `ahead`, proposes anew.
 
   Speculative rejection sampling (Leviathan et al., 2023; Chen et al., 2023): a proposed token d is accepted with probability
   min(1, p(d) / q(d)); the first that is not is drawn from max(p - q, 0), and behind accepted ones one more token from p, so
@@ -397,20 +440,12 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
   proposal, count = draft.token[:, :T], jnp.minimum(draft.count, draft.most)
   seen = texts.replace(token=put(texts.token, texts.length, proposal))
 
-  N = S = T + 1  # windows, and slots of each
-  codes = net.codes()
-  anchor = texts.length[:, None] - 1 + jnp.arange(N)
-  place = anchor[..., None] + jnp.arange(S)
-  time = jnp.broadcast_to((jnp.arange(S) > 0).astype(jnp.float32), (B, N, S))
-  latent = flow.Latent(jnp.zeros((B, N, S, codes.shape[1]), codes.dtype), time, at(seen.token, place.reshape(B, -1)).reshape(B, N, S))
-  x = net.embed(latent, codes, statistics.log_unigram_V)
-  window = jnp.repeat(jnp.arange(N), S)
-  sees_fresh = jnp.broadcast_to(jnp.arange(N) < window[:, None], (B, N * S, N))
-  flat = lambda a: a.reshape(B, N * S, *a.shape[3:])
-  # A row's windows are as wide as it proposes tokens, whatever the batch's widest is.
-  inside = jnp.tile(jnp.arange(S), N) <= draft.most[:, None]
-  sees_slot = ((window[:, None] == window) & inside[:, None, :]) | jnp.eye(N * S, dtype=bool)
-  slots = Slots(flat(x), flat(time), flat(place), sees_fresh, sees_slot)
+  N, slots = T + 1, None
+  if ahead:
+    anchor = texts.length[:, None] - 1 + jnp.arange(N)
+    x, time, place, sees = unread_slots(net, statistics, seen, anchor, jnp.zeros((B, N, T), jnp.int32), 0)
+    sees_fresh = jnp.broadcast_to(jnp.arange(N) < jnp.repeat(jnp.arange(N), N)[:, None], (B, N * N, N))
+    slots = Slots(x, time, place, sees_fresh, sees)
   clean, hidden, after = read(net, seen, N, jnp.where(texts.done, 0, N), slots)
 
   log_p = shaping(net.logits(clean))  # (B, T + 1, V): number j is of the j-th proposal
@@ -429,13 +464,15 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
 
   settled = jnp.where(jnp.arange(N) < accepted[:, None], jnp.pad(proposal, [(0, 0), (0, 1)]), drawn[:, None])
   known = (jnp.arange(N) <= accepted[:, None]) & (texts.length[:, None] + jnp.arange(N) < texts.limit[:, None])
-  chosen = at(hidden.reshape(B, N, S, -1), accepted[:, None])[:, 0]
-  new_log_q = shaping(net.logits(chosen[:, 1:]))
-  new = jax.vmap(lambda key, log_q: jax.random.categorical(key, log_q, axis=-1))(keys[:, 2], new_log_q).astype(jnp.int32)
-  pad = draft.token.shape[1] - T
-  after = after.replace(draft=Draft(
-      jnp.pad(new, [(0, 0), (0, pad)]), jnp.pad(new_log_q, [(0, 0), (0, pad), (0, 0)]), draft.most, draft.most,
-      draft.accepted + accepted, draft.refused + (accepted < count)))
+  draft = draft.replace(count=jnp.zeros_like(count), accepted=draft.accepted + accepted, refused=draft.refused + (accepted < count))
+  if ahead:
+    chosen = at(hidden.reshape(B, N, N, -1), accepted[:, None])[:, 0]
+    new_log_q = shaping(net.logits(chosen[:, 1:]))
+    new = jax.vmap(lambda key, log_q: jax.random.categorical(key, log_q, axis=-1))(keys[:, 2], new_log_q).astype(jnp.int32)
+    pad = draft.token.shape[1] - T
+    draft = draft.replace(token=jnp.pad(new, [(0, 0), (0, pad)]), log_q=jnp.pad(new_log_q, [(0, 0), (0, pad), (0, 0)]),
+                          count=draft.most)
+  after = after.replace(draft=draft)
   time = put(texts.time, texts.length, jnp.where(known, 0.0, 1.0))
   texts = finish(after.replace(token=texts.token), put(texts.token, texts.length, settled), time)
   return texts.replace(read=texts.length - 1)

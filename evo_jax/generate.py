@@ -72,6 +72,7 @@ class Sampling:
   threshold: float = 0.25  # adaptive
   window: int = 0  # flow, adaptive: tokens of a window; 0: as in training
   draft: int = 4  # verify: tokens proposed a pass at most; each text proposes as many as are often accepted
+  draft_passes: int = 1  # verify: passes of a round; 1 judges and proposes in one
   gap: int = 16  # infill: tokens of a gap without a number
   endless: bool = False  # the document's end is ruled out: every text gets max_tokens tokens
   batch_size: int = 64  # texts that are written at once
@@ -252,7 +253,7 @@ class Sampler:
       proposals = next(p for p in (1, 2, 3, 4, 6, 8, 12, 16, sampling.draft) if p >= min(wanted, sampling.draft))
       proposals = min(proposals, sampling.draft)
       def some(params, statistics, texts, shaping, stop):
-        step = lambda t: decode.verify(bind(params), statistics, t, shaping, proposals)
+        step = lambda t: decode.verify(bind(params), statistics, t, shaping, proposals, sampling.draft_passes)
         return decode.fit_draft(decode.advance(step, end(texts, stop), chunk))
       return self._call(("verify", chunk, proposals), some, *given), None, index
     if sampling.mode == "adaptive":
@@ -360,8 +361,12 @@ class _Recorder:
     self._row, self._looks = row, []
 
   def look(self, host: dict[str, np.ndarray]) -> None:
-    if not self._looks or host["passes"][0] > self._looks[-1]["passes"]:
-      self._looks.append({name: value[0] for name, value in host.items()})
+    new = {name: value[0] for name, value in host.items()}
+    before = self._looks[-1]["passes"] if self._looks else -1
+    # Between two looks there may be passes that only propose: nothing is settled by them.
+    self._looks += [self._looks[-1]] * max(new["passes"] - before - 1, 0) if self._looks else []
+    if new["passes"] > before:
+      self._looks.append(new)
 
   def trace(self, sampling: Sampling, tokenizer: tokenizer_lib.Tokenizer) -> trace_lib.Trace:
     """The passes; places from the first unknown one to the last known one."""
@@ -407,7 +412,7 @@ def check(sampling: Sampling, config: config_lib.Config) -> str | None:
       raise UserError(f"--{flag}={getattr(sampling, flag)}: {problem}")
 
   need(sampling.mode in MODES, "mode", f"is not one of {', '.join(MODES)}")
-  for flag in ("max_tokens", "steps", "draft", "gap", "batch_size"):
+  for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size"):
     need(getattr(sampling, flag) >= 1, flag, "is not positive")
   need(sampling.temperature > 0, "temperature", "is not positive; for the most probable tokens use --greedy")
   need(sampling.top_k >= 0, "top_k", "is negative")
@@ -584,6 +589,7 @@ if __name__ == "__main__":
   flags.DEFINE_float("threshold", default.threshold, "Mode adaptive: 0 is autoregression; the higher, the fewer passes.")
   flags.DEFINE_integer("window", default.window, "Tokens of a window; 0: as in training.")
   flags.DEFINE_integer("draft", default.draft, "Mode verify: tokens proposed a pass, at most.")
+  flags.DEFINE_integer("draft_passes", default.draft_passes, "Mode verify: passes of a round; 1 judges and proposes in one.")
   flags.DEFINE_integer("gap", default.gap, "Tokens of a gap [...] without a number.")
   flags.DEFINE_bool("endless", default.endless, "The end of a document is ruled out.")
   flags.DEFINE_integer("batch_size", default.batch_size, "Texts that are written at once.")
