@@ -15,6 +15,8 @@ Paths, over windows of the model's size (or --window) that are read one after an
   certain:n     n tokens a pass: the leftmost and those whose beliefs have the least entropy
   entropy:h     all tokens whose beliefs have less than h bits, and the leftmost; also confidence:p (largest
                 probability above p) and maturity:t (inferred progression below t; the others gather evidence)
+  spread:h      the leftmost, all of less than h bits, and others that are far enough apart
+  error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
 Text is cut into consecutive sequences of the model's context, each read from scratch; what is left over at the end is
 dropped. Where `ar` and a diagonal of more than one length are among the paths, the path gap is printed too.
