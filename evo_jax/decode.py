@@ -80,6 +80,12 @@ class Draft:
   accepted: jax.Array
   refused: jax.Array
 
+  def holding(self, token_BxT: jax.Array, log_q_BxTxV: jax.Array) -> "Draft":
+    """With new proposals, of which every row counts its own number."""
+    rest = self.token.shape[1] - token_BxT.shape[1]
+    return self.replace(token=jnp.pad(token_BxT, [(0, 0), (0, rest)]), count=self.most,
+                        log_q=jnp.pad(log_q_BxTxV, [(0, 0), (0, rest), (0, 0)]))
+
 
 @flax.struct.dataclass
 class Texts:
@@ -178,8 +184,8 @@ def pass_keys(texts: Texts, purpose: int = _PASS) -> jax.Array:
 
 @flax.struct.dataclass
 class Slots:
-  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); sees_fresh (B, S, R) and sees_slot (B, S, S), or broadcast to it,
-  bool: which fresh slots and which of each other they see."""
+  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); bool, sees_fresh (B, S, R) and sees_slot (B, S, S), or
+  broadcast to it: which fresh slots and which of each other they see."""
 
   x: jax.Array
   time: jax.Array
@@ -421,9 +427,7 @@ def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shapin
     drawn = jax.vmap(lambda key, log_p: jax.random.categorical(key, log_p, axis=-1))(key, log_p).astype(jnp.int32)
     now = (jnp.arange(T) >= low) & (jnp.arange(T) < high)
     token, log_q = jnp.where(now, drawn, token), jnp.where(now[:, None], log_p, log_q)
-  pad = draft.token.shape[1] - T
-  draft = draft.replace(token=jnp.pad(token, [(0, 0), (0, pad)]), log_q=jnp.pad(log_q, [(0, 0), (0, pad), (0, 0)]), count=draft.most)
-  return texts.replace(draft=draft, passes=texts.passes + passes * ~texts.done)
+  return texts.replace(draft=draft.holding(token, log_q), passes=texts.passes + passes * ~texts.done)
 
 
 def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, ahead: bool = True) -> Texts:
@@ -469,9 +473,7 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
     chosen = at(hidden.reshape(B, N, N, -1), accepted[:, None])[:, 0]
     new_log_q = shaping(net.logits(chosen[:, 1:]))
     new = jax.vmap(lambda key, log_q: jax.random.categorical(key, log_q, axis=-1))(keys[:, 2], new_log_q).astype(jnp.int32)
-    pad = draft.token.shape[1] - T
-    draft = draft.replace(token=jnp.pad(new, [(0, 0), (0, pad)]), log_q=jnp.pad(new_log_q, [(0, 0), (0, pad), (0, 0)]),
-                          count=draft.most)
+    draft = draft.holding(new, new_log_q)
   after = after.replace(draft=draft)
   time = put(texts.time, texts.length, jnp.where(known, 0.0, 1.0))
   texts = finish(after.replace(token=texts.token), put(texts.token, texts.length, settled), time)

@@ -416,8 +416,9 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
   """One draw of a path's whole price in nats for every token (..., T), and the passes (...) that it took.
 
   The price's mean bounds -log p from above. Steps are priced plainly, not in antithetic pairs: along one trajectory the
-  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of what is read. prior_logits (V,): what the field gets as
-  the context logits before the first pass; later the last pass's; None: the field is asked by the latents alone.
+  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of what is
+  read. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's; None: the
+  field is asked by the latents alone.
   """
   shape = (*token.shape, codes_VxM.shape[1])
   start = flow.Latent(jnp.zeros(shape, codes_VxM.dtype), jnp.ones(token.shape, codes_VxM.dtype), token)

@@ -129,6 +129,7 @@ class Sampler:
                              s=clock_steps(sampling, path, run.statistics.warp))
       self._walk = decode.Walk(policy, self._window, sampling.stepper, run.config.loss.self_conditioning > 0)
     self._compiled = {}
+    self._gather = jax.jit(lambda x: x, out_shardings=self._everywhere)
 
   def __call__(self, prompts: list[str], num: int = 1, seed: int = 0, infill: bool = False,
                on_text: Callable[[int, str], None] | None = None,
@@ -249,7 +250,8 @@ class Sampler:
         return decode.advance(lambda t: decode.ar(bind(params), t, shaping), end(texts, stop), chunk)
       return self._call(("ar", chunk), some, *given), None, index
     if sampling.mode == "verify":
-      wanted = int(np.max(jax.device_get(self._replicated(jnp.where(texts.done, 1, texts.draft.most)))))
+      done, most = self._read((texts.done, texts.draft.most))
+      wanted = int(np.max(np.where(done, 1, most)))
       proposals = next(p for p in (1, 2, 3, 4, 6, 8, 12, 16, sampling.draft) if p >= min(wanted, sampling.draft))
       proposals = min(proposals, sampling.draft)
       def some(params, statistics, texts, shaping, stop):
@@ -273,7 +275,7 @@ class Sampler:
       def some(params, statistics, texts, shaping, stop, walk, index):
         return decode.flow_next(bind(params), statistics, end(texts, stop), walk, shaping, index)
       texts = self._call(("flow next",), some, *given, walk, index)
-    inside = bool(jax.device_get(self._replicated(decode.unfinished(texts, self._window))))
+    inside = bool(self._read(decode.unfinished(texts, self._window)))
     return texts, walk, np.int32(index + 1 if inside else 0)
 
   def _call(self, name: tuple, function: Callable, *args: Any) -> Any:
@@ -293,8 +295,9 @@ class Sampler:
     keys = place(("batch", None, "kv_heads", None))
     return jax.tree.map(lambda _: place(("batch",)), value).replace(k=(keys,) * len(value.k), v=(keys,) * len(value.v))
 
-  def _replicated(self, value: Any) -> Any:
-    return jax.jit(lambda x: x, out_shardings=self._everywhere)(value)
+  def _read(self, value: Any) -> Any:
+    """Arrays on the host, also where other processes hold parts of them."""
+    return jax.device_get(self._gather(value) if jax.process_count() > 1 else value)
 
   def _fetch(self, texts: decode.Texts) -> dict[str, np.ndarray]:
     """What the host needs to know of texts."""
@@ -302,7 +305,7 @@ class Sampler:
     found = {name: getattr(texts, name) for name in names}
     if texts.guess is not None and texts.draft is not None:
       found |= {"proposal": texts.draft.token, "proposals": texts.draft.count}
-    return jax.device_get(self._replicated(found))
+    return self._read(found)
 
 
 class _Progress:
@@ -558,8 +561,8 @@ def main() -> None:
     trace_lib.write(traces[0], args.trace)
   tokens, passes = (sum(x) for x in zip(*((len(g.tokens), g.passes) for g in found)))
   seconds = max(generation.seconds for generation in found)
-  print(f"{tokens} tokens in {passes} passes ({tokens / max(passes, 1):.2f} a pass), {seconds:.2f} s, and {sampler.compile_seconds:.1f} s "
-        "to compile", file=sys.stderr)
+  print(f"{tokens} tokens in {passes} passes ({tokens / max(passes, 1):.2f} a pass), {seconds:.2f} s, and "
+        f"{sampler.compile_seconds:.1f} s to compile", file=sys.stderr)
 
 
 if __name__ == "__main__":
