@@ -165,12 +165,18 @@ def at(values_BxC: jax.Array, place_BxT: jax.Array) -> jax.Array:
 
 def put(values_BxC: jax.Array, first_B: jax.Array, new_BxT: jax.Array) -> jax.Array:
   """values with new[b] at the places first[b], first[b] + 1, ..."""
+  if values_BxC.shape[0] == 1:  # a plain slice: the general case is a scatter, which a CPU does element by element
+    return jax.lax.dynamic_update_slice_in_dim(values_BxC, new_BxT.astype(values_BxC.dtype), first_B[0], 1)
   return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, 0))(
       values_BxC, new_BxT, first_B)
 
 
-def draws(texts: Texts, log_p_BxTxV: jax.Array, place_BxT: jax.Array) -> jax.Array:
+def draws(texts: Texts, shaping: Shaping, logits_BxTxV: jax.Array, place_BxT: jax.Array) -> jax.Array:
   """Tokens (B, T) int32 for places, each place with its own key: a place is drawn for once."""
+  log_p_BxTxV = shaping(logits_BxTxV)
+  if shaping.greedy:
+    return jnp.argmax(log_p_BxTxV, axis=-1).astype(jnp.int32)
+
   def one(key, log_p, place):
     key = jax.random.fold_in(jax.random.fold_in(key, _TOKEN), place)
     return jax.random.categorical(key, log_p).astype(jnp.int32)
@@ -246,7 +252,7 @@ def finish(texts: Texts, token: jax.Array, time: jax.Array, active_B: jax.Array 
 def ar(net: elbo.Network, texts: Texts, shaping: Shaping) -> Texts:
   """One pass, one token."""
   hidden, _, after = read(net, texts, 1, 1 * ~texts.done)
-  drawn = draws(texts, shaping(net.logits(hidden)), texts.length[:, None])
+  drawn = draws(texts, shaping, net.logits(hidden), texts.length[:, None])
   return finish(after, put(texts.token, texts.length, drawn), put(texts.time, texts.length, jnp.zeros(drawn.shape)))
 
 
@@ -282,7 +288,7 @@ def move(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, after: Te
   reading = policies.Reading(index, latent.time, log_belief, statistics.warp.entropy()[0], motion, codes, statistics.warp)
   time_next = jnp.minimum(walk.policy(reading), latent.time).astype(latent.time.dtype)
   jumps = (time_next <= 0.0) & ~latent.known
-  token = jnp.where(jumps, draws(texts, shaping(log_belief), place), latent.token)
+  token = jnp.where(jumps, draws(texts, shaping, log_belief, place), latent.token)
   motion = sample.move(motion, latent.time, time_next, log_belief, codes, statistics.warp, sample.STEPPERS[walk.stepper],
                        pass_keys(texts))
   after = after.replace(motion=jax.tree.map(lambda old, new: put(old, first, new), texts.motion, motion))
