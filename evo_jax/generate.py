@@ -403,8 +403,8 @@ class _Recorder:
     prompt = tokenizer.decode(np.array(self._row.tokens[:begin - 1], np.int64))
     setting = {"flow": f", {sampling.path or 'diagonal'}, {sampling.steps} passes a window",
                "adaptive": f", threshold {sampling.threshold:g}"}.get(sampling.mode, "")
-    return trace_lib.Trace(prompt, sampling.mode + setting, np.array(time, float).reshape(-1, len(places)), believed,
-                           np.array(event, np.int8).reshape(-1, len(places)))
+    return trace_lib.Trace(prompt, sampling.mode + setting, np.array(time, float).reshape(len(time), len(places)), believed,
+                           np.array(event, np.int8).reshape(len(time), len(places)))
 
 
 def check(sampling: Sampling, config: config_lib.Config) -> str | None:

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import importlib.util
 import json
+import math
 import os
 
 import numpy as np
@@ -65,7 +66,7 @@ def write(trace: Trace, path: str) -> None:
   check(path)
   try:
     if path.endswith(".html"):
-      with open(path, "w", encoding="utf-8") as file:
+      with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(page(trace))
     else:
       _picture(trace).savefig(path, dpi=110)
@@ -85,7 +86,7 @@ def page(trace: Trace) -> str:
   rows, was = [], np.zeros(trace.time.shape[1:], bool)
   for time, believed, event in zip(trace.time, trace.believed, trace.event):
     known = time <= 0.0
-    rows.append([[int(i), int(round(100 * float(time[i]))), number[believed[i]], int(event[i])]
+    rows.append([[int(i), math.ceil(100 * float(time[i])), number[believed[i]], int(event[i])]
                  for i in np.flatnonzero(~np.isnan(time) & ~(known & was)) if believed[i]])
     was = known
   data = {"tokens": trace.time.shape[1], "pieces": pieces, "rows": rows, "settled": trace.settled.tolist()}
@@ -102,28 +103,32 @@ def _picture(trace: Trace):
   """The same as a matplotlib figure; of long texts the first tokens and passes, which is said in the title."""
   import matplotlib
   from matplotlib import figure as figures  # not pyplot: a notebook's backend stays what it is
+  from matplotlib import patches
 
   K, T = trace.time.shape
   passes, tokens = min(K, 4 * _PICTURE_PASSES), min(T, 3 * _PICTURE_TOKENS)
   time, event = trace.time[:passes, :tokens], trace.event[:passes, :tokens]
   fine = passes <= _PICTURE_PASSES and tokens <= _PICTURE_TOKENS
+  longest = max((len(piece) for row in trace.believed[:passes] for piece in row[:tokens]), default=1)
+  letters = min(max(longest, 2), 8) if fine else 1  # of a token, that its cell has room for
   cell = 0.21 if fine else 0.07
-  size = (max(tokens * cell, 5) + 2.9, max(passes * cell, 2.4) + 1.3)
+  width = cell * (1 + 0.35 * (letters - 2) if fine else 1)
+  size = (max(tokens * width, 5) + 2.9, max(passes * cell, 2.4) + 1.3)
   figure = figures.Figure(figsize=size, layout="constrained")
-  axes, side = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [max(tokens * cell, 5), 1.4]})
+  axes, side = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [max(tokens * width, 5), 1.4]})
   colors = matplotlib.colormaps["YlOrRd"].with_extremes(bad="white")
   image = axes.imshow(np.ma.masked_invalid(time), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
   if fine:
     for k, i in np.argwhere(~np.isnan(time)):
       late = time[k, i] <= 0.0 and event[k, i] == NONE
-      axes.text(i, k, _shown(trace.believed[k][i]), ha="center", va="center", fontsize=7, family="DejaVu Sans Mono", clip_on=True,
+      axes.text(i, k, _shown(trace.believed[k][i])[:letters], parse_math=False, ha="center", va="center", fontsize=7, family="DejaVu Sans Mono", clip_on=True,
                 color="#aaaaaa" if late else "white" if time[k, i] > 0.6 else "black",
                 weight="bold" if event[k, i] in (JUMP, CORRECTION) else "normal")
-  for kind, color, label in ((JUMP, "tab:blue", "settled"), (DRAFT, "tab:gray", "proposed"), (CORRECTION, "tab:green", "corrected")):
-    at = np.argwhere(event == kind)
-    if len(at):
-      axes.scatter(at[:, 1], at[:, 0], marker="s", s=(72 * cell * 0.88) ** 2, facecolors="none", edgecolors=color, linewidths=1.2 if fine
-                   else 0.6, label=label)
+  marks = ((JUMP, "tab:blue", "settled"), (DRAFT, "tab:gray", "proposed"), (CORRECTION, "tab:green", "corrected"))
+  for kind, color, label in marks:
+    for j, (k, i) in enumerate(np.argwhere(event == kind)):
+      axes.add_patch(patches.Rectangle((i - 0.5, k - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=1.2 if fine else 0.6,
+                                       label=None if j else label))
   axes.set_xlabel("token")
   axes.set_ylabel("pass")
   axes.set_yticks(*_ticks(passes))

@@ -30,7 +30,7 @@ def blunt(toy):
   return lambda latent, context=None: share * jax.nn.log_softmax(toy.field(latent), axis=-1)
 
 
-JUMPS = ["left:1", "left:2", "certain:2", "entropy:1.35", "entropy:1.45", "confidence:0.5", "confidence:1", "spread:0.3", "spread:0.7",
+JUMPS = ["left:1", "left:2", "certain:2", "entropy:1.35", "entropy:1.45", "confidence:0.5", "confidence:1", "spread:0.3", "spread:0.75",
          "spread:1.9"]
 
 
