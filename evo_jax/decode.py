@@ -216,15 +216,10 @@ def read(net: elbo.Network, texts: Texts, fresh: int, count_B: jax.Array, slots:
     hidden, (k, v) = net.slots((texts.k, texts.v), past_B, net.embed_tokens(at(texts.token, place)), None, place, visible)
   else:
     S = slots.x.shape[1]
-    x, time = slots.x, slots.time
-    sees_slot = jnp.broadcast_to(slots.sees_slot, (B, S, S))
-    if fresh:
-      below = jnp.concatenate([slots.sees_fresh & there[:, None, :], sees_slot], axis=2)
-      visible = jnp.concatenate([jnp.pad(visible, [(0, 0), (0, 0), (0, S)]), below], axis=1)
-      x = jnp.concatenate([net.embed_tokens(at(texts.token, place)), x], axis=1)
-      time = jnp.pad(time, [(0, 0), (fresh, 0)])
-    else:
-      visible = sees_slot
+    below = jnp.concatenate([slots.sees_fresh & there[:, None, :], jnp.broadcast_to(slots.sees_slot, (B, S, S))], axis=2)
+    visible = jnp.concatenate([jnp.pad(visible, [(0, 0), (0, 0), (0, S)]), below], axis=1)
+    x = jnp.concatenate([net.embed_tokens(at(texts.token, place)), slots.x], axis=1)
+    time = jnp.pad(slots.time, [(0, 0), (fresh, 0)])
     place = jnp.concatenate([place, slots.place], axis=1)
     hidden, (k, v) = net.slots((texts.k, texts.v), past_B, x, time, place, visible)
   if fresh:
@@ -280,6 +275,13 @@ def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, ancho
   return Slots(x, time, place, jnp.broadcast_to(sees_fresh, (*place.shape, fresh)), sees_slot), latent, place[:, 1:]
 
 
+def believe(net: elbo.Network, after: Texts, hidden: jax.Array, latent: flow.Latent, walk: Walk) -> tuple[Texts, jax.Array]:
+  """The log beliefs (B, T, V) that a pass's hidden states (B, T + 1, D) give; texts remember the context where the walk wants it."""
+  context = net.logits(hidden[:, :-1])
+  after = after.replace(context=context) if walk.self_conditioned else after
+  return after, flow.log_belief(context, net.codes(), latent.y)
+
+
 def move(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, after: Texts, latent: flow.Latent, place: jax.Array,
          log_belief: jax.Array, walk: Walk, index: jax.Array, shaping: Shaping) -> Texts:
   """What the beliefs (B, T, V) that a pass of `texts` gave do to its window at `place` (B, T)."""
@@ -331,9 +333,7 @@ def flow_first(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, wal
     mean, log_std, sharpness = (a[:, 0] for a in net.clock_prior(last, T, passes))
     noise = jax.vmap(lambda key: jax.random.normal(key, (T,)))(pass_keys(texts, _POLICY))
     walk = walk.replace(policy=walk.policy.replace(delay=mean + jnp.exp(log_std) * noise, sharpness=sharpness))
-  context = net.logits(hidden[:, :-1])
-  after = after.replace(anchor=anchor, context=context if walk.self_conditioned else None)
-  log_belief = flow.log_belief(context, net.codes(), latent.y)
+  after, log_belief = believe(net, after.replace(anchor=anchor), hidden, latent, walk)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, jnp.zeros((), jnp.int32), shaping), walk
 
 
@@ -343,10 +343,7 @@ def flow_next(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk
   prior = texts.context if walk.self_conditioned else statistics.log_unigram_V
   slots, latent, place = window_slots(net, prior, texts, texts.anchor, walk.tokens, 0)
   _, hidden, after = read(net, texts, 0, jnp.zeros_like(texts.read), slots, texts.anchor)
-  context = net.logits(hidden[:, :-1])
-  if walk.self_conditioned:
-    after = after.replace(context=context)
-  log_belief = flow.log_belief(context, net.codes(), latent.y)
+  after, log_belief = believe(net, after, hidden, latent, walk)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, index, shaping)
 
 
@@ -381,17 +378,12 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
     prior = jnp.where((index < T)[..., None], moved, prior)
   slots, latent, place = window_slots(net, prior, texts, anchor, T, FRESH)
   clean, hidden, after = read(net, texts, FRESH, count, slots)
-  context = net.logits(hidden[:, :-1])
-  if walk.self_conditioned:
-    after = after.replace(context=context)
-  after = after.replace(anchor=anchor)
-  codes = net.codes()
-  log_belief = flow.log_belief(context, codes, latent.y)
+  after, log_belief = believe(net, after.replace(anchor=anchor), hidden, latent, walk)
   if not infill:
     last = net.logits(at(clean, jnp.maximum(count - 1, 0)[:, None]))  # (B, 1, V)
     fresh_y = jnp.where((latent.time < 1.0)[..., None], latent.y, 0.0)
     exact = (place == texts.length[:, None]) & (unread <= FRESH)[:, None]
-    log_belief = jnp.where(exact[..., None], flow.log_belief(last, codes, fresh_y), log_belief)
+    log_belief = jnp.where(exact[..., None], flow.log_belief(last, net.codes(), fresh_y), log_belief)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, jnp.zeros((), jnp.int32), shaping)
 
 
@@ -430,7 +422,7 @@ def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shapin
     _, hidden, _ = read(net, texts, 0, jnp.zeros_like(anchor), slots, anchor)
     log_p = shaping(net.logits(hidden[:, :-1]))
     key = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(pass_keys(texts, _DRAFT))
-    drawn = jax.vmap(lambda key, log_p: jax.random.categorical(key, log_p, axis=-1))(key, log_p).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(key, log_p).astype(jnp.int32)
     now = (jnp.arange(T) >= low) & (jnp.arange(T) < high)
     token, log_q = jnp.where(now, drawn, token), jnp.where(now[:, None], log_p, log_q)
   return texts.replace(draft=draft.holding(token, log_q), passes=texts.passes + passes * ~texts.done)
@@ -466,7 +458,7 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
   accepts = (jnp.log(chance) < ratio) & (jnp.arange(T) < count[:, None])
   accepted = jnp.sum(jnp.cumprod(accepts, axis=1), axis=1)
   at_end = at(log_p, accepted[:, None])[:, 0]
-  refused = jnp.where((accepted < count)[:, None], at(jnp.pad(log_q, [(0, 0), (0, 1), (0, 0)]), accepted[:, None])[:, 0], -jnp.inf)
+  refused = at(log_q, jnp.minimum(accepted, T - 1)[:, None])[:, 0]  # read only where a proposal was refused
   rest = jnp.maximum(jnp.exp(at_end) - jnp.exp(refused), 0.0)
   rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest), at_end)  # p = q to rounding: nothing is left
   rest = jnp.where((accepted < count)[:, None], rest, at_end)
@@ -478,8 +470,7 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
   if ahead:
     chosen = at(hidden.reshape(B, N, N, -1), accepted[:, None])[:, 0]
     new_log_q = shaping(net.logits(chosen[:, 1:]))
-    new = jax.vmap(lambda key, log_q: jax.random.categorical(key, log_q, axis=-1))(keys[:, 2], new_log_q).astype(jnp.int32)
-    draft = draft.holding(new, new_log_q)
+    draft = draft.holding(jax.vmap(jax.random.categorical)(keys[:, 2], new_log_q).astype(jnp.int32), new_log_q)
   after = after.replace(draft=draft)
   time = put(texts.time, texts.length, jnp.where(known, 0.0, 1.0))
   texts = finish(after.replace(token=texts.token), put(texts.token, texts.length, settled), time)

@@ -104,6 +104,11 @@ class _Row:
     """The first place that is not known."""
     return (self.tokens + [None]).index(None) + 1
 
+  def written(self, token: np.ndarray, length: int) -> list[int]:
+    """Of the buffer `token` (C,), of which `length` places are known without a gap: what was written, up to the document's end."""
+    tokens = token[self.begin:length].tolist()
+    return tokens[:tokens.index(DOCUMENT)] if DOCUMENT in tokens else tokens
+
 
 class Sampler:
   """Writes texts with a model. Compiles once for texts of like length in batches of like size; `compile_seconds` sums up."""
@@ -252,8 +257,7 @@ class Sampler:
     if sampling.mode == "verify":
       done, most = self._read((texts.done, texts.draft.most))
       wanted = int(np.max(np.where(done, 1, most)))
-      proposals = next(p for p in (1, 2, 3, 4, 6, 8, 12, 16, sampling.draft) if p >= min(wanted, sampling.draft))
-      proposals = min(proposals, sampling.draft)
+      proposals = min(next(p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p >= wanted), sampling.draft)
       def some(params, statistics, texts, shaping, stop):
         step = lambda t: decode.verify(bind(params), statistics, t, shaping, proposals, sampling.draft_passes)
         return decode.fit_draft(decode.advance(step, end(texts, stop), chunk))
@@ -301,7 +305,7 @@ class Sampler:
 
   def _fetch(self, texts: decode.Texts) -> dict[str, np.ndarray]:
     """What the host needs to know of texts."""
-    names = ("token", "time", "length", "done", "passes", "settled") + (("guess",) if texts.guess is not None else ())
+    names = ("token", "length", "done", "passes", "settled") + (("time", "guess") if texts.guess is not None else ())
     found = {name: getattr(texts, name) for name in names}
     if texts.guess is not None and texts.draft is not None:
       found |= {"proposal": texts.draft.token, "proposals": texts.draft.count}
@@ -318,8 +322,7 @@ class _Progress:
 
   def _tokens(self, host: dict[str, np.ndarray], i: int) -> list[int]:
     """What is written without a gap, up to the document's end."""
-    tokens = host["token"][i, self._row.begin:host["length"][i]].tolist()
-    return tokens[:tokens.index(DOCUMENT)] if DOCUMENT in tokens else tokens
+    return self._row.written(host["token"][i], host["length"][i])
 
   def _decode(self, tokens: list[int]) -> str:
     return self._tokenizer.decode(np.array(tokens, np.int64))
@@ -349,7 +352,7 @@ class _Progress:
       tokens = host["token"][i, places].tolist()
     else:
       # A stop string shortens the text; the tokens that are left are those that the rest needs.
-      tokens = self._tokens(host, i)[:host["token"].shape[1]]
+      tokens = self._tokens(host, i)
       text = self._decode(tokens)[:self._cut]
       if self._cut is not None:
         tokens = next(tokens[:n] for n in range(len(tokens) + 1) if len(self._decode(tokens[:n])) >= self._cut)
@@ -373,11 +376,8 @@ class _Recorder:
 
   def trace(self, sampling: Sampling, tokenizer: tokenizer_lib.Tokenizer) -> trace_lib.Trace:
     """The passes; places from the first unknown one to the last known one."""
-    last = self._looks[-1]
-    begin, length = self._row.begin, int(last["length"])
-    written = last["token"][begin:length].tolist()
-    end = begin + written.index(DOCUMENT) if DOCUMENT in written else length
-    places = np.arange(begin, end)
+    begin, last = self._row.begin, self._looks[-1]
+    places = begin + np.arange(len(self._row.written(last["token"], last["length"])))
     decode_one = lambda token: tokenizer.decode(np.array([token], np.int64))
     time, believed, event = [], [], []
     before_text = [""] * len(places)

@@ -199,8 +199,8 @@ class Evo(nn.Module):
       visible = visible & (segment_BxL[:, None, :, None] == segment_BxL[:, None, None, :])
     x = self._constrain(self.embed_tokens(tokens_BxL)[:, None])
     x, (k, v) = self._layers(x, None, None, jnp.arange(L), visible, None)
-    first = lambda kv: tuple(a[:, 0] for a in kv) if isinstance(kv, tuple) else kv[:, :, 0]
-    return x[:, 0], Cache(first(k), first(v), segment_BxL)
+    k, v = jax.tree.map(lambda a: a[..., 0, :, :, :], (k, v))
+    return x[:, 0], Cache(k, v, segment_BxL)
 
   def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
              causal: bool = False) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

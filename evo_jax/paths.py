@@ -28,7 +28,8 @@ from evo_jax.cli import UserError
 
 _PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
 _TOKENS = ("left", "certain", "streams")  # name:n, n tokens a pass
-LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}  # name:threshold, and its greatest value
+# name:threshold, and its greatest value
+LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}
 _FORMS = "ar, staircase, " + ", ".join([f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] +
                                        [f"{n}:threshold" for n in LIMITS])
 _LEAST_WEIGHT = 1e-3  # of a knot of the warp

@@ -61,7 +61,8 @@ ERASURE = DIFFUSION | {
 POLICIES = ("streams:2", "streams:4", "streams:8", "left:2", "certain:2", "certain:4", "certain:8", "entropy:2.5",
             "confidence:0.5")
 EVO_PATHS = ("ar", "streams:2", "streams:4", "streams:8", "streams:16", "spread:0.2", "spread:0.4", "spread:0.8",
-             "left:2", "certain:8", "entropy:2.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16", "diagonal:64", "rolling:8", "rolling:32", "random:8", "random:64")
+             "left:2", "certain:8", "entropy:2.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16", "diagonal:64", "rolling:8",
+             "rolling:32", "random:8", "random:64")
 
 # name: (changes, paths as its paper has it, paths that are this project's, one of how many held-out sequences)
 METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {

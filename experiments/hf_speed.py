@@ -41,7 +41,7 @@ class Numbers:
 
 
 def ours(config: config_lib.Config, tokens: int):
-  """A function that writes `tokens` tokens behind a prompt, and its compile time."""
+  """A function that writes `tokens` tokens behind a prompt, and the sampler in it."""
   tokenizer = Numbers()
   tokenizer.vocab_size = config.model.vocab_size
   model = train.make_model(config, tokenizer)
