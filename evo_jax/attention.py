@@ -1,63 +1,90 @@
-"""Attention over the keys of a run of slots and, before them, of the clean stream. One `attend()`.
+"""Attention over the keys of the clean stream and of a run of slots. One `attend()`.
 
-Letters in names: B batch, N runs of slots (windows; 1 for the clean stream), S slots of a run, L clean positions,
-H heads, K heads for keys and values, G = H / K, E elements of a head.
+Letters in names: B batch, N runs of slots (windows; 1 for the clean stream), S slots of a run, T those of them that are keys,
+L clean positions, H heads, K heads for keys and values, G = H / K, E elements of a head.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 
+Keys = tuple[jax.Array, jax.Array]  # keys and values
 
-def attend(q_BxNxSxHxE: jax.Array, k_BxNxSxKxE: jax.Array, v_BxNxSxKxE: jax.Array, visible_NxSxS: jax.Array,
-           past: tuple[jax.Array, jax.Array] | None = None, past_visible_BxNxL: jax.Array | None = None) -> jax.Array:
-  """Softmax attention of every slot to the slots of its own run and to the clean past; returns (B, N, S, H, E).
+
+def attend(q_BxKxNxGxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.Array | None = None,
+           start_BxNxS: jax.Array | None = None, own: Keys | None = None,
+           visible_NxSxT: jax.Array | None = None) -> jax.Array:
+  """Softmax attention of every slot to a stretch of the clean stream and to slots of its own run; (B, K, N, G, S, E).
 
   Args:
-    q_BxNxSxHxE: queries. Heads h and h' share keys if h // G == h' // G (grouped-query attention).
-    k_BxNxSxKxE, v_BxNxSxKxE: keys and values of the run's own slots.
-    visible_NxSxS: bool, broadcastable to (B, N, S, S): which slots a slot sees. Each sees at least itself.
-    past: keys and values (B, L, K, E) of the clean stream, shared by the N runs; None: there is no past.
-    past_visible_BxNxL: bool, which clean positions a run sees.
+    q_BxKxNxGxSxE: queries; G of them share keys (grouped-query attention).
+    past: keys and values (B, K, L, E), or (B K, L, E), of the clean stream, shared by the N runs.
+    stop_BxNxS, start_BxNxS: int32: a slot sees clean positions from `start` (None: 0) on and before `stop`.
+    own: keys and values (B, K, N, T, E) of the run itself.
+    visible_NxSxT: bool, broadcastable to (B, N, S, T): which of them a slot sees.
 
-  One softmax spans both parts, computed in float32. The result has q's dtype.
+  `past` or `own` may be None; every slot sees something in what is there. One softmax spans both parts, computed in float32. The
+  result has q's dtype.
   """
-  B, N, S, H, E = q_BxNxSxHxE.shape
-  K = k_BxNxSxKxE.shape[-2]
-  G = H // K
-  # Heads to the front, so that every product is a plain batch of matrix products (XLA's CPU backend gains a third).
-  q = (q_BxNxSxHxE * E**-0.5).reshape(B, N, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)  # B K N G S E
-  k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k_BxNxSxKxE, v_BxNxSxKxE))  # B K N S E
+  B, K, N, G, S, E = q_BxKxNxGxSxE.shape
+  q = q_BxKxNxGxSxE * E**-0.5
   f32 = dict(preferred_element_type=jnp.float32)
-  scores = jnp.einsum("bknme,bknte->bknmt", q.reshape(B, K, N, G * S, E), k, **f32).reshape(B, K, N, G, S, S)
-  scores = jnp.where(jnp.broadcast_to(visible_NxSxS, (B, N, S, S))[:, None, :, None], scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
+  parts = []  # (scores (B, K, N, G, S, keys), what sums values by weights)
   if past is not None:
-    past_k, past_v = (x.transpose(0, 2, 1, 3) for x in past)  # B K L E
-    past_scores = jnp.einsum("bkme,bkle->bkml", q.reshape(B, K, N * G * S, E), past_k, **f32)
-    past_scores = past_scores.reshape(B, K, N, G, S, past_k.shape[2])
-    past_scores = jnp.where(past_visible_BxNxL[:, None, :, None, None], past_scores, -jnp.inf)
-    top = jnp.maximum(top, jnp.max(past_scores, axis=-1, keepdims=True))
-  top = jax.lax.stop_gradient(top)
-  weights = jnp.exp(scores - top)
-  total = jnp.sum(weights, axis=-1)
-  out = jnp.einsum("bknmt,bknte->bknme", weights.astype(q.dtype).reshape(B, K, N, G * S, S), v, **f32)
-  if past is not None:
-    past_weights = jnp.exp(past_scores - top)
-    total += jnp.sum(past_weights, axis=-1)
-    out += jnp.einsum("bkml,bkle->bkme", past_weights.astype(q.dtype).reshape(B, K, N * G * S, -1), past_v,
-                      **f32).reshape(out.shape)
-  out = out.reshape(B, K, N, G, S, E) / total[..., None]
-  return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, S, H, E).astype(q.dtype)
+    k, v = (x.reshape(B, K, *x.shape[-2:]) for x in past)
+    scores = jnp.einsum("bkme,bkle->bkml", q.reshape(B, K, -1, E), k, **f32).reshape(B, K, N, G, S, -1)
+    position = jnp.arange(k.shape[2])
+    visible = position < stop_BxNxS[..., None]
+    if start_BxNxS is not None:
+      visible &= position >= start_BxNxS[..., None]
+    parts.append((jnp.where(visible[:, None, :, None], scores, -jnp.inf),
+                  lambda w, v=v: jnp.einsum("bkml,bkle->bkme", w.reshape(B, K, N * G * S, -1), v, **f32)))
+  if own is not None:
+    k, v = own
+    scores = jnp.einsum("bknme,bknte->bknmt", q.reshape(B, K, N, G * S, E), k, **f32).reshape(B, K, N, G, S, -1)
+    visible = jnp.broadcast_to(visible_NxSxT, (B, N, S, k.shape[3]))
+    parts.append((jnp.where(visible[:, None, :, None], scores, -jnp.inf),
+                  lambda w, v=v: jnp.einsum("bknmt,bknte->bknme", w.reshape(B, K, N, G * S, -1), v, **f32)))
+  tops = [jnp.max(scores, axis=-1, keepdims=True) for scores, _ in parts]
+  top = jax.lax.stop_gradient(jnp.maximum(tops[0], tops[-1]))
+  weights = [jnp.exp(scores - top) for scores, _ in parts]
+  total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+  out = sum(gather(w.astype(q.dtype)).reshape(B, K, N, G, S, E) for w, (_, gather) in zip(weights, parts))
+  return (out / total).astype(q.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-  """Rotary position embedding (Su et al., 2021), first half against second half, as in Llama.
+def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
+  """Keys or values of a text with new ones at the places first[b], first[b] + 1, ...
 
-  x: (..., S, heads, E); positions: (..., S) int32, broadcastable. Angles are in float32, the result has x's dtype.
+  The two leading axes of the old ones, and of the result, may be one, (B K, L, E): then XLA's CPU backend writes in place, for
+  `attend` reads what is written as it is. In two axes it copies the whole, since it writes once for the reader and once for the text.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  *lead, _, _ = keys_BxKxLxE.shape
+  *_, T, E = new_BxKxTxE.shape
+  write = lambda keys, new, first: jax.lax.dynamic_update_slice_in_dim(keys, new.astype(keys.dtype), first, axis=0)
+  if math.prod(lead) == new_BxKxTxE.shape[1]:  # of one text: no place differs, a plain slice instead of a scatter
+    return jax.vmap(lambda keys, new: write(keys, new, first_B[0]))(
+        keys_BxKxLxE.reshape(-1, *keys_BxKxLxE.shape[-2:]), new_BxKxTxE.reshape(-1, T, E)).reshape(keys_BxKxLxE.shape)
+  first = jnp.repeat(first_B, math.prod(lead) // first_B.size).reshape(lead)
+  for _ in lead:
+    write = jax.vmap(write)
+  return write(keys_BxKxLxE, new_BxKxTxE.reshape(*lead, T, E), first)
+
+
+def angles(positions: jax.Array, size: int, base: float) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine (B, 1, N, 1, S, E / 2) float32 by which `rotate` turns heads of `size` = E elements at positions (B, N, S), or
+  (N, S) or (S,) where they are the same for all.
+  """
+  frequency = base ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
+  positions = positions.reshape((1,) * (3 - positions.ndim) + positions.shape)  # B N S
+  angle = positions[:, None, :, None, :, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BxKxNxJxSxE: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary position embedding (Su et al., 2021), first half against second half, as in Llama; by `angles`, in float32. The
+  result has x's dtype."""
+  a, b = jnp.split(x_BxKxNxJxSxE.astype(jnp.float32), 2, axis=-1)
+  cos, sin = angles_
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxKxNxJxSxE.dtype)

@@ -92,7 +92,7 @@ class Texts:
   """Texts on their way, by absolute place; place 0 holds the document token.
 
   token (B, C) int32 and time (B, C): tokens and their progressions, 0 where known. length (B,): the first place that is not
-  known. read (B,): places before it have final keys and values, k and v by layer (B, C, K, E). begin, limit (B,): the places
+  known. read (B,): places before it have final keys and values, k and v by layer (B, K, C, E) or (B K, C, E). begin, limit (B,): the places
   where what is written begins, and where it must end. fixed (B, C) bool: tokens that were given. settled (B, C): the number of
   the pass that settled a token, from 1. passes (B,); done (B,) bool; key (B,) of each row's draws. motion: latents of unknown
   tokens, where windows are used; context: the last pass's context logits (B, T, V) of the window behind `anchor` (B,), for models
@@ -121,15 +121,19 @@ class Texts:
 
 
 def start(net: elbo.Network, token_BxC: jax.Array, known_BxC: jax.Array, prefix_BxP: jax.Array, begin: jax.Array,
-          limit: jax.Array, key: jax.Array, trace: bool = False) -> Texts:
+          limit: jax.Array, key: jax.Array, trace: bool = False, flat: bool = False) -> Texts:
   """Reads the tokens before the first gap.
 
   token_BxC, known_BxC: the buffers; C must leave room behind the limits for a pass's slots. prefix_BxP: the first places of the
-  buffers, at least all before any row's first gap. key: (B,). `limit` is at least the first unknown place.
+  buffers, at least all before any row's first gap. key: (B,). `limit` is at least the first unknown place. flat: keys and values keep batch and heads in
+  one axis (see `attention.enter`); for a single device, since one axis cannot be laid out as two.
   """
   C, P = token_BxC.shape[1], prefix_BxP.shape[1]
   _, cache = net.clean(prefix_BxP)
-  pad = lambda a: jnp.pad(a, [(0, 0), (0, C - P), (0, 0), (0, 0)])
+  def pad(a):
+    a = jnp.pad(a, [(0, 0), (0, 0), (0, C - P), (0, 0)])
+    return a.reshape(-1, *a.shape[2:]) if flat else a
+
   zeros = jnp.zeros(token_BxC.shape[:1], jnp.int32)
   length = jnp.argmin(known_BxC, axis=1)
   texts = Texts(token_BxC, jnp.where(known_BxC, 0.0, 1.0), length, length - 1, tuple(map(pad, cache.k)),
@@ -165,10 +169,8 @@ def at(values_BxC: jax.Array, place_BxT: jax.Array) -> jax.Array:
 
 def put(values_BxC: jax.Array, first_B: jax.Array, new_BxT: jax.Array) -> jax.Array:
   """values with new[b] at the places first[b], first[b] + 1, ..."""
-  if values_BxC.shape[0] == 1:  # a plain slice: the general case is a scatter, which a CPU does element by element
-    return jax.lax.dynamic_update_slice_in_dim(values_BxC, new_BxT.astype(values_BxC.dtype), first_B[0], 1)
-  return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, 0))(
-      values_BxC, new_BxT, first_B)
+  one = lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, 0)
+  return jax.vmap(one)(values_BxC, new_BxT, first_B)
 
 
 def draws(texts: Texts, shaping: Shaping, logits_BxTxV: jax.Array, place_BxT: jax.Array) -> jax.Array:
@@ -190,42 +192,33 @@ def pass_keys(texts: Texts, purpose: int = _PASS) -> jax.Array:
 
 @flax.struct.dataclass
 class Slots:
-  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); bool, sees_fresh (B, S, R) and sees_slot (B, S, S), or
-  broadcast to it: which fresh slots and which of each other they see."""
+  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it; sees_slot
+  (B, S, S) bool, or broadcast to it: which of each other they see."""
 
   x: jax.Array
   time: jax.Array
   place: jax.Array
-  sees_fresh: jax.Array
+  stop: jax.Array
   sees_slot: jax.Array
 
 
-def read(net: elbo.Network, texts: Texts, fresh: int, count_B: jax.Array, slots: Slots | None = None,
-         past_B: jax.Array | None = None) -> tuple[jax.Array, jax.Array, Texts]:
+def read(net: elbo.Network, texts: Texts, fresh: int, count_B: jax.Array,
+         slots: Slots | None = None) -> tuple[jax.Array, jax.Array, Texts]:
   """One pass: `fresh` clean slots from place `texts.read` on, of which `count` (B,) are there, and window slots.
 
-  past_B: how many clean places the pass sees, `texts.read` unless told. Returns hidden states (B, R, D) and (B, S, D), and
-  texts whose `read` has moved on by `count`.
+  Returns hidden states (B, R, D) and (B, S, D), and texts whose `read` has moved on by `count`.
   """
   B = texts.token.shape[0]
-  past_B = texts.read if past_B is None else past_B
   place = texts.read[:, None] + jnp.arange(fresh)
-  there = jnp.arange(fresh) < count_B[:, None]
-  visible = (jnp.tri(fresh, dtype=bool) & there[:, None, :]) | jnp.eye(fresh, dtype=bool)
-  if slots is None:
-    hidden, (k, v) = net.slots((texts.k, texts.v), past_B, net.embed_tokens(at(texts.token, place)), None, place, visible)
-  else:
+  x, stop, time, visible = net.embed_tokens(at(texts.token, place)), place + 1, None, None
+  if slots is not None:
     S = slots.x.shape[1]
-    below = jnp.concatenate([slots.sees_fresh & there[:, None, :], jnp.broadcast_to(slots.sees_slot, (B, S, S))], axis=2)
-    visible = jnp.concatenate([jnp.pad(visible, [(0, 0), (0, 0), (0, S)]), below], axis=1)
-    x = jnp.concatenate([net.embed_tokens(at(texts.token, place)), slots.x], axis=1)
+    x = jnp.concatenate([x, slots.x], axis=1)
     time = jnp.pad(slots.time, [(0, 0), (fresh, 0)])
-    place = jnp.concatenate([place, slots.place], axis=1)
-    hidden, (k, v) = net.slots((texts.k, texts.v), past_B, x, time, place, visible)
-  if fresh:
-    enter = lambda old, new: put(old, texts.read, new[:, :fresh])
-    texts = texts.replace(k=tuple(map(enter, texts.k, k)), v=tuple(map(enter, texts.v, v)), read=texts.read + count_B)
-  return hidden[:, :fresh], hidden[:, fresh:], texts
+    place, stop = (jnp.concatenate(pair, axis=1) for pair in ((place, slots.place), (stop, slots.stop)))
+    visible = jnp.pad(jnp.broadcast_to(slots.sees_slot, (B, S, S)), [(0, 0), (fresh, 0), (0, 0)])
+  hidden, (k, v) = net.slots((texts.k, texts.v), texts.read, fresh, x, time, place, stop, visible)
+  return hidden[:, :fresh], hidden[:, fresh:], texts.replace(k=k, v=v, read=texts.read + count_B)
 
 
 def finish(texts: Texts, token: jax.Array, time: jax.Array, active_B: jax.Array | None = None) -> Texts:
@@ -261,8 +254,7 @@ class Walk:
   self_conditioned: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, anchor_B: jax.Array, tokens: int,
-                 fresh: int) -> tuple[Slots, flow.Latent, jax.Array]:
+def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, anchor_B: jax.Array, tokens: int) -> tuple[Slots, flow.Latent, jax.Array]:
   """The slots of one window a row: the anchor at `anchor_B` and the `tokens` places after it, cut off at the limit; the
   latents (B, T) of its tokens, and their places (B, T). prior_logits: (V,) or (B, T, V)."""
   place = anchor_B[:, None] + jnp.arange(tokens + 1)
@@ -270,9 +262,8 @@ def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, ancho
   token, time = at(texts.token, place), jnp.where(there, at(texts.time, place), 0.0)
   latent = flow.Latent(at(texts.motion.y, place[:, 1:]), time[:, 1:], token[:, 1:])
   x = net.embed(elbo.with_anchor(latent, token[:, 0]), net.codes(), elbo.for_slots(prior_logits))
-  sees_fresh = (texts.read[:, None] + jnp.arange(fresh) < anchor_B[:, None])[:, None, :]
   sees_slot = there[:, None, :] | jnp.eye(tokens + 1, dtype=bool)
-  return Slots(x, time, place, jnp.broadcast_to(sees_fresh, (*place.shape, fresh)), sees_slot), latent, place[:, 1:]
+  return Slots(x, time, place, jnp.broadcast_to(anchor_B[:, None], place.shape), sees_slot), latent, place[:, 1:]
 
 
 def believe(net: elbo.Network, after: Texts, hidden: jax.Array, latent: flow.Latent, walk: Walk) -> tuple[Texts, jax.Array]:
@@ -321,7 +312,7 @@ def flow_first(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, wal
   texts = catch_up(net, texts, T)
   anchor = texts.length - 1
   prior = statistics.log_unigram_V
-  slots, latent, place = window_slots(net, prior, texts, anchor, T, T)
+  slots, latent, place = window_slots(net, prior, texts, anchor, T)
   count = jnp.where(texts.done, 0, texts.length - texts.read)
   clean, hidden, after = read(net, texts, T, count, slots)
   if isinstance(walk.policy, policies.RandomOrder):
@@ -341,8 +332,8 @@ def flow_next(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk
               index: jax.Array) -> Texts:
   """Pass `index` of the windows that `flow_first` began."""
   prior = texts.context if walk.self_conditioned else statistics.log_unigram_V
-  slots, latent, place = window_slots(net, prior, texts, texts.anchor, walk.tokens, 0)
-  _, hidden, after = read(net, texts, 0, jnp.zeros_like(texts.read), slots, texts.anchor)
+  slots, latent, place = window_slots(net, prior, texts, texts.anchor, walk.tokens)
+  _, hidden, after = read(net, texts, 0, 0, slots)
   after, log_belief = believe(net, after, hidden, latent, walk)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, index, shaping)
 
@@ -376,7 +367,7 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
     index = jnp.arange(T) + (anchor - texts.anchor)[:, None]
     moved = at(texts.context, jnp.minimum(index, T - 1))
     prior = jnp.where((index < T)[..., None], moved, prior)
-  slots, latent, place = window_slots(net, prior, texts, anchor, T, FRESH)
+  slots, latent, place = window_slots(net, prior, texts, anchor, T)
   clean, hidden, after = read(net, texts, FRESH, count, slots)
   after, log_belief = believe(net, after.replace(anchor=anchor), hidden, latent, walk)
   if not infill:
@@ -396,8 +387,8 @@ def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping
 
 
 def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, anchor_BxN: jax.Array, token_BxNxT: jax.Array,
-                 known: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Slots of N windows a row, S = T + 1 each, flat over N S: x, time, place, and which see which. The anchor's and `known` tokens
+                 known: int) -> Slots:
+  """Slots of N windows a row, S = T + 1 each, flat over N S. The anchor's and `known` tokens
   behind it are known, of the others nothing. A row's windows are as wide as it proposes tokens, whatever the batch's widest is."""
   B, N, S = *anchor_BxN.shape, token_BxNxT.shape[2] + 1
   codes, slot = net.codes(), jnp.arange(S)
@@ -407,7 +398,7 @@ def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, a
   window, inside = jnp.repeat(jnp.arange(N), S), jnp.tile(slot, N) <= texts.draft.most[:, None]
   sees = ((window[:, None] == window) & inside[:, None, :]) | jnp.eye(N * S, dtype=bool)
   flat = lambda a: a.reshape(B, N * S, *a.shape[3:])
-  return flat(x), flat(time), flat(anchor_BxN[..., None] + slot), sees
+  return Slots(flat(x), flat(time), flat(anchor_BxN[..., None] + slot), jnp.repeat(anchor_BxN, S, axis=1), sees)
 
 
 def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, passes: int) -> Texts:
@@ -417,9 +408,7 @@ def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shapin
   token, log_q = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T, draft.log_q.shape[2]))
   for i in range(passes):
     low, high = -(-T * i // passes), -(-T * (i + 1) // passes)
-    x, time, place, sees = unread_slots(net, statistics, texts, anchor[:, None], token[:, None], low)
-    slots = Slots(x, time, place, jnp.zeros((B, T + 1, 0), bool), sees)
-    _, hidden, _ = read(net, texts, 0, jnp.zeros_like(anchor), slots, anchor)
+    _, hidden, _ = read(net, texts, 0, 0, unread_slots(net, statistics, texts, anchor[:, None], token[:, None], low))
     log_p = shaping(net.logits(hidden[:, :-1]))
     key = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(pass_keys(texts, _DRAFT))
     drawn = jax.vmap(jax.random.categorical)(key, log_p).astype(jnp.int32)
@@ -445,9 +434,7 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
   N, slots = T + 1, None
   if ahead:
     anchor = texts.length[:, None] - 1 + jnp.arange(N)
-    x, time, place, sees = unread_slots(net, statistics, seen, anchor, jnp.zeros((B, N, T), jnp.int32), 0)
-    sees_fresh = jnp.broadcast_to(jnp.arange(N) < jnp.repeat(jnp.arange(N), N)[:, None], (B, N * N, N))
-    slots = Slots(x, time, place, sees_fresh, sees)
+    slots = unread_slots(net, statistics, seen, anchor, jnp.zeros((B, N, T), jnp.int32), 0)
   clean, hidden, after = read(net, seen, N, jnp.where(texts.done, 0, N), slots)
 
   log_p = shaping(net.logits(clean))  # (B, T + 1, V): number j is of the j-th proposal

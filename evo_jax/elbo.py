@@ -241,7 +241,7 @@ def window_logits(net: Network, cache, anchor_BxN: jax.Array, anchor_token_BxN: 
   """
   slots = with_anchor(latent, anchor_token_BxN)
   x = net.embed(slots, codes_VxM, for_slots(prior_logits))
-  hidden, _ = net.window(cache, anchor_BxN, x, slots.time)
+  hidden = net.window(cache, anchor_BxN, x, slots.time)
   return net.logits(hidden[:, :, :-1])
 
 
@@ -343,7 +343,7 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     prior_b, prior_c = split(for_slots(prior)) if prior.ndim > 1 else (prior, prior)
     x = jnp.concatenate([net.embed(with_anchor(latent_b, anchor_b), codes, prior_b),
                          net.embed(with_anchor(latent_c, anchor_c), fixed, prior_c)], axis=1)
-    hidden, _ = net.window(cache, draw.anchor, x, with_anchor(latent, anchor_token).time)
+    hidden = net.window(cache, draw.anchor, x, with_anchor(latent, anchor_token).time)
     return net.logits(hidden[:, :, :-1])
 
   prior = statistics.log_unigram_V

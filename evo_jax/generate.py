@@ -229,7 +229,8 @@ class Sampler:
     def start(params, statistics, token, known, prefix, begin, limit, digest, count, seed):
       net = self._model.bind({"params": params})
       fold = lambda digest, count: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), count)
-      texts = decode.start(net, token, known, prefix, begin, limit, jax.vmap(fold)(digest, count), trace)
+      texts = decode.start(net, token, known, prefix, begin, limit, jax.vmap(fold)(digest, count), trace,
+                           flat=self._mesh.size == 1)
       if sampling.mode == "verify":
         return decode.with_draft(texts, sampling.draft, self._model.rows)
       if sampling.mode == "ar":
@@ -283,12 +284,13 @@ class Sampler:
     return texts, walk, np.int32(index + 1 if inside else 0)
 
   def _call(self, name: tuple, function: Callable, *args: Any) -> Any:
-    """function(*args), compiled ahead once for each name and kind of arguments; texts come back laid out by rows."""
+    """function(*args), compiled ahead once for each name and kind of arguments; texts are used up, and come back laid out by rows."""
     key = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
     if key not in self._compiled:
       clock = time.perf_counter()
       layout = jax.tree.map(self._layout, jax.eval_shape(function, *args), is_leaf=lambda x: isinstance(x, decode.Texts))
-      self._compiled[key] = jax.jit(function, out_shardings=layout).lower(*args).compile()
+      old = tuple(i for i, arg in enumerate(args) if isinstance(arg, decode.Texts))
+      self._compiled[key] = jax.jit(function, out_shardings=layout, donate_argnums=old).lower(*args).compile()
       self.compile_seconds += time.perf_counter() - clock
     return self._compiled[key](*args)
 
@@ -296,12 +298,12 @@ class Sampler:
     if not isinstance(value, decode.Texts):
       return self._everywhere
     place = lambda names: jax.sharding.NamedSharding(self._mesh, sharding.RULES.spec(names))
-    keys = place(("batch", None, "kv_heads", None))
+    keys = self._everywhere if self._mesh.size == 1 else place(("batch", "kv_heads", None, None))
     return jax.tree.map(lambda _: place(("batch",)), value).replace(k=(keys,) * len(value.k), v=(keys,) * len(value.v))
 
   def _read(self, value: Any) -> Any:
-    """Arrays on the host, also where other processes hold parts of them."""
-    return jax.device_get(self._gather(value) if jax.process_count() > 1 else value)
+    """Arrays on the host, also where other processes hold parts of them; copies, since texts are written in place."""
+    return jax.tree.map(np.array, self._gather(value) if jax.process_count() > 1 else value)
 
   def _fetch(self, texts: decode.Texts) -> dict[str, np.ndarray]:
     """What the host needs to know of texts."""

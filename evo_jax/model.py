@@ -10,7 +10,8 @@ Blocks: pre-norm (RMSNorm), rotary grouped-query attention, SwiGLU, as in Llama;
 DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of low rank.
 
 Letters in names: B batch, L clean positions, N windows, S slots of a run, D width, V vocabulary (rows of the tables),
-H heads, K heads for keys and values, E elements of a head, F hidden, M code elements, R rank of the time conditioning.
+H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value), E elements of a head,
+F hidden, M code elements, R rank of the time conditioning.
 """
 
 import functools
@@ -38,13 +39,13 @@ _FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 class Cache:
   """What the clean stream leaves to be read: final keys and values of its positions.
 
-  k, v: (layers, B, L, K, E), or a tuple of (B, L, K, E) by layer from a model whose layers are apart; segment: (B, L) int32,
-  the number of documents begun up to each position.
+  k, v: (layers, B, K, L, E), or a tuple of (B, K, L, E) by layer from a model whose layers are apart; start: (B, L) int32,
+  the first position that each sees, its document's where documents are isolated.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
   v: jax.Array | tuple[jax.Array, ...]
-  segment: jax.Array
+  start: jax.Array | None
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -74,6 +75,7 @@ class Block(nn.Module):
   def setup(self):
     c = self.config
     D, H, K, E, F = c.width, c.heads, c.kv_heads, c.width // c.heads, c.hidden
+    J = H // K + 2
     dtype = jnp.dtype(c.param_dtype)
 
     def weight(name, shape, axes, fan_in, scale=1.0):
@@ -85,20 +87,23 @@ class Block(nn.Module):
 
     out = (2 * c.layers) ** -0.5  # keeps the residual stream's variance from growing with depth (GPT-2)
     self.attention_norm = norm("attention_norm")
-    self.w_q_DxHxE = weight("w_q", (D, H, E), ("embed", "heads", "head_dim"), D)
-    self.w_k_DxKxE = weight("w_k", (D, K, E), ("embed", "kv_heads", "head_dim"), D)
-    self.w_v_DxKxE = weight("w_v", (D, K, E), ("embed", "kv_heads", "head_dim"), D)
+    # Products with the same input are one: each shard of heads has its own queries, key and value side by side.
+    self.w_qkv_DxKxJxE = weight("w_qkv", (D, K, J, E), ("embed", "kv_heads", None, "head_dim"), D)
     self.w_o_HxExD = weight("w_o", (H, E, D), ("heads", "head_dim", "embed"), D, out)
     self.mlp_norm = norm("mlp_norm")
-    self.w_gate_DxF = weight("w_gate", (D, F), ("embed", "mlp"), D)
-    self.w_up_DxF = weight("w_up", (D, F), ("embed", "mlp"), D)
+    self.w_in_Dx2xF = weight("w_in", (D, 2, F), ("embed", None, "mlp"), D)  # gate and up
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = self.param(
         "w_time", nn.with_logical_partitioning(nn.initializers.zeros, ("time", None, "embed")), (c.time_dim, 6, D),
         dtype)
 
-  def __call__(self, x_BxNxSxD, past, time_BxNxSxR, positions, visible_NxSxS, past_visible_BxNxL):
-    """Returns the new x and this layer's keys and values (B, N, S, K, E)."""
+  def __call__(self, x_BxNxSxD, past, time_BxNxSxR, angles, span, visible, write):
+    """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
+
+    past: keys and values of the clean stream, of which slots see the `span` (start, stop); None: there are none, or, where
+    `visible` is None, the slots themselves are the clean stream. visible: which slots of its run each sees. write: (first_B,
+    fresh): the first `fresh` slots are clean and enter `past` at these places before it is read.
+    """
     c = self.config
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if time_BxNxSxR is not None:
@@ -114,17 +119,27 @@ class Block(nn.Module):
 
     x = x_BxNxSxD
     h = enter(x, self.attention_norm, shift1, scale1)
-    q = attention.rotate(linear(h, self.w_q_DxHxE), positions, c.rope_base)
-    k = attention.rotate(linear(h, self.w_k_DxKxE), positions, c.rope_base)
-    v = linear(h, self.w_v_DxKxE)
-    q = self.rules.constrain(q, "batch", "runs", "slots", "heads", "head_dim")
-    y = attention.attend(q, k, v, visible_NxSxS, past, past_visible_BxNxL)
+    qkv = self.rules.constrain(linear(h, self.w_qkv_DxKxJxE), "batch", "runs", "slots", "kv_heads", None, "head_dim")
+    # Heads to the front, so that attention's products are plain batches of matrix products.
+    qkv_BxKxNxJxSxE = qkv.transpose(0, 3, 1, 4, 2, 5)
+    qk, v = attention.rotate(qkv_BxKxNxJxSxE[:, :, :, :-1], angles), qkv_BxKxNxJxSxE[:, :, :, -1]
+    q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
+    own = (k, v)
+    if visible is None and past is None:
+      past, own = (k[:, :, 0], v[:, :, 0]), None
+    elif write is not None:
+      first, fresh = write
+      past = tuple(attention.enter(old, first, new[:, :, 0, :fresh]) for old, new in zip(past, own))
+      own = (k[:, :, :, fresh:], v[:, :, :, fresh:]) if visible is not None else None
+    kept = past if own is None or write is not None else None
+    y_BxKxNxGxSxE = attention.attend(q, past, *span, own, visible)
+    y = y_BxKxNxGxSxE.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)
-    h = nn.silu(linear(h, self.w_gate_DxF)) * linear(h, self.w_up_DxF)
-    h = self.rules.constrain(h, "batch", "runs", "slots", "mlp")
+    h = self.rules.constrain(linear(h, self.w_in_Dx2xF), "batch", "runs", "slots", None, "mlp")
+    h = nn.silu(h[..., 0, :]) * h[..., 1, :]
     x = leave(x, linear(h, self.w_down_FxD), gate2)
-    return self.rules.constrain(x, "batch", "runs", "slots", "width"), (k, v)
+    return self.rules.constrain(x, "batch", "runs", "slots", "width"), kept
 
 
 class Evo(nn.Module):
@@ -180,7 +195,7 @@ class Evo(nn.Module):
       return
     self.blocks = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, unroll=min(c.unroll, c.layers),
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast,) * 5),
         metadata_params={nn.PARTITION_NAME: "layers"})(c, self.rules)
 
   def codes(self) -> jax.Array:
@@ -192,65 +207,59 @@ class Evo(nn.Module):
 
     Positions count from 0. Nothing but the tokens up to j enters number j.
     """
-    L = tokens_BxL.shape[1]
-    segment_BxL = jnp.cumsum(tokens_BxL == DOCUMENT, axis=1, dtype=jnp.int32)
-    visible = jnp.tri(L, dtype=bool)
+    position = jnp.arange(tokens_BxL.shape[1])
+    start_BxL = None
     if self.config.isolate_documents:
-      visible = visible & (segment_BxL[:, None, :, None] == segment_BxL[:, None, None, :])
-    x = self._constrain(self.embed_tokens(tokens_BxL)[:, None])
-    x, (k, v) = self._layers(x, None, None, jnp.arange(L), visible, None)
-    k, v = jax.tree.map(lambda a: a[..., 0, :, :, :], (k, v))
-    return x[:, 0], Cache(k, v, segment_BxL)
+      start_BxL = jax.lax.cummax(jnp.where(tokens_BxL == DOCUMENT, position, 0), axis=1)
+    span = (position[None, None] + 1, None if start_BxL is None else start_BxL[:, None])
+    x, (k, v) = self._layers(self.embed_tokens(tokens_BxL)[:, None], None, None, position, span)
+    return x[:, 0], Cache(k, v, start_BxL)
 
-  def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array,
-             causal: bool = False) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1, and their keys and values.
+  def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array) -> jax.Array:
+    """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1.
 
     Args:
       cache: the clean stream's; None: there is no past.
       anchor_BxN: position of each window's first slot; the window sees clean positions before it.
       x_BxNxSxD: embedded slots, from `embed`.
       time_BxNxS: progressions t of the slots; 0 for the anchor and other known tokens.
-      causal: True: a slot sees no later slot. With every t = 0 this continues the clean stream, and the keys and
-        values (layers, B, N, S, K, E) are those of its new positions.
     """
     S = x_BxNxSxD.shape[2]
-    visible = jnp.tri(S, dtype=bool) if causal else jnp.ones((S, S), bool)
-    positions = anchor_BxN[..., None] + jnp.arange(S)
-    x = self._constrain(x_BxNxSxD)
-    if cache is None:
-      return self._layers(x, None, self._time(time_BxNxS), positions, visible, None)
-    past_visible = jnp.arange(cache.segment.shape[1]) < anchor_BxN[..., None]
-    if self.config.isolate_documents:
-      # The anchor is a document's first token where it begins a segment: then it sees nothing before it.
-      segment_BxN = jnp.take_along_axis(cache.segment, anchor_BxN, axis=1)
-      past_visible = past_visible & (cache.segment[:, None, :] == segment_BxN[..., None])
-    return self._layers(x, (cache.k, cache.v), self._time(time_BxNxS), positions, visible, past_visible)
+    position_BxNxS = anchor_BxN[..., None] + jnp.arange(S)
+    past, span = None, (None, None)
+    if cache is not None:
+      # An anchor that begins a document sees nothing before it.
+      start = None if cache.start is None else jnp.take_along_axis(cache.start, anchor_BxN, axis=1)[..., None]
+      past, span = (cache.k, cache.v), (anchor_BxN[..., None], start)
+    return self._layers(x_BxNxSxD, past, self._time(time_BxNxS), position_BxNxS, span, jnp.ones((S, S), bool))[0]
 
-  def slots(self, past: tuple, read_B: jax.Array, x_BxSxD: jax.Array, time_BxS: jax.Array | None, position_BxS: jax.Array,
-            visible_BxSxS: jax.Array) -> tuple[jax.Array, tuple]:
-    """Any slots, clean ones and windows' together: hidden states (B, S, D), and their keys and values by layer.
+  def slots(self, past: tuple, first_B: jax.Array, fresh: int, x_BxSxD: jax.Array, time_BxS: jax.Array | None,
+            position_BxS: jax.Array, stop_BxS: jax.Array, visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
+    """Clean slots and windows' together: hidden states (B, S, D), and the past with the clean ones in it.
 
     Args:
-      past: keys and values of the clean stream, as in `Cache`; every slot sees the first `read_B` of them.
+      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); the first `fresh` slots enter it at the places
+        first[b], first[b] + 1, ... before anything is read.
       x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their places in the text.
-      visible_BxSxS: which slots a slot sees, (B, S, S) or broadcast to it; itself at least.
+      stop_BxS: a slot sees the past before this place.
+      visible_BxSxT: which of the slots behind the fresh ones a slot sees; None: there are none.
     """
-    length = jax.tree.leaves(past)[0].shape[-3]
-    past_visible = jnp.arange(length) < read_B[:, None, None]
     time = None if time_BxS is None else self._time(time_BxS[:, None])
-    x = self._constrain(x_BxSxD[:, None])
-    x, kv = self._layers(x, past, time, position_BxS[:, None], visible_BxSxS[:, None], past_visible)
-    return x[:, 0], jax.tree.map(lambda a: a[..., 0, :, :, :], kv)
+    visible = None if visible_BxSxT is None else visible_BxSxT[:, None]
+    x, kept = self._layers(x_BxSxD[:, None], past, time, position_BxS[:, None], (stop_BxS[:, None], None), visible,
+                           (first_B, fresh) if fresh else None)
+    return x[:, 0], kept if fresh else past
 
-  def _layers(self, x, past, time, positions, visible, past_visible):
+  def _layers(self, x, past, time, positions, span, visible=None, write=None):
+    angles = attention.angles(positions, self.config.width // self.config.heads, self.config.rope_base)
+    x = self.rules.constrain(x, "batch", "runs", "slots", "width")
     if self.stacked:
-      return self.blocks(x, past, time, positions, visible, past_visible)
+      return self.blocks(x, past, time, angles, span, visible, write)
     found = []
     for i, layer in enumerate(self.layer):
-      x, kv = layer(x, None if past is None else (past[0][i], past[1][i]), time, positions, visible, past_visible)
-      found.append(kv)
-    return x, tuple(zip(*found))
+      x, kept = layer(x, None if past is None else (past[0][i], past[1][i]), time, angles, span, visible, write)
+      found.append(kept)
+    return x, None if kept is None else tuple(zip(*found))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
@@ -315,9 +324,6 @@ class Evo(nn.Module):
     features = jnp.cos(jnp.pi * time[..., None] * jnp.arange(_FREQUENCIES))
     hidden = nn.silu(features.astype(dtype) @ self.time_in.astype(dtype)) @ self.time_out.astype(dtype)
     return hidden * time[..., None].astype(dtype)
-
-  def _constrain(self, x: jax.Array) -> jax.Array:
-    return self.rules.constrain(x, "batch", "runs", "slots", "width")
 
   def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
     """Next-token logits (B, L, V) of the clean stream: an ordinary language model."""

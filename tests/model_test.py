@@ -107,17 +107,22 @@ def test_who_teaches_the_codes(small, tokens, codes, bound_windows, taught):
   assert bool(np.asarray(gradient["codes"]).any()) == taught
 
 
-def test_a_causal_window_of_known_tokens_continues_the_clean_stream(small, tokens):
-  net, _, _ = small
+def test_clean_slots_continue_the_clean_stream(small, tokens):
+  """Read a few at a time behind the past, by rows at different places: the same states, keys and values."""
+  net, _, config = small
   hidden, cache = net.clean(tokens[:, :-1])
-  anchor = jnp.array([[0, 11], [5, 20]])
-  slots = elbo.gather_windows(tokens, anchor, 8)
-  found, (k, _) = net.window(cache, anchor, net.embed_tokens(slots), jnp.zeros(slots.shape), causal=True)
-  for b in range(2):
-    for n in range(2):
-      a = int(anchor[b, n])
-      np.testing.assert_allclose(found[b, n], hidden[b, a:a + 9], atol=2e-5)
-      np.testing.assert_allclose(k[:, b, n], cache.k[:, b, a:a + 9], atol=2e-5)
+  apart = net.clone(stacked=False).bind({"params": model_lib.unstacked(net.variables["params"])})
+  first = jnp.array([5, 20])
+  empty = lambda x: jnp.where(jnp.arange(32)[:, None] < first[:, None, None, None], x, 9.0)  # and nothing behind is read
+  past = tuple(tuple(map(empty, x)) for x in (cache.k, cache.v))
+  place = first[:, None] + jnp.arange(9)
+  x = net.embed_tokens(jnp.take_along_axis(tokens, place, axis=1))
+  found, (k, v) = apart.slots(past, first, 9, x, None, place, place + 1, None)
+  for b, a in enumerate(first.tolist()):
+    np.testing.assert_allclose(found[b], hidden[b, a:a + 9], atol=2e-5)
+    for layer in range(config.model.layers):
+      np.testing.assert_allclose(k[layer][b, :, :a + 9], cache.k[layer, b, :, :a + 9], atol=2e-5)
+      np.testing.assert_allclose(v[layer][b, :, :a + 9], cache.v[layer, b, :, :a + 9], atol=2e-5)
 
 
 def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
@@ -195,12 +200,17 @@ def test_grouped_queries_share_keys():
   """With one key head copied to both query groups, grouped attention equals full attention."""
   from evo_jax import attention
   keys = jax.random.split(jax.random.key(0), 3)
-  q, k, v = (jax.random.normal(key, (2, 1, 5, heads, 8)) for key, heads in zip(keys, (4, 2, 2)))
-  grouped = attention.attend(q, k, v, jnp.tri(5, dtype=bool))
-  full = attention.attend(q, jnp.repeat(k, 2, 3), jnp.repeat(v, 2, 3), jnp.tri(5, dtype=bool))
-  np.testing.assert_allclose(grouped, full, atol=1e-6)
-  want = jax.nn.dot_product_attention(q[:, 0], k[:, 0], v[:, 0], is_causal=True)
-  np.testing.assert_allclose(grouped[:, 0], want, atol=1e-5)
+  q = jax.random.normal(keys[0], (2, 2, 1, 2, 5, 8))  # B K N G S E
+  k, v = (jax.random.normal(key, (2, 2, 1, 5, 8)) for key in keys[1:])
+  stop = jnp.arange(5)[None, None] + 1
+  grouped = attention.attend(q, (k[:, :, 0], v[:, :, 0]), stop)
+  full = attention.attend(q.reshape(2, 4, 1, 1, 5, 8), tuple(jnp.repeat(x[:, :, 0], 2, 1) for x in (k, v)), stop)
+  np.testing.assert_allclose(grouped.reshape(full.shape), full, atol=1e-6)
+  own = attention.attend(q, own=(k, v), visible_NxSxT=jnp.tri(5, dtype=bool))
+  np.testing.assert_allclose(grouped, own, atol=1e-6)
+  heads_last = lambda x: x.reshape(2, -1, 5, 8).transpose(0, 2, 1, 3)
+  want = jax.nn.dot_product_attention(heads_last(q), heads_last(k), heads_last(v), is_causal=True)
+  np.testing.assert_allclose(heads_last(grouped), want, atol=1e-5)
 
 
 # Llama-3-8B has 8,030,261,248 parameters; beside them stand the codes and the time conditioning.

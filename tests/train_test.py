@@ -82,7 +82,7 @@ def alone(tmp_path_factory, text):
   return workdir
 
 
-GOLDEN = {1: 7.97574, 10: 6.63437, 20: 4.89116}
+GOLDEN = {1: 8.08281, 10: 6.88885, 20: 5.09200}
 
 
 def test_golden_run(alone):
