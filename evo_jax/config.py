@@ -188,6 +188,11 @@ class Config:
   eval: Eval = Eval()
   mesh: Mesh = Mesh()
 
+  @property
+  def diffusion_alone(self) -> bool:
+    """Whether windows are whole sequences and nothing teaches the clean stream: then it is not read either."""
+    return self.loss.ar_weight == 0 and self.window.size == self.model.context
+
 
 def default() -> ml_collections.ConfigDict:
   """The defaults as a ConfigDict, for `configs/*.py` to change."""

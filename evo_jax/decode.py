@@ -192,13 +192,13 @@ def pass_keys(texts: Texts, purpose: int = _PASS) -> jax.Array:
 
 @flax.struct.dataclass
 class Slots:
-  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it; sees_slot
+  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it, None: none; sees_slot
   (B, S, S) bool, or broadcast to it: which of each other they see."""
 
   x: jax.Array
   time: jax.Array
   place: jax.Array
-  stop: jax.Array
+  stop: jax.Array | None
   sees_slot: jax.Array
 
 
@@ -215,10 +215,14 @@ def read(net: elbo.Network, texts: Texts, fresh: int, count_B: jax.Array,
     S = slots.x.shape[1]
     x = jnp.concatenate([x, slots.x], axis=1)
     time = jnp.pad(slots.time, [(0, 0), (fresh, 0)])
-    place, stop = (jnp.concatenate(pair, axis=1) for pair in ((place, slots.place), (stop, slots.stop)))
+    place = jnp.concatenate([place, slots.place], axis=1)
+    stop = None if slots.stop is None else jnp.concatenate([stop, slots.stop], axis=1)
     visible = jnp.pad(jnp.broadcast_to(slots.sees_slot, (B, S, S)), [(0, 0), (fresh, 0), (0, 0)])
-  hidden, (k, v) = net.slots((texts.k, texts.v), texts.read, fresh, x, time, place, stop, visible)
-  return hidden[:, :fresh], hidden[:, fresh:], texts.replace(k=k, v=v, read=texts.read + count_B)
+  past = None if stop is None else (texts.k, texts.v)
+  hidden, past = net.slots(past, texts.read, fresh, x, time, place, stop, visible)
+  if fresh:
+    texts = texts.replace(k=past[0], v=past[1], read=texts.read + count_B)
+  return hidden[:, :fresh], hidden[:, fresh:], texts
 
 
 def finish(texts: Texts, token: jax.Array, time: jax.Array, active_B: jax.Array | None = None) -> Texts:
@@ -246,15 +250,18 @@ def ar(net: elbo.Network, texts: Texts, shaping: Shaping) -> Texts:
 
 @flax.struct.dataclass
 class Walk:
-  """How windows are walked: a policy, and what does not change from call to call."""
+  """How windows are walked: a policy, and what does not change from call to call. whole: there is one window, the whole text
+  from the document token on with what is known of it, and no clean stream: for models of diffusion alone."""
 
   policy: policies.Policy
   tokens: int = flax.struct.field(pytree_node=False)
   stepper: str = flax.struct.field(pytree_node=False, default="ode")
   self_conditioned: bool = flax.struct.field(pytree_node=False, default=False)
+  whole: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, anchor_B: jax.Array, tokens: int) -> tuple[Slots, flow.Latent, jax.Array]:
+def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, anchor_B: jax.Array, tokens: int,
+                 whole: bool = False) -> tuple[Slots, flow.Latent, jax.Array]:
   """The slots of one window a row: the anchor at `anchor_B` and the `tokens` places after it, cut off at the limit; the
   latents (B, T) of its tokens, and their places (B, T). prior_logits: (V,) or (B, T, V)."""
   place = anchor_B[:, None] + jnp.arange(tokens + 1)
@@ -263,7 +270,8 @@ def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, ancho
   latent = flow.Latent(at(texts.motion.y, place[:, 1:]), time[:, 1:], token[:, 1:])
   x = net.embed(elbo.with_anchor(latent, token[:, 0]), net.codes(), elbo.for_slots(prior_logits))
   sees_slot = there[:, None, :] | jnp.eye(tokens + 1, dtype=bool)
-  return Slots(x, time, place, jnp.broadcast_to(anchor_B[:, None], place.shape), sees_slot), latent, place[:, 1:]
+  stop = None if whole else jnp.broadcast_to(anchor_B[:, None], place.shape)
+  return Slots(x, time, place, stop, sees_slot), latent, place[:, 1:]
 
 
 def believe(net: elbo.Network, after: Texts, hidden: jax.Array, latent: flow.Latent, walk: Walk) -> tuple[Texts, jax.Array]:
@@ -309,12 +317,14 @@ def flow_first(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, wal
   """The first pass of the next window of every row, which also reads what was settled before; and the walk with what is
   drawn anew for each window."""
   T = walk.tokens
-  texts = catch_up(net, texts, T)
-  anchor = texts.length - 1
   prior = statistics.log_unigram_V
-  slots, latent, place = window_slots(net, prior, texts, anchor, T)
-  count = jnp.where(texts.done, 0, texts.length - texts.read)
-  clean, hidden, after = read(net, texts, T, count, slots)
+  if walk.whole:
+    fresh, count, anchor = 0, 0, jnp.zeros_like(texts.length)
+  else:
+    texts = catch_up(net, texts, T)
+    fresh, count, anchor = T, jnp.where(texts.done, 0, texts.length - texts.read), texts.length - 1
+  slots, latent, place = window_slots(net, prior, texts, anchor, T, walk.whole)
+  clean, hidden, after = read(net, texts, fresh, count, slots)
   if isinstance(walk.policy, policies.RandomOrder):
     draw = lambda key: jax.random.uniform(key, (T,))
     walk = walk.replace(policy=walk.policy.replace(rank=paths.rank(jax.vmap(draw)(pass_keys(texts, _POLICY)))))
@@ -332,7 +342,7 @@ def flow_next(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk
               index: jax.Array) -> Texts:
   """Pass `index` of the windows that `flow_first` began."""
   prior = texts.context if walk.self_conditioned else statistics.log_unigram_V
-  slots, latent, place = window_slots(net, prior, texts, texts.anchor, walk.tokens)
+  slots, latent, place = window_slots(net, prior, texts, texts.anchor, walk.tokens, walk.whole)
   _, hidden, after = read(net, texts, 0, 0, slots)
   after, log_belief = believe(net, after, hidden, latent, walk)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, index, shaping)

@@ -34,7 +34,7 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True)
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
-  alone = config.loss.ar_weight == 0 and W == L and N > 0
+  alone = config.diffusion_alone and N > 0
   clean = 0.0 if alone else 3.0 * read(model, vocab_rows, B * L, L, False)
   keys = W + 1 if alone else L + W + 1
   window = read(model, vocab_rows, B * N * (W + 1), keys, True)

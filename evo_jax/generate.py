@@ -132,7 +132,8 @@ class Sampler:
     if path is not None:
       policy = policies.make(path, self._window, run.config.paths.rolling_width,
                              s=clock_steps(sampling, path, run.statistics.warp))
-      self._walk = decode.Walk(policy, self._window, sampling.stepper, run.config.loss.self_conditioning > 0)
+      self._walk = decode.Walk(policy, self._window, sampling.stepper, run.config.loss.self_conditioning > 0,
+                               run.config.diffusion_alone)
     self._compiled = {}
     self._gather = jax.jit(lambda x: x, out_shardings=self._everywhere)
 
@@ -427,6 +428,9 @@ def check(sampling: Sampling, config: config_lib.Config) -> str | None:
   need(sampling.draft <= 16, "draft", "is more than 16: a pass has a window for every proposal")
   need(sampling.stepper in sample.STEPPERS, "stepper", f"is not one of {', '.join(sample.STEPPERS)}")
   need(all(sampling.stop), "stop", "is empty")
+  if config.diffusion_alone:
+    need(sampling.mode == "flow", "mode", "the model is of diffusion alone (loss.ar_weight = 0): --mode=flow")
+    need(sampling.window in (0, config.window.size), "window", f"the model knows only windows of {config.window.size}")
   if sampling.mode not in _DEFAULT_PATH:
     need(not sampling.path, "path", f"goes with --mode=flow or --mode=adaptive, not with {sampling.mode}")
     return None
@@ -490,7 +494,7 @@ def _round_up(value: int, multiple: int) -> int:
 def final_samples(run: checkpoint.Run, mesh: jax.sharding.Mesh) -> str:
   """A few texts in two modes, from nothing, for the end of training."""
   config, parts = run.config, []
-  for mode in ("ar", "flow") if config.eval.samples else ():
+  for mode in () if not config.eval.samples else ("flow",) if config.diffusion_alone else ("ar", "flow"):
     sampling = Sampling(mode=mode, max_tokens=min(config.eval.sample_tokens, config.model.context), steps=config.eval.flow_steps)
     found = Sampler(run, sampling, mesh)([""], config.eval.samples, config.train.seed)
     passes = "one token a pass" if mode == "ar" else f"{config.eval.flow_steps} passes for {config.window.size} tokens"

@@ -234,11 +234,11 @@ class Evo(nn.Module):
     return self._layers(x_BxNxSxD, past, self._time(time_BxNxS), position_BxNxS, span, jnp.ones((S, S), bool))[0]
 
   def slots(self, past: tuple, first_B: jax.Array, fresh: int, x_BxSxD: jax.Array, time_BxS: jax.Array | None,
-            position_BxS: jax.Array, stop_BxS: jax.Array, visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
+            position_BxS: jax.Array, stop_BxS: jax.Array | None, visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
     """Clean slots and windows' together: hidden states (B, S, D), and the past with the clean ones in it.
 
     Args:
-      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); the first `fresh` slots enter it at the places
+      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); None: there are none; the first `fresh` slots enter it at the places
         first[b], first[b] + 1, ... before anything is read.
       x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their places in the text.
       stop_BxS: a slot sees the past before this place.
@@ -246,8 +246,8 @@ class Evo(nn.Module):
     """
     time = None if time_BxS is None else self._time(time_BxS[:, None])
     visible = None if visible_BxSxT is None else visible_BxSxT[:, None]
-    x, kept = self._layers(x_BxSxD[:, None], past, time, position_BxS[:, None], (stop_BxS[:, None], None), visible,
-                           (first_B, fresh) if fresh else None)
+    x, kept = self._layers(x_BxSxD[:, None], past, time, position_BxS[:, None],
+                           (None if stop_BxS is None else stop_BxS[:, None], None), visible, (first_B, fresh) if fresh else None)
     return x[:, 0], kept if fresh else past
 
   def _layers(self, x, past, time, positions, span, visible=None, write=None):

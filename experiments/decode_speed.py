@@ -1,12 +1,13 @@
 """How fast each mode writes, and how good what it writes is.
 
-  pip install -e '.[plot]' && python -m experiments.decode_speed --workdir=DIR [--judge=DIR] [--batches=1,8,64] [--tokens=192]
+  pip install -e '.[plot]' && python -m experiments.decode_speed --workdir=DIR [--judge=DIR] [--masked=DIR] [--batches=1,8,64]
+      [--tokens=192]
 
 Writes texts in every setting of `SETTINGS` (one of each mode at every batch size, the others at the largest), each text behind a
 piece of held-out text, and prints: tokens a second and passes a token; the texts' bits a token by the model's own AR path and by a judge, an AR model that was trained apart
 (--judge; its tokenizer must be the same); and, since low bits alone may mean dull texts, how many different n-grams they
 have (distinct-n: the share of n-grams that are not repeats) and the entropy of their tokens, beside the same of the
-held-out text. Compilation is not in the times, peak memory is the process's at the end of each setting's run.
+held-out text. --masked: a masked diffusion model on the same text, which decodes whole texts by confidence, beside. Compilation is not in the times, peak memory is the process's at the end of each setting's run.
 """
 
 import dataclasses
@@ -36,8 +37,9 @@ SETTINGS = {
     **{f"confidence {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)},
     **{f"streams {n}": dict(mode="flow", path=f"streams:{n}") for n in (2, 4, 8, 16)},
 }
+MASKED = {f"masked diffusion {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)}  # by --masked
 SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "even steps 8", "streams 4")  # at all batch sizes
-FAMILIES = ("adaptive", "even steps", "confidence", "streams")
+FAMILIES = ("adaptive", "even steps", "confidence", "streams", "masked diffusion")
 
 
 def distinct(texts: list[list[int]], n: int) -> float:
@@ -76,11 +78,12 @@ def main() -> None:
   args = flags.FLAGS
   run = checkpoint.load_run(args.workdir)
   judges = {"bits_own": Judge(run)}
-  if args.judge:
-    judge = checkpoint.load_run(args.judge)
-    if judge.tokenizer.identity != run.tokenizer.identity or judge.config.model.context != run.config.model.context:
-      raise UserError(f"--judge={args.judge}: has another tokenizer or context than {args.workdir}")
-    judges["bits_judge"] = Judge(judge)
+  others = {flag: checkpoint.load_run(getattr(args, flag)) for flag in ("judge", "masked") if getattr(args, flag)}
+  for flag, other in others.items():
+    if other.tokenizer.identity != run.tokenizer.identity or other.config.model.context != run.config.model.context:
+      raise UserError(f"--{flag}={getattr(args, flag)}: has another tokenizer or context than {args.workdir}")
+  if "judge" in others:
+    judges["bits_judge"] = Judge(others["judge"])
   try:
     batches = [int(b) for b in args.batches.split(",")]
   except ValueError:
@@ -99,10 +102,11 @@ def main() -> None:
   print(f"{'setting':<24}{'batch':>6}{'tokens/s':>10}{'passes/token':>14}{'bits own':>10}{'judge':>8}{'distinct-2':>12}{'-4':>7}"
         f"{'entropy':>9}{'MB':>7}")
   show(results[0])
-  for name in common.chosen(args.only, SETTINGS):
-    sampling = generate.Sampling(**SETTINGS[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
+  settings = SETTINGS | (MASKED if "masked" in others else {})
+  for name in common.chosen(args.only, settings):
+    sampling = generate.Sampling(**settings[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
     for batch in batches if name in SPEED else [max(batches)]:
-      sampler = generate.Sampler(run, dataclasses.replace(sampling, batch_size=batch))
+      sampler = generate.Sampler(others["masked"] if name in MASKED else run, dataclasses.replace(sampling, batch_size=batch))
       texts = [run.tokenizer.decode(np.array(p)) for p in prompts]
       sampler(texts[:batch])  # compiles
       many = texts if batch == max(batches) else texts[:max(batch, args.repeats)]
@@ -138,7 +142,8 @@ def draw(results: list[dict], batch: int, file: Path) -> None:
   """The judge's bits, and beside them the speed, against passes a token."""
   judged = "bits_judge" if "bits_judge" in results[0] else "bits_own"
   figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-  for family, color in zip(FAMILIES + ("ar", "verify"), ("tab:blue", "tab:purple", "tab:green", "tab:orange", "black", "tab:red")):
+  for family, color in zip(FAMILIES + ("ar", "verify"), ("tab:blue", "tab:purple", "tab:green", "tab:orange", "tab:brown",
+                                                                 "black", "tab:red")):
     rows = sorted((r for r in results[1:] if r["setting"].startswith(family) and r["batch"] == batch
                    and not r["setting"].endswith("greedy")), key=lambda r: r["passes_per_token"])
     if rows:
@@ -162,6 +167,7 @@ def draw(results: list[dict], batch: int, file: Path) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "A run's work directory.")
   flags.DEFINE_string("judge", "", "An AR model's, on the same text.")
+  flags.DEFINE_string("masked", "", "A masked diffusion model's, on the same text.")
   flags.DEFINE_string("data", "", "Text for prompts; default: the run's.")
   flags.DEFINE_string("batches", "1,8,64", "Batch sizes; the largest one's texts are judged.")
   flags.DEFINE_integer("tokens", 192, "Tokens of each text.")

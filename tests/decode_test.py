@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evo_jax import checkpoint, cli, decode, generate, policies, sharding
+from evo_jax import checkpoint, cli, decode, flow, generate, policies, sharding
 from evo_jax import config as config_lib
 from evo_jax import model as model_lib
 from model_test import build
@@ -284,3 +284,32 @@ def test_grids_of_the_clock():
   np.testing.assert_allclose(ratios, ratios[0], rtol=2e-2)
   found = sampler(max_tokens=8, mode="flow", grid="0.9,0.5", endless=True)(["a"])[0]
   assert found.passes == 3
+
+
+def test_diffusion_alone_decodes_whole_texts():
+  """A model without a clean stream reads its prompt inside the window: what it writes follows from the prompt and is known after
+  as many passes as the path takes; other modes are refused."""
+  changes = (("loss__ar_weight", 0.0), ("window__size", 32), ("window__count", 1))
+  write = sampler(changes=changes, mode="flow", path="certain:7", max_tokens=14, greedy=True, endless=True)
+  found = write(["abcd", "lkji"])
+  assert [(len(g.tokens), g.passes) for g in found] == [(14, 2), (14, 2)] and found[0].tokens != found[1].tokens
+  r = run(**dict(changes))
+  tokens = jnp.zeros((1, 33), jnp.int32).at[0, 1:5].set(jnp.arange(1, 5))
+  time = jnp.where((jnp.arange(33) < 5) | (jnp.arange(33) > 18), 0.0, 1.0)[None]
+
+  @jax.jit
+  def believes(params, statistics):
+    net = r.model.bind({"params": params})
+    x = net.embed(flow.Latent(jnp.zeros((1, 33, 8)), time, tokens), net.codes(), statistics.log_unigram_V)
+    x, none = x[:, None, :19], (None, None)  # places behind the text are not there
+    hidden, _ = net._layers(x, None, net._time(time[:, None, :19]), jnp.arange(19), none, jnp.ones((19, 19), bool))
+    return net.logits(hidden[0, 0, 4:18]).at[:, 0].set(-jnp.inf)
+
+  p = jax.nn.softmax(believes(r.params, r.statistics))
+  entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0.0), axis=-1)
+  first = {0, *np.argsort(np.asarray(entropy))[:8].tolist()}  # the leftmost, and the most certain
+  settled = {i for i, number in enumerate(found[0].settled) if number == 1}
+  assert len(settled) == 7 and settled <= first
+  assert [found[0].tokens[i] for i in sorted(settled)] == [int(jnp.argmax(p[i])) for i in sorted(settled)]
+  with pytest.raises(cli.UserError, match="--mode=ar: the model is of diffusion alone"):
+    generate.check(generate.Sampling(mode="ar"), r.config)
