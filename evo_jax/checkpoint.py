@@ -1,18 +1,21 @@
-"""Checkpoints: the training state and the place in the data, saved together, and what a finished run leaves to readers.
+"""Checkpoints: the training state, and what a finished run leaves to readers.
 
-A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer,data}`, `metrics.jsonl`, the
-final `table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. Orbax writes a
-checkpoint aside and renames it when it is whole, so that a killed run leaves none that is half-written.
+A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
+`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The place in the data is the
+step. Orbax writes a checkpoint aside and renames it when it is whole, so that a killed run leaves none that is half-written; it
+restores into any mesh, any number of processes, and other dtypes.
 """
 
 import dataclasses
 import json
 import shutil
+import sys
 from typing import Any
 
 from etils import epath
-import grain
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from evo_jax import config as config_lib
@@ -37,28 +40,59 @@ class Checkpoints:
     """The step of the last whole checkpoint."""
     return self.manager.latest_step()
 
-  def save(self, step: int, items: dict[str, Any], data: grain.DatasetIterator) -> None:
+  def save(self, step: int, items: dict[str, Any]) -> None:
     """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the save before failed."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
                       f"the last whole one is of step {self._last_whole()}")
     self._guarded(lambda: self.manager.save(step, args=args.Composite(
-        **{name: args.StandardSave(item) for name, item in items.items()}, data=grain.checkpoint.CheckpointSave(data))))
+        **{name: args.StandardSave(item) for name, item in items.items()})))
 
   def wait(self) -> None:
     """Returns when everything is on disk. Raises UserError if it could not be written."""
     self._guarded(self.manager.wait_until_finished)
 
-  def restore(self, step: int, abstract: dict[str, Any], data: grain.DatasetIterator | None = None) -> dict[str, Any]:
-    """The items as arrays of the shapes, dtypes and shardings in `abstract`; sets `data` to its place."""
+  def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The items as arrays of the shapes, dtypes and shardings in `abstract`. Raises UserError, in all processes if in one."""
     wanted = {name: args.StandardRestore(item) for name, item in abstract.items()}
-    if data is not None:
-      wanted["data"] = grain.checkpoint.CheckpointRestore(data)
+    found, problem = {}, None
     try:
-      return dict(self.manager.restore(step, args=args.Composite(**wanted)))
-    except (ValueError, OSError, KeyError) as error:
-      raise UserError(f"{self.folder / str(step)}: cannot be restored: {_first_line(error)}") from error
+      found = dict(self.manager.restore(step, args=args.Composite(**wanted)))
+    except Exception as error:  # the readers underneath raise many kinds, too
+      problem = error
+    if not _all_well(problem is None):
+      why = _first_line(problem) if problem else "another process could not read it"
+      raise UserError(f"{self.folder / str(step)}: cannot be restored: {why}") from problem
+    return found
+
+  def restore_latest(self, abstract: dict[str, Any], set_aside: bool = True) -> tuple[int, dict[str, Any]]:
+    """The last checkpoint that can be read, and its step. One that cannot is passed over with a warning and, with `set_aside`,
+    moved to `damaged/STEP`, so that its step can be saved anew. Raises UserError if there are some, and none can be read."""
+    problems = []
+    for step in sorted(self.manager.all_steps(), reverse=True):
+      try:
+        found = self.restore(step, abstract)
+      except UserError as error:
+        problems.append(error)
+        continue
+      if problems and jax.process_index() == 0:
+        for problem in problems:
+          print(f"evo_jax: warning: {problem}; step {step} is read instead", file=sys.stderr, flush=True)
+      if problems and set_aside:
+        self._set_aside([s for s in self.manager.all_steps() if s > step])
+      return step, found
+    raise problems[0]
+
+  def _set_aside(self, steps: list[int]) -> None:
+    if jax.process_index() == 0:
+      damaged = self.folder.parent / "damaged"
+      damaged.mkdir(exist_ok=True)
+      for step in steps:
+        place = next(p for i in range(1000) if not (p := damaged / f"{step}{f'-{i}' if i else ''}").exists())
+        (self.folder / str(step)).rename(place)
+    _all_well(True)  # waits for process 0
+    self.manager.reload()
 
   def close(self) -> None:
     self.manager.close()
@@ -73,6 +107,11 @@ class Checkpoints:
 
   def _last_whole(self) -> int | None:
     return max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
+
+
+def _all_well(well: bool) -> bool:
+  """Whether all processes are."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(well)))) if jax.process_count() > 1 else well
 
 
 def _first_line(error: BaseException) -> str:
@@ -175,13 +214,16 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     raise UserError(f"{folder}: holds no checkpoint")
   checkpoints = Checkpoints(folder, config.train.checkpoints_kept)
   try:
-    found = checkpoints.latest() if step is None else step
-    if found is None or found not in checkpoints.manager.all_steps():
+    steps = checkpoints.manager.all_steps()
+    if not steps or step not in (None, *steps):
       raise UserError(f"{folder}: holds no checkpoint" + ("" if step is None else f" of step {step}"))
     model = train.make_model(config, tokenizer)
-    abstract = train.abstract_items(model, config)
     which = "ema" if config.optim.ema else "params"
-    items = checkpoints.restore(found, {name: abstract[name] for name in (which, "statistics")})
+    abstract = {name: item for name, item in train.abstract_items(model, config).items() if name in (which, "statistics")}
+    if step is None:
+      found, items = checkpoints.restore_latest(abstract, set_aside=False)
+    else:
+      found, items = step, checkpoints.restore(step, abstract)
   finally:
     checkpoints.close()
   return Run(config, tokenizer, model, items[which], items["statistics"], found)

@@ -119,6 +119,7 @@ class Optim:
   beta2: float = 0.98
   epsilon: float = 1e-8
   weight_decay: float = 0.1  # on matrices of the blocks and the head; not on embeddings, codes, norms
+  moment_dtype: str = "float32"  # of the gradient's running mean: float32 | bfloat16
   clip: float = 1.0  # global gradient norm; 0: no clipping
   separate_clip: bool = False  # clip the AR gradient and the windows' each on its own (one backward pass more)
   ema: float = pinned(0.0)  # decay of the averaged parameters that are evaluated; 0: none are kept
@@ -147,6 +148,7 @@ class Train:
   log_every: int = 20
   checkpoint_every: int = 250
   checkpoints_kept: int = 2
+  profile: str = ""  # START:STOP, the first and the last step of a trace, written to WORKDIR/profile
   eval_every: int = 250
 
 
@@ -192,6 +194,11 @@ class Config:
   def diffusion_alone(self) -> bool:
     """Whether windows are whole sequences and nothing teaches the clean stream: then it is not read either."""
     return self.loss.ar_weight == 0 and self.window.size == self.model.context
+
+  @property
+  def windows_start(self) -> int:
+    """Training steps before the first one with windows."""
+    return int(self.window.start * self.train.steps)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -308,6 +315,7 @@ def _check(c: Config) -> None:
   need(c.warp.knots >= 2, "warp.knots", "is less than 2")
   need(c.warp.precision_max > 0, "warp.precision_max", "is not positive")
   need(0 <= c.warp.decay < 1, "warp.decay", "is not in [0, 1)")
+  need(c.optim.moment_dtype in DTYPES, "optim.moment_dtype", f"is not one of {', '.join(DTYPES)}")
   need(c.optim.schedule in ("cosine", "wsd"), "optim.schedule", "is not one of cosine, wsd")
   need(0 <= c.optim.ema < 1, "optim.ema", "is not in [0, 1)")
   need(0 < c.optim.decay_share <= 1, "optim.decay_share", "is not in (0, 1]")
@@ -315,6 +323,10 @@ def _check(c: Config) -> None:
   need(all(w > 0 for w in c.data.weights), "data.weights", "must be positive")
   need(not c.data.weights or len(c.data.weights) == len(c.data.path.split(",")), "data.weights",
        f"must have one weight for each of the {len(c.data.path.split(','))} sources of data.path")
+  if c.train.profile:
+    ends = c.train.profile.split(":")
+    need(len(ends) == 2 and all(e.isdigit() for e in ends) and 1 <= int(ends[0]) <= int(ends[1]), "train.profile",
+         "is not START:STOP, two steps")
   need(c.data.batch_size % c.train.accumulate == 0, "train.accumulate",
        f"does not divide data.batch_size = {c.data.batch_size}")
   for axis in ("data", "fsdp", "tensor"):

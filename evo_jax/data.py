@@ -20,7 +20,7 @@ from pathlib import Path
 import sys
 import sysconfig
 import tempfile
-from typing import Iterator
+from typing import Iterator, Sequence
 import zlib
 
 import grain
@@ -198,15 +198,14 @@ def sequence(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
   return np.concatenate([[DOCUMENT], tokens[start:start + length]]).astype(np.int32)
 
 
-def training_stream(corpora: list[Corpus], config: config_lib.Data, length: int, process: int,
-                    processes: int) -> grain.IterDataset:
-  """Batches (batch_size / processes, length + 1) int32, without end: this process's rows of each global batch.
+def training_stream(corpora: list[Corpus], config: config_lib.Data, length: int, rows: Sequence[int] | None = None,
+                    start: int = 0) -> grain.IterDataset:
+  """Batches without end, from global batch number `start` on: of each the `rows` (None: all), (rows, length + 1) int32.
 
-  The global order depends on the seed alone, not on the number of processes; the iterator's state is its position.
+  What batch number n holds depends on the seed alone: a run that has made n steps goes on with start = n, on any number of
+  processes, whichever rows each of them needs, and nothing is read twice or left out.
   """
-  if config.batch_size % processes:
-    raise UserError(f"config.data.batch_size: {config.batch_size} does not divide by {processes} processes")
-  rows = config.batch_size // processes
+  rows = range(config.batch_size) if rows is None else rows
   sources = []
   for i, corpus in enumerate(corpora):
     tokens = corpus.tokens["train"]
@@ -219,8 +218,8 @@ def training_stream(corpora: list[Corpus], config: config_lib.Data, length: int,
     sources.append(grain.MapDataset.range(places // stride).shuffle(seed=config.seed + i).map(pick).repeat())
   weights = config.weights or [float(len(c.tokens["train"])) for c in corpora]
   mixed = grain.MapDataset.mix(sources, weights=list(weights)) if len(sources) > 1 else sources[0]
-  batch = lambda step: np.stack([mixed[step * config.batch_size + process * rows + r] for r in range(rows)])
-  return (grain.MapDataset.range(sys.maxsize // config.batch_size).map(batch)
+  batch = lambda step: np.stack([mixed[step * config.batch_size + row] for row in rows])
+  return (grain.MapDataset.range(start, sys.maxsize // config.batch_size).map(batch)
           .to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)))
 
 

@@ -7,6 +7,7 @@ The same command with the same --workdir goes on where it was stopped.
 
 import os
 from pathlib import Path
+import sys
 
 from absl import flags
 import jax
@@ -30,8 +31,18 @@ def main() -> None:
   if args.num_processes > 1 or _cluster_of_several():
     # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
-                               None if args.process_id < 0 else args.process_id)
-  train.train(config_lib.from_dict(values), args.workdir or f"runs/{Path(file).stem}")
+                               None if args.process_id < 0 else args.process_id,
+                               heartbeat_timeout_seconds=args.heartbeat, shutdown_timeout_seconds=args.heartbeat)
+  workdir = args.workdir or f"runs/{Path(file).stem}"
+  try:
+    train.train(config_lib.from_dict(values), workdir)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    # Mostly a process that is gone, for which others would wait without end, at their exit too.
+    print(f"evo_jax: process {jax.process_index()}: another process was lost ({str(error).splitlines()[0][:200]}); the same command "
+          f"goes on from the last checkpoint in {workdir}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _cluster_of_several() -> bool:
@@ -47,4 +58,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
   flags.DEFINE_integer("process_id", -1, "This process's number.")
+  flags.DEFINE_integer("heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end.")
   cli.run(main)

@@ -1,5 +1,6 @@
 """What a run tells: JSON lines for programs, a progress bar (or plain lines) for people."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,7 +10,11 @@ from etils import epath
 import jax
 from rich.progress import BarColumn, Progress, TextColumn
 
+from evo_jax import flops
 from evo_jax.cli import UserError
+
+CLOCKED = ("tokens_per_second", "tokens_per_second_per_chip", "mfu", "data_wait", "checkpoint_stall", "evaluation",
+           "goodput")  # what of a row depends on the clock
 
 
 class Journal:
@@ -59,6 +64,58 @@ def read(path: epath.Path) -> list[dict[str, float]]:
   return rows
 
 
+class Meter:
+  """Where the time goes. A row of the journal gets, all but the last since the row before:
+
+  tokens_per_second, tokens_per_second_per_chip: of clean text, while steps were made; mfu: the formula's operations (`flops`,
+  without what rematerialisation repeats) as a share of the devices' peak, where that is known; data_wait: the share of the time
+  that the loop waited for text; checkpoint_stall, evaluation: seconds; goodput: since the command began, the share of the time in
+  which steps were made, apart from compilation, waiting, saving and evaluating.
+  """
+
+  def __init__(self, tokens_a_step: int):
+    self._tokens = tokens_a_step
+    self._began = self._marked = time.monotonic()
+    self._compiled = False
+    self._steps = 0  # since the row before
+    self._waited = dict.fromkeys(("data_wait", "checkpoint_stall", "evaluation"), 0.0)
+    self._good = 0.0
+
+  @contextlib.contextmanager
+  def waits(self, what: str):
+    """Time in which no step is made."""
+    began = time.monotonic()
+    yield
+    self._waited[what] += time.monotonic() - began
+
+  def step(self) -> None:
+    """Counts a finished step. The first is mostly compilation, and does not count."""
+    if self._compiled:
+      self._steps += 1
+    else:
+      self._compiled, self._marked = True, time.monotonic()
+      self._waited = dict.fromkeys(self._waited, 0.0)
+
+  def row(self, operations: float) -> dict[str, float]:
+    """What the journal is told after a step of so many operations; starts anew."""
+    now = time.monotonic()
+    stall = self._waited["checkpoint_stall"] + self._waited["evaluation"]
+    stepping = max(now - self._marked - stall, 1e-9)
+    self._good += stepping - self._waited["data_wait"] if self._steps else 0.0
+    found = {"goodput": round(max(self._good, 0.0) / (now - self._began), 4),
+             "checkpoint_stall": round(self._waited["checkpoint_stall"], 3), "evaluation": round(self._waited["evaluation"], 3)}
+    if self._steps:
+      rate, chips = self._steps / stepping, jax.device_count()
+      found |= {"tokens_per_second": round(rate * self._tokens, 1),
+                "tokens_per_second_per_chip": round(rate * self._tokens / chips, 1),
+                "data_wait": round(self._waited["data_wait"] / stepping, 4)}
+      if most := flops.peak(jax.devices()[0].device_kind):
+        found["mfu"] = round(rate * operations / (chips * most), 4)
+    self._marked, self._steps = now, 0
+    self._waited = dict.fromkeys(self._waited, 0.0)
+    return found
+
+
 class Bar:
   """Step, bits, tokens per second and time left: a bar on a terminal, else a line a logged step, on stderr."""
 
@@ -97,10 +154,6 @@ class Bar:
     """A plain line, where there is no terminal."""
     if not self._progress and jax.process_index() == 0:
       print(f"step {step}/{self.steps}  {self._text(bits)}", file=sys.stderr, flush=True)
-
-  def speed(self) -> dict[str, float]:
-    """Tokens of clean text per second, over the last steps."""
-    return {"tokens_per_second": round(self._rate * self.tokens_a_step, 1)} if self._rate else {}
 
   def close(self) -> None:
     if self._progress:

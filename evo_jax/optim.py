@@ -31,7 +31,7 @@ def decay_mask(params) -> dict:
 def make(config: config_lib.Optim, steps: int) -> optax.GradientTransformation:
   """AdamW without clipping: the training step clips, since it may clip two gradients apart."""
   return optax.adamw(schedule(config, steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon,
-                     weight_decay=config.weight_decay, mask=decay_mask)
+                     weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=config.moment_dtype)
 
 
 def clip(gradient, limit: float):

@@ -92,7 +92,21 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
   return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def global_batch(mesh: Mesh, batch: np.ndarray, rules: ShardingRules = RULES) -> jax.Array:
-  """The sharded global array of which `batch` holds this process's rows."""
+def batch_rows(mesh: Mesh, size: int, rules: ShardingRules = RULES) -> list[int]:
+  """The rows of a global batch of `size` that this process's devices hold, in order; on a mesh whose tensor axis crosses
+  processes several hold the same."""
+  places = NamedSharding(mesh, rules.spec(("batch",))).addressable_devices_indices_map((size,))
+  return sorted({row for (rows,) in places.values() for row in range(*rows.indices(size))})
+
+
+def global_batch(mesh: Mesh, batch: np.ndarray, size: int, rules: ShardingRules = RULES) -> jax.Array:
+  """The sharded global array of `size` rows, of which `batch` holds the `batch_rows` of this process."""
+  rows = batch_rows(mesh, size, rules)
   sharding = NamedSharding(mesh, rules.spec(("batch",)))
-  return jax.make_array_from_process_local_data(sharding, batch)
+
+  def part(index):
+    wanted = range(*index[0].indices(size))
+    first = rows.index(wanted[0])  # a device's rows follow one another, here too
+    return batch[first:first + len(wanted)]
+
+  return jax.make_array_from_callback((size, *batch.shape[1:]), sharding, part)

@@ -1,9 +1,9 @@
 """Training: the state, one pure step, and one loop that reads from top to bottom."""
 
 import contextlib
-import dataclasses
 import functools
 import math
+import os
 import signal
 from typing import Any
 import zlib
@@ -12,6 +12,7 @@ from etils import epath
 import flax.linen as nn
 import flax.struct
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +22,7 @@ from evo_jax import config as config_lib
 from evo_jax import data
 from evo_jax import elbo
 from evo_jax import evaluate
+from evo_jax import flops
 from evo_jax import metrics as metrics_lib
 from evo_jax import optim
 from evo_jax import paths
@@ -49,11 +51,6 @@ class TrainState:
 def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
   """The key of every random draw: the seed, folded with a named purpose and the step."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
-
-
-def windows_start(config: config_lib.Config) -> int:
-  """Training steps before the first one with windows."""
-  return int(config.window.start * config.train.steps)
 
 
 def make_model(config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> Evo:
@@ -88,7 +85,7 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
                windows: bool = True) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step on a global batch (B, L + 1) of int32 tokens: the new state and metrics (losses in bits a token).
 
-  windows: False leaves them out (before `windows_start`).
+  windows: False leaves them out (before `config.windows_start`).
   """
   B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
   draw, learned = None, config.model.progression == "learned"
@@ -168,7 +165,8 @@ def train(config: config_lib.Config, workdir: str) -> None:
   corpora = data.load(config.data.path, tokenizer)
   data.check_vocabulary(corpora, tokenizer.vocab_size)
   L = config.model.context
-  stream = data.training_stream(corpora, config.data, L, jax.process_index(), jax.process_count())
+  rows = sharding.batch_rows(mesh, config.data.batch_size)
+  data.training_stream(corpora, config.data, L)  # complains about text that is too short
   valid = data.held_out(corpora, "valid", L, config.eval.sequences)
   parameters = count_parameters(config.model, tokenizer.vocab_size)
   checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
@@ -182,21 +180,23 @@ def train(config: config_lib.Config, workdir: str) -> None:
   with contextlib.ExitStack() as stack:
     stack.callback(checkpoints.close)
     stack.enter_context(jax.set_mesh(mesh))
-    iterator = stream.__iter__()
-    stack.callback(iterator.close)
-    done = checkpoints.latest() or 0
-    if done:
-      items = checkpoints.restore(done, abstract_items(model, config, mesh), iterator)
+    done = 0
+    if checkpoints.latest():
+      done, items = checkpoints.restore_latest(abstract_items(model, config, mesh))
       replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
       state = TrainState(jax.device_put(np.int32(done), replicated), items["params"], items.get("ema"),
                          items["optimizer"], items["statistics"])
       say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
     else:
       state = jax.jit(lambda: nn.unbox(make_state()), out_shardings=places)()
+    iterator = iter(data.training_stream(corpora, config.data, L, rows, start=done))
+    stack.callback(iterator.close)
     journal = metrics_lib.Journal(folder, done)
     stack.callback(journal.close)
     bar = metrics_lib.Bar(config.train.steps, done, config.data.batch_size * L)
     stack.callback(bar.close)
+    meter = metrics_lib.Meter(config.data.batch_size * L)
+    profile = [int(end) for end in config.train.profile.split(":")] if config.train.profile else (0, 0)
     stop = stack.enter_context(_stop_on_signal())
     evaluator = evaluate.Evaluator(model, config, tokenizer, mesh)
     step_fn = jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows",
@@ -205,12 +205,22 @@ def train(config: config_lib.Config, workdir: str) -> None:
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
     for step in range(done + 1, config.train.steps + 1):
-      state, metrics = step_fn(state, sharding.global_batch(mesh, next(iterator)), windows=step > windows_start(config))
+      if step == profile[0]:
+        jax.profiler.start_trace(str(folder / "profile"))
+      with meter.waits("data_wait"):
+        batch = next(iterator)
+      windows = step > config.windows_start
+      state, metrics = step_fn(state, sharding.global_batch(mesh, batch, config.data.batch_size), windows=windows)
+      if step == profile[1]:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        say(f"steps {profile[0]} to {profile[1]} are traced in {folder / 'profile'}")
       if pending is not None:
         _checked(step - 1, pending, checkpoints)
         bar.step(step - 1, float(pending["bits"]))
+        meter.step()
       pending = metrics
-      last, leaves = step == config.train.steps, stop.asked  # asked once: a signal may come at any time
+      last, leaves = step == config.train.steps, stop.asked(step)  # asked once: a signal may come at any time
       every = lambda n: bool(n) and step % n == 0
       evaluates = every(config.train.eval_every) and not last
       saves = last or every(config.train.checkpoint_every) or leaves
@@ -218,17 +228,20 @@ def train(config: config_lib.Config, workdir: str) -> None:
         pending = None
         row = {"step": step} | _checked(step, metrics, checkpoints)
         bar.step(step, row["bits"])
-        row |= bar.speed()
+        meter.step()
+        row |= meter.row(flops.train_step(config, model.rows, windows))
         if evaluates:
           params = state.params if state.ema is None else state.ema
-          table = evaluator(params, state.statistics, valid[:: -(-len(valid) // config.eval.train_sequences)],
-                            config.eval.train_paths)
+          with meter.waits("evaluation"):
+            table = evaluator(params, state.statistics, valid[:: -(-len(valid) // config.eval.train_sequences)],
+                              config.eval.train_paths)
           row |= {f"valid_{entry['path']}": entry["bits"] for entry in table}
         if every(config.train.log_every) or evaluates or last:
           bar.line(step, row["bits"])
           journal.write(row)
         if saves:
-          checkpoints.save(step, state.items(), iterator)
+          with meter.waits("checkpoint_stall"):
+            checkpoints.save(step, state.items())
           saved = step
         bar.pause()
       if leaves:
@@ -270,21 +283,33 @@ def _checked(step: int, metrics: dict[str, jax.Array], checkpoints: checkpoint.C
   return values
 
 
-@dataclasses.dataclass
 class _Stop:
-  asked: bool = False
+  """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a SIGTERM to any.
+
+  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet.
+  """
+
+  def __init__(self):
+    self.signalled = False
+
+  def asked(self, step: int) -> bool:
+    """Asked after every step, by all processes."""
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.signalled
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
   """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT interrupts at once."""
-  stop = _Stop()
+  stop, several = _Stop(), jax.process_count() > 1
 
   def ask(number, frame):
-    stop.asked = True
+    stop.signalled = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)  # which the service passes on
 
-  before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+  numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, ask) for number in numbers}
   try:
     yield stop
   finally:

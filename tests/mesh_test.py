@@ -1,14 +1,11 @@
-"""The same training on any mesh of eight devices, in one process and in two; checkpoints move between meshes."""
+"""The same training on any mesh of eight devices; checkpoints move between meshes."""
 
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, environment, run, train_flags
+from conftest import run, train_flags
 from evo_jax import checkpoint, metrics, sharding
 
 STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
@@ -51,20 +48,6 @@ def test_a_checkpoint_moves_between_meshes(runs, text, tmp_path):
   done = run("evo_jax.main", *flags(moved, text, (2, 2, 2)), devices=8)
   assert done.returncode == 0 and "goes on after step 3" in done.stdout, done.stderr
   np.testing.assert_allclose(losses(moved), losses(runs["data"]), rtol=2e-3)
-
-
-def test_two_processes_train_as_one(runs, text, tmp_path):
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
-  processes = [subprocess.Popen(
-      [sys.executable, "-m", "evo_jax.main", *flags(tmp_path, text, (2, 1, 1)), f"--coordinator=localhost:{port}",
-       "--num_processes=2", f"--process_id={i}"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True) for i in range(2)]
-  ends = [p.communicate(timeout=300) for p in processes]
-  assert all(p.returncode == 0 for p in processes), ends
-  np.testing.assert_allclose(losses(tmp_path), losses(runs["one"]), rtol=2e-3)
-  assert "held-out" in ends[0][0] and "held-out" not in ends[1][0]  # process 0 speaks
 
 
 def test_rules_fail_loudly():

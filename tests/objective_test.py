@@ -188,7 +188,7 @@ def test_every_lever_is_a_configuration(changes):
 
 def test_windows_can_start_later():
   config = small_config(window__start=0.5)
-  assert train.windows_start(config) == 6
+  assert config.windows_start == 6
   model = train.make_model(config, train.tokenizer_lib.Bytes())
   state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 33), jnp.int32)

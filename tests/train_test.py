@@ -23,7 +23,7 @@ LONG = {"train.steps": 120, "train.checkpoint_every": 20, "train.eval_every": 50
 
 def rows(workdir):
   """The journal without what depends on the clock."""
-  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+  return [{k: v for k, v in row.items() if k not in metrics.CLOCKED} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
 def last_step(workdir):
