@@ -95,6 +95,7 @@ class Loss:
   self_conditioning: float = 0.0  # share of the steps whose windows are read twice; above 0, always so in use
   antithetic: bool = True  # price a step of the bound at its noise and at the opposite
   integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
+  chunk: int = 0  # tokens of a sequence whose logits over the vocabulary are in memory at a time; 0: all. Changes no value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +275,7 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
   for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
                 "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
-                "paths.learned", "paths.streams", "paths.erasure", "paths.ragged", "window.start", "loss.self_conditioning",
+                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "paths.ragged", "window.start", "loss.self_conditioning",
                 "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
                 "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
                 "data.seed"):

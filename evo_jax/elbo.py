@@ -9,7 +9,7 @@ Letters in names: B batch, L tokens of a sequence, N windows, W tokens of a wind
 M code elements, K steps.
 """
 
-from typing import Protocol
+from typing import Callable, Protocol
 
 import flax.struct
 import jax
@@ -274,9 +274,27 @@ def infer_clock(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, toke
   return delay, sharpness, gaussian_kl(posterior, (mean, log_std))
 
 
-def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array) -> jax.Array:
-  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1)."""
-  return flow.jump_cost(jax.nn.log_softmax(net.logits(hidden_BxLxD), axis=-1), sequence_BxT[:, 1:])
+def in_chunks(function: Callable, size: int, *arrays):
+  """function(*arrays), whose arrays and results are (B, n, ...) and whose rows along n do not touch each other; `size` rows, or the
+  next smaller number that divides n, at a time. 0: all at once.
+
+  What a chunk computes on its way is not kept for the backward pass but computed anew, so that what is as wide as the
+  vocabulary is in memory for one chunk alone. The batch's axis stays whole: it is laid out over devices.
+  """
+  n = jax.tree.leaves(arrays)[0].shape[1]
+  size = next((s for s in range(min(size, n), 0, -1) if n % s == 0), n)
+  if size == n:
+    return function(*arrays)
+  apart = lambda x: jnp.moveaxis(x.reshape(x.shape[0], n // size, size, *x.shape[2:]), 1, 0)
+  whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n, *x.shape[3:])
+  step = jax.checkpoint(lambda _, chunk: (None, function(*chunk)), prevent_cse=False)
+  return jax.tree.map(whole, jax.lax.scan(step, None, jax.tree.map(apart, arrays))[1])
+
+
+def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array, chunk: int = 0) -> jax.Array:
+  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1), `chunk` at a time."""
+  nats = lambda hidden, token: flow.jump_cost(jax.nn.log_softmax(net.logits(hidden), axis=-1), token)
+  return in_chunks(nats, chunk, hidden_BxLxD, sequence_BxT[:, 1:])
 
 
 def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array, draw: Draw | None,
@@ -302,7 +320,7 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   ar, cache, metrics = jnp.zeros(()), None, {}
   if not alone:
     hidden, cache = net.clean(sequence_BxT[:, :-1])
-    nats_BxL = token_nats(net, hidden, sequence_BxT)
+    nats_BxL = token_nats(net, hidden, sequence_BxT, config.chunk)
     ar = jnp.mean(nats_BxL)
     metrics["bits"] = ar * BITS
   if draw is None:
@@ -339,27 +357,45 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
     cache = cache.replace(k=through(cache.k), v=through(cache.v))
 
-  def read(prior):
-    prior_b, prior_c = split(for_slots(prior)) if prior.ndim > 1 else (prior, prior)
-    x = jnp.concatenate([net.embed(with_anchor(latent_b, anchor_b), codes, prior_b),
-                         net.embed(with_anchor(latent_c, anchor_c), fixed, prior_c)], axis=1)
-    hidden = net.window(cache, draw.anchor, x, with_anchor(latent, anchor_token).time)
-    return net.logits(hidden[:, :, :-1])
+  # Windows taught by the bound and by cross-entropy, each some at a time: (latent, anchor, token, time_next, step noise, codes).
+  group = -(-config.chunk // W) if config.chunk else 0  # windows at a time
+  parts = ((latent_b, anchor_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, codes),
+           (latent_c, anchor_c, token[:, bound_windows:], None, None, fixed))
+  slices = (slice(None, bound_windows), slice(bound_windows, None))
 
-  prior = statistics.log_unigram_V
+  def embedded(latent, anchor, codes, hidden):
+    """The slots' soft input; hidden (B, n, W, D): the pass before, whose logits are the prior where it was made, or None."""
+    prior = statistics.log_unigram_V
+    if hidden is not None:
+      prior = jnp.where(twice, jax.lax.stop_gradient(for_slots(net.logits(hidden))), prior)
+    return net.embed(with_anchor(latent, anchor), codes, prior)
+
+  def read(before):
+    """The windows' hidden states (B, N, W, D), behind the pass that left `before` (None: the first)."""
+    x = [in_chunks(lambda latent, anchor, hidden, codes=codes: embedded(latent, anchor, codes, hidden), group, latent, anchor,
+                   None if before is None else before[:, some])
+         for (latent, anchor, *_, codes), some in zip(parts, slices)]
+    return net.window(cache, draw.anchor, jnp.concatenate(x, axis=1), with_anchor(latent, anchor_token).time)[:, :, :-1]
+
+  def price(hidden, latent, token, time_next, noise, codes):
+    """Of some windows the cross-entropies of the beliefs and, where there is a next time, the costs of the step to it."""
+    context = net.logits(hidden)
+    nats = flow.jump_cost(flow.log_belief(context, codes, latent.y), token)
+    if time_next is None:
+      return (nats,)
+    return nats, take_step(context, codes, warp, latent, token, time_next, noise, config.antithetic, config.integrand)[0]
+
+  before = None
   if config.self_conditioning:
-    first = jnp.broadcast_to(prior, (*token.shape, prior.shape[0]))
-    prior = jax.lax.cond(draw.coin[0] < config.self_conditioning, lambda: jax.lax.stop_gradient(read(prior)),
-                         lambda: first)
-  context_b, context_c = split(read(prior))
-  token_b, token_c = split(token)
-
+    twice = draw.coin[0] < config.self_conditioning
+    first = lambda: jax.lax.stop_gradient(read(None))
+    before = jax.lax.cond(twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
+  hidden_w = read(before)
   unknown = ~latent.known
-  belief_b, belief_c = flow.log_belief(context_b, codes, latent_b.y), flow.log_belief(context_c, fixed, latent_c.y)
-  nats = jnp.concatenate([flow.jump_cost(belief_b, token_b), flow.jump_cost(belief_c, token_c)], axis=1)
-  nats = jnp.where(unknown, nats, 0.0)
-  cost_b, _ = take_step(context_b, codes, warp, latent_b, token_b, time_next[:, :bound_windows], draw.step_noise,
-                        config.antithetic, config.integrand)
+  priced = [in_chunks(lambda *x, codes=codes: price(*x, codes), group, hidden_w[:, some], latent, token, time_next, noise)
+            for (latent, _, token, time_next, noise, codes), some in zip(parts, slices)]
+  nats = jnp.where(unknown, jnp.concatenate([costs[0] for costs in priced], axis=1), 0.0)
+  cost_b = priced[0][1]
   whole_b = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]  # the path's cost that this step stands for
   bound_BxN = whole_b * draw.weight[:, :bound_windows] + jnp.mean(kl)
   # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.

@@ -32,7 +32,7 @@ def main() -> None:
     # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
                                None if args.process_id < 0 else args.process_id,
-                               heartbeat_timeout_seconds=args.heartbeat, shutdown_timeout_seconds=args.heartbeat)
+                               heartbeat_timeout_seconds=args.heartbeat)
   workdir = args.workdir or f"runs/{Path(file).stem}"
   try:
     train.train(config_lib.from_dict(values), workdir)

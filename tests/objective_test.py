@@ -1,7 +1,9 @@
 """The training objective's levers: what is drawn, what is taught, and what is left alone."""
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from conftest import small_config
 from evo_jax import config as config_lib
-from evo_jax import elbo, flops, paths, train
+from evo_jax import elbo, flops, paths, tokenizer, train
 from model_test import V, build
 from train_test import one_step
 
@@ -209,3 +211,21 @@ def test_operations_by_formula_are_those_that_xla_counts(changes):
   batch = jax.ShapeDtypeStruct((8, 129), jnp.int32)
   step = jax.jit(lambda s, b: train.train_step(s, b, model=model, config=config)).lower(state, batch)
   assert abs(flops.train_step(config, model.rows) / step.cost_analysis()["flops"] - 1) < 0.06
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss__self_conditioning": 1.0}, {"loss__bound_windows": 2}, {"window__count": 0}], ids=str)
+def test_chunks_of_the_vocabulary_change_no_value_and_save_memory(changes):
+  """Loss and gradient are those of all logits at once; the compiled step needs less memory."""
+  found = {}
+  for chunk in (0, 8):
+    config = small_config(**{"model__vocab_size": 512, "model__remat": "full", "loss__chunk": chunk, "window__count": 4, **changes})
+    model = train.make_model(config, tokenizer.Bytes())
+    state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
+    batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
+    step = jax.jit(functools.partial(train.train_step, model=model, config=config)).lower(state, batch).compile()
+    after, metrics = step(state, batch)
+    found[chunk] = after.params, metrics, step.memory_analysis().temp_size_in_bytes
+  for name, value in found[0][1].items():
+    np.testing.assert_allclose(found[8][1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), found[0][0], found[8][0])
+  assert found[8][2] < 0.7 * found[0][2], (found[8][2], found[0][2])

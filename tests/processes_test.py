@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, environment, run, train_flags
 from evo_jax import metrics
 
-LAST, EVERY = 120, 20
+LAST, EVERY = 60, 10
 STEPS = {"train.steps": LAST, "train.checkpoint_every": EVERY, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
-BOUND = 60  # seconds in which the others of a lost process must have ended
+BOUND = 90  # seconds in which the others of a lost process must have ended
 
 
 def flags(workdir, text, mesh=(1, 1, 1), **changes):
@@ -31,7 +31,7 @@ def processes(number, arguments):
     port = s.getsockname()[1]
   found = [subprocess.Popen(
       [sys.executable, "-m", "evo_jax.main", *arguments, f"--coordinator=localhost:{port}", f"--num_processes={number}",
-       f"--process_id={i}", "--heartbeat=20"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+       f"--process_id={i}", "--heartbeat=30"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       text=True) for i in range(number)]
   try:
     yield found
@@ -45,6 +45,11 @@ def ends(found, timeout=400):
   """(exit status, stdout, stderr) of each."""
   outputs = [process.communicate(timeout=timeout) for process in found]
   return [(process.returncode, *output) for process, output in zip(found, outputs)]
+
+
+def assert_well(ended):
+  for code, _, error in ended:
+    assert code == 0, [text[:1500] + " ... " + text[-1500:] for _, _, text in ended]
 
 
 def wait_for(condition, found):
@@ -85,7 +90,7 @@ def test_processes_train_as_one(alone, text, tmp_path, number, mesh):
   """Also where heads are split over processes, which then hold the same rows of a batch."""
   with processes(number, flags(tmp_path, text, mesh)) as found:
     ended = ends(found)
-  assert all(code == 0 for code, *_ in ended), ended
+  assert_well(ended)
   np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-3)
   assert "held-out" in ended[0][1] and not any("held-out" in out for _, out, _ in ended[1:])  # process 0 speaks
 
@@ -95,7 +100,7 @@ def test_a_signal_to_one_saves_on_all_and_one_process_goes_on(alone, text, tmp_p
     wait_for(lambda: last_step(tmp_path) >= 12, found)
     found[1].send_signal(signal.SIGTERM)
     ended = ends(found)
-  assert [code for code, *_ in ended] == [0, 0], ended
+  assert_well(ended)
   saved = checkpoints(tmp_path)[-1]
   assert 12 < saved < LAST and f"step {saved} is saved" in ended[0][1]
   done = run("evo_jax.main", *flags(tmp_path, text))
@@ -122,7 +127,7 @@ def test_a_killed_process_ends_the_others_and_two_go_on_from_one(alone, text, tm
   assert checkpoints(tmp_path) and checkpoints(tmp_path)[-1] < LAST
   with processes(2, flags(tmp_path, text, (1, 2, 1))) as found:
     ended = ends(found)
-  assert all(code == 0 for code, *_ in ended), ended
+  assert_well(ended)
   np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-3)
 
 
@@ -133,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
   for part in (tmp_path / "checkpoints" / str(LAST) / "params").rglob("*"):
     if part.is_file() and part.stat().st_size > 200:
       part.write_bytes(part.read_bytes()[:100])
-  half = tmp_path / "checkpoints" / "140.orbax-checkpoint-tmp-1"
+  half = tmp_path / "checkpoints" / "70.orbax-checkpoint-tmp-1"
   half.mkdir()
   read = run("evo_jax.evaluate", f"--workdir={tmp_path}", "--paths=ar", f"--data={text}")
   assert read.returncode == 0 and f"{LAST}: cannot be restored" in read.stderr and f"step {LAST - EVERY} is read instead" in read.stderr, read.stderr
@@ -154,8 +159,8 @@ def test_moments_may_change_their_dtype(alone, text, tmp_path):
   done = run("evo_jax.main", *flags(tmp_path, text, **{"optim.moment_dtype": "bfloat16"}))
   assert done.returncode == 0 and f"goes on after step {LAST - EVERY}" in done.stdout, done.stderr
   found = losses(tmp_path)
-  np.testing.assert_allclose(found[:101], alone[:101], rtol=1e-6)
-  assert 0 < np.abs(found[101:] - alone[101:]).max() < 0.02
+  np.testing.assert_allclose(found[:51], alone[:51], rtol=1e-6)
+  assert 0 < np.abs(found[51:] - alone[51:]).max() < 0.02
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["config"]["optim"]["moment_dtype"] == "bfloat16"
 
