@@ -27,6 +27,7 @@ def get_config():
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8
+  c.loss.chunk = 512
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 512
