@@ -24,6 +24,7 @@ def get_config():
   c.model.tie_embeddings = True
   c.model.dtype = "bfloat16"
   c.model.remat = "full"
+  c.model.attention_block = 512
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8

@@ -26,6 +26,7 @@ def get_config():
   c.model.rope_base = 500_000.0
   c.model.dtype = "bfloat16"
   c.model.remat = "full"
+  c.model.attention_block = 512
   c.window.size = 32
   c.window.count = 32
   c.loss.bound_windows = 8

@@ -54,6 +54,30 @@ def attend(q_BxKxNxGxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
   return (out / total).astype(q.dtype)
 
 
+def attend_in_blocks(block: int, q_BxKxNxGxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,
+                     start_BxNxS: jax.Array | None, own: Keys | None, visible_NxSxT: jax.Array | None,
+                     causal: bool = False) -> jax.Array:
+  """`attend`, with the scores of about `block` queries of a sequence and head in memory at a time (0: of all).
+
+  The backward pass computes a block's scores anew. causal: slot s sees no clean position behind s, so that a block reads only the
+  keys up to its end: half of all products. Runs are read some at a time otherwise.
+  """
+  _, _, N, _, S, _ = q_BxKxNxGxSxE.shape
+  if not block or N * S <= block:
+    return attend(q_BxKxNxGxSxE, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
+  some = jax.checkpoint(attend, prevent_cse=False)
+  if causal:
+    # Places may be shared by the batch: axes of size 1 are.
+    return jnp.concatenate([
+        some(q_BxKxNxGxSxE[..., i:i + block, :], tuple(x[:, :, :i + block] for x in past), stop_BxNxS[..., i:i + block],
+             None if start_BxNxS is None else start_BxNxS[..., i:i + block]) for i in range(0, S, block)], axis=4)
+  runs = max(block // S, 1)
+  part = lambda x, i: x if x is None or x.shape[1] == 1 else x[:, i:i + runs]
+  return jnp.concatenate([
+      some(q_BxKxNxGxSxE[:, :, i:i + runs], past, part(stop_BxNxS, i), part(start_BxNxS, i),
+           own and tuple(x[:, :, i:i + runs] for x in own), visible_NxSxT) for i in range(0, N, runs)], axis=2)
+
+
 def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
   """Keys or values of a text with new ones at the places first[b], first[b] + 1, ...
 

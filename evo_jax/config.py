@@ -49,6 +49,7 @@ class Model:
   progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or one for each, inferred
   dtype: str = "float32"  # of computation
   param_dtype: str = pinned("float32")
+  attention_block: int = 0  # queries whose attention scores are in memory at a time; 0: all. Changes no value
   remat: str = "none"  # none | full | dots: what the backward pass computes again
   unroll: int = 1  # layers unrolled in the scan over layers
 
@@ -275,7 +276,7 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
   for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
                 "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
-                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "paths.ragged", "window.start", "loss.self_conditioning",
+                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "model.attention_block", "paths.ragged", "window.start", "loss.self_conditioning",
                 "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
                 "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
                 "data.seed"):

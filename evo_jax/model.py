@@ -124,15 +124,15 @@ class Block(nn.Module):
     qkv_BxKxNxJxSxE = qkv.transpose(0, 3, 1, 4, 2, 5)
     qk, v = attention.rotate(qkv_BxKxNxJxSxE[:, :, :, :-1], angles), qkv_BxKxNxJxSxE[:, :, :, -1]
     q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
-    own = (k, v)
-    if visible is None and past is None:
+    own, is_clean = (k, v), visible is None and past is None
+    if is_clean:
       past, own = (k[:, :, 0], v[:, :, 0]), None
     elif write is not None:
       first, fresh = write
       past = tuple(attention.enter(old, first, new[:, :, 0, :fresh]) for old, new in zip(past, own))
       own = (k[:, :, :, fresh:], v[:, :, :, fresh:]) if visible is not None else None
     kept = past if own is None or write is not None else None
-    y_BxKxNxGxSxE = attention.attend(q, past, *span, own, visible)
+    y_BxKxNxGxSxE = attention.attend_in_blocks(c.attention_block, q, past, *span, own, visible, causal=is_clean)
     y = y_BxKxNxGxSxE.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)
