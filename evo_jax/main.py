@@ -33,6 +33,10 @@ def main() -> None:
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
                                None if args.process_id < 0 else args.process_id,
                                heartbeat_timeout_seconds=args.heartbeat)
+    if jax.default_backend() == "cpu":
+      # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one order, and
+      # processes mix up their messages: Gloo then complains of sizes that do not match.
+      jax.config.update("jax_enable_compilation_cache", False)
   workdir = args.workdir or f"runs/{Path(file).stem}"
   try:
     train.train(config_lib.from_dict(values), workdir)
