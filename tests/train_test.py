@@ -225,7 +225,7 @@ def test_a_full_disk_is_seen_before_it_is_written_to(tmp_path, monkeypatch):
   found = checkpoint.Checkpoints(checkpoint.make_workdir(str(tmp_path)), 2)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 39))
   with pytest.raises(cli.UserError, match="needs 40 bytes, 39 are free"):
-    found.save(1, {"params": {"a": jnp.zeros(10)}}, None)
+    found.save(1, {"params": {"a": jnp.zeros(10)}})
   found.close()
 
 
