@@ -91,6 +91,25 @@ class Measurement:
   cost: jax.Array
 
 
+@flax.struct.dataclass
+class Mean:
+  """A mean whose parts are added up first, over microbatches and devices: float32 scalars."""
+
+  total: jax.Array
+  count: jax.Array
+
+  @classmethod
+  def of(cls, values: jax.Array, mask: jax.Array | None = None) -> "Mean":
+    """Over the values (...), or over those with `mask` (...)."""
+    mask = jnp.ones(values.shape) if mask is None else jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
+    return cls(jnp.sum(values * mask), jnp.sum(mask))
+
+  @property
+  def value(self) -> jax.Array:
+    """0 where nothing was counted."""
+    return self.total / jnp.maximum(self.count, 1)
+
+
 def start_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, config: config_lib.Warp) -> Statistics:
   """Statistics before training: a uniform unigram, and the warp of a field that knows nothing but the evidence."""
   rows = codes_VxM.shape[0]
@@ -126,7 +145,7 @@ class Draw:
   noise: jax.Array  # (B, N, W, M) standard normal
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
   delay_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
-  coin: jax.Array  # (B,) in [0, 1): the first decides on self-conditioning
+  coin: jax.Array  # (B,) in [0, 1), all the same: decides on self-conditioning
 
 
 def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window: config_lib.Window,
@@ -201,7 +220,7 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
       front=in_stream == reached,
       time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
       noise=noise[:, :N], step_noise=noise[:, N:],
-      delay_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jax.random.uniform(keys[5], (batch,)))
+      delay_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)))
 
 
 def _snap(time: jax.Array) -> jax.Array:
@@ -310,7 +329,7 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     learned: whether the network infers progression times (model.progression).
 
   Returns:
-    (ar, window): weighted losses in nats a token, to be added up or clipped apart; a Measurement; and a dict of scalars
+    (ar, window): weighted losses in nats a token, to be added up or clipped apart; a Measurement; and a dict of `Mean`s
     in bits a token, unweighted: `bits` (autoregression; where nothing reads the clean stream, the windows' cross-entropy),
     `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the windows of each path.
   """
@@ -322,7 +341,7 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     hidden, cache = net.clean(sequence_BxT[:, :-1])
     nats_BxL = token_nats(net, hidden, sequence_BxT, config.chunk)
     ar = jnp.mean(nats_BxL)
-    metrics["bits"] = ar * BITS
+    metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
   if draw is None:
     none = jnp.zeros((0,))
     return (config.ar_weight * ar, jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5), metrics
@@ -408,17 +427,16 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   window = (config.bound_weight * jnp.sum(bound_BxN) + jnp.sum(ce_BxN)) / (token.shape[0] * token.shape[1])
 
   nats, whole_b = jax.lax.stop_gradient((nats, whole_b))
-  mean = lambda values, mask: jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
   if bound_windows < token.shape[1]:
-    metrics["window_ce"] = mean(nats[:, bound_windows:], unknown[:, bound_windows:]) * BITS
+    metrics["window_ce"] = Mean.of(nats[:, bound_windows:] * BITS, unknown[:, bound_windows:])
   if bound_windows:
-    metrics["window_bound"] = jnp.mean(bound_BxN) * BITS
+    metrics["window_bound"] = Mean.of(jax.lax.stop_gradient(bound_BxN) * BITS)
   if learned and bound_windows:
-    metrics["progression_kl"] = mean(kl, jnp.broadcast_to(use[:, :bound_windows], kl.shape)) * BITS
+    metrics["progression_kl"] = Mean.of(jax.lax.stop_gradient(kl) * BITS, use[:, :bound_windows])
   for i, name in enumerate(config_lib.TRAIN_PATHS):
-    metrics[f"ce_{name}"] = mean(nats, unknown & (draw.path == i)[..., None]) * BITS
+    metrics[f"ce_{name}"] = Mean.of(nats * BITS, unknown & (draw.path == i)[..., None])
   if alone:
-    metrics["bits"] = mean(nats, unknown) * BITS
+    metrics["bits"] = Mean.of(nats * BITS, unknown)
   # Where neighbours are known or not at all, nothing is learned of the price of partial knowledge.
   partial = unknown & (draw.path < _GAUSSIANS)[..., None]
   measured = Measurement(sequence_BxT[:, 1:], jax.lax.stop_gradient(precision_at(warp, time)), nats,

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from evo_jax import attention
 from evo_jax import config as config_lib
 from evo_jax import flow
+from evo_jax import sharding
 from evo_jax.sharding import RULES, ShardingRules
 
 DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
@@ -66,6 +67,13 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
   return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*lead, *out)
 
 
+def parameter(module: nn.Module, rules: ShardingRules, name: str, init, shape, axes, param_dtype, dtype) -> jax.Array:
+  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype`."""
+  if sharding.by_hand() and module.has_variable("params", name):  # this device's part, whose shape linen would not take
+    return rules.gather(module.get_variable("params", name), axes, dtype)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(param_dtype))
+
+
 class Block(nn.Module):
   """One layer, for both streams."""
 
@@ -76,14 +84,15 @@ class Block(nn.Module):
     c = self.config
     D, H, K, E, F = c.width, c.heads, c.kv_heads, c.width // c.heads, c.hidden
     J = H // K + 2
-    dtype = jnp.dtype(c.param_dtype)
+
+    def param(name, init, shape, axes):
+      return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, c.dtype)
 
     def weight(name, shape, axes, fan_in, scale=1.0):
-      init = nn.initializers.truncated_normal(scale * fan_in**-0.5)
-      return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+      return param(name, nn.initializers.truncated_normal(scale * fan_in**-0.5), shape, axes)
 
     def norm(name):
-      return self.param(name, nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (D,), dtype)
+      return param(name, nn.initializers.ones, (D,), ("norm",))
 
     out = (2 * c.layers) ** -0.5  # keeps the residual stream's variance from growing with depth (GPT-2)
     self.attention_norm = norm("attention_norm")
@@ -93,9 +102,7 @@ class Block(nn.Module):
     self.mlp_norm = norm("mlp_norm")
     self.w_in_Dx2xF = weight("w_in", (D, 2, F), ("embed", None, "mlp"), D)  # gate and up
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
-    self.w_time_Rx6xD = self.param(
-        "w_time", nn.with_logical_partitioning(nn.initializers.zeros, ("time", None, "embed")), (c.time_dim, 6, D),
-        dtype)
+    self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
 
   def __call__(self, x_BxNxSxD, past, time_BxNxSxR, angles, span, visible, write):
     """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
@@ -142,6 +149,14 @@ class Block(nn.Module):
     return self.rules.constrain(x, "batch", "runs", "slots", "width"), kept
 
 
+def _all_but_gathered(primitive, *_, **__) -> bool:
+  # A weight that was gathered, or was given another shape or dtype then, is gathered anew: kept, they would be the whole model.
+  return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")
+
+
+_KEPT = {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
 class Evo(nn.Module):
   """The network. `vocab_size` counts the tokenizer's tokens; the tables may have more rows, which are ruled out.
 
@@ -163,15 +178,14 @@ class Evo(nn.Module):
   def setup(self):
     c = self.config
     D, V, M, R = c.width, self.rows, c.code_dim, c.time_dim
-    dtype = jnp.dtype(c.param_dtype)
 
     def param(name, shape, axes, init):
-      return self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+      return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, c.dtype)
 
     normal = nn.initializers.normal
-    self.embedding_VxD = param("embedding", (V, D), ("vocab_table", "width"), normal(D**-0.5))
+    self.embedding_VxD = param("embedding", (V, D), ("vocab", "embed"), normal(D**-0.5))
     self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D))
-    self.codes_VxM = param("codes", (V, M), ("vocab_table", "code"), normal(M**-0.5))
+    self.codes_VxM = param("codes", (V, M), ("vocab", "code"), normal(M**-0.5))
     self.final_norm = param("final_norm", (D,), ("norm",), nn.initializers.ones)
     self.time_in = param("time_in", (_FREQUENCIES, R), (None, "time"), normal(_FREQUENCIES**-0.5))
     self.time_out = param("time_out", (R, R), (None, "time"), normal(R**-0.5))
@@ -186,10 +200,7 @@ class Evo(nn.Module):
       self.clock_posterior_slot = param("clock_posterior_slot", (F + 1, P), (None, None), normal((F + 1)**-0.5))
       self.clock_posterior_out = param("clock_posterior_out", (P, 2), (None, None), zeros)
 
-    block = Block
-    if c.remat != "none":
-      policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[c.remat]
-      block = nn.remat(block, prevent_cse=False, policy=policy)
+    block = nn.remat(Block, prevent_cse=False, policy=_KEPT[c.remat]) if c.remat != "none" or sharding.by_hand() else Block
     if not self.stacked:
       self.layer = [block(c, self.rules) for _ in range(c.layers)]
       return
@@ -270,7 +281,11 @@ class Evo(nn.Module):
 
   def embed_tokens(self, tokens: jax.Array) -> jax.Array:
     """(..., D) embeddings of known tokens (...)."""
-    return self.embedding_VxD.astype(self.config.dtype)[tokens]
+    return self._table()[tokens]
+
+  def _table(self) -> jax.Array:
+    # Whole rows before they are looked up: the compiler would make the whole table on every device, and warn of it.
+    return self.rules.constrain(self.embedding_VxD.astype(self.config.dtype), "vocab", "width")
 
   def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
     """The soft input (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
@@ -278,7 +293,7 @@ class Evo(nn.Module):
     prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning).
     """
     weights = jax.nn.softmax(prior_logits + flow.evidence(codes_VxM, latent.y), axis=-1)
-    table = self.embedding_VxD.astype(self.config.dtype)
+    table = self._table()
     soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
     return jnp.where(latent.known[..., None], table[latent.token], soft)
 
@@ -352,8 +367,12 @@ def unstacked(params: dict) -> dict:
 
 
 @functools.lru_cache
+def abstract_params(config: config_lib.Model, vocab_size: int) -> dict:
+  """Shapes and dtypes of the parameters, in linen's boxes, which carry the logical axes."""
+  model = Evo(config, vocab_size)
+  return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+
+
 def count_parameters(config: config_lib.Model, vocab_size: int) -> int:
   """The number of parameters, from shapes alone."""
-  model = Evo(config, vocab_size)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, vocab_size)))

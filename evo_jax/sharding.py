@@ -2,10 +2,14 @@
 
 Axes of the mesh: `data` (copies of the parameters), `fsdp` (parameters and optimizer state in shards, gathered where
 they are used), `tensor` (heads, hidden units and vocabulary in shards). One device is the mesh (1, 1, 1).
+
+Training runs by hand over `data` and `fsdp` (`by_shard`): each shard of the batch computes as if it were alone, parameters are gathered
+where they are used and gradients are scattered where they come back, once for all that a use adds up. The compiler lays out `tensor`, and
+everything outside of training.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
@@ -31,7 +35,6 @@ class ShardingRules:
   head_dim: Any = None
   mlp: Any = "tensor"
   vocab: Any = "tensor"
-  vocab_table: Any = ("tensor", "fsdp")  # rows of tables that are looked up: their width stays whole
   norm: Any = None
   code: Any = None
   time: Any = None
@@ -49,13 +52,78 @@ class ShardingRules:
     return PartitionSpec(*axes)
 
   def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the layout of an activation; outside a mesh (`jax.set_mesh`) it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the layout of an activation, on axes that are not laid out by hand; outside a mesh (`jax.set_mesh`) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
       return x
-    return jax.lax.with_sharding_constraint(x, self.spec(names))
+    return jax.lax.with_sharding_constraint(x, _only(self.spec(names), set(AXES) - set(mesh.manual_axes)))
+
+  def gather(self, x: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
+    """A parameter whole along the axes that lie over `fsdp`, where a shard computes by hand; elsewhere as it is.
+
+    It travels in `dtype`, and so does its gradient on its way back, which is summed over the shards and scattered.
+    """
+    if not by_hand():
+      return x
+    for i, axis in enumerate(self.spec(names)):
+      if "fsdp" in _axes(axis):
+        x = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=i, tiled=True).astype(x.dtype)
+    return x
 
 
 RULES = ShardingRules()
+BY_HAND = ("data", "fsdp")
+
+
+def _axes(axis: Any) -> tuple[str, ...]:
+  return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def _only(spec: PartitionSpec, axes) -> PartitionSpec:
+  """The spec on some axes of the mesh."""
+  kept = (tuple(a for a in _axes(axis) if a in axes) for axis in spec)
+  return PartitionSpec(*(None if not k else k[0] if len(k) == 1 else k for k in kept))
+
+
+def by_hand() -> bool:
+  """Whether this is traced for one shard of the batch (`by_shard`)."""
+  return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def specs(boxed: Any, rules: ShardingRules = RULES) -> Any:
+  """PartitionSpecs of a tree whose parameters carry logical axes (linen's boxes); of what carries none, the empty one."""
+  return jax.tree.map(lambda x: rules.spec(x.names) if _is_boxed(x) else PartitionSpec(), boxed, is_leaf=_is_boxed)
+
+
+def _is_boxed(x: Any) -> bool:
+  return isinstance(x, nn.LogicallyPartitioned)
+
+
+def by_shard(function: Callable, params_specs: Any, gradients: int, rules: ShardingRules = RULES) -> Callable:
+  """function(params, shared, batch) for each shard of the batch by itself, as if it were alone.
+
+  `function` gets its shard of the parameters (`gather` makes them whole), `shared` as it is, and its rows of the batch's trees. It
+  returns `gradients` trees like the parameters, which are averaged over the shards; a tree of totals, which are summed; and a tree
+  of arrays with the batch's rows in front. Over `data`, gradients travel in their own dtype, once. Outside a mesh it is the function.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  params = jax.tree.map(lambda spec: _only(spec, BY_HAND), params_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  rows = _only(rules.spec(("batch",)), BY_HAND)
+
+  def mean(gradient, spec):
+    scattered = any("fsdp" in _axes(axis) for axis in spec)  # and summed over fsdp on the way
+    return jax.lax.psum(gradient, "data" if scattered else BY_HAND) / shards
+
+  def one(local, shared, batch):
+    found, totals, arrays = function(local, shared, batch)
+    found = tuple(jax.tree.map(mean, gradient, params) for gradient in found)
+    return found, jax.lax.psum(totals, BY_HAND), arrays
+
+  return jax.shard_map(one, in_specs=(params, PartitionSpec(), rows),
+                       out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=set(BY_HAND), check_vma=False)
 
 
 def make_mesh(config: config_lib.Mesh) -> Mesh:
@@ -79,7 +147,7 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
   UserError where a size does not divide the mesh, naming parameter, axis and size.
   """
   def one(path, leaf):
-    if not isinstance(leaf, nn.LogicallyPartitioned):
+    if not _is_boxed(leaf):
       return NamedSharding(mesh, PartitionSpec())
     spec = rules.spec(leaf.names)
     for size, name, axis in zip(leaf.value.shape, leaf.names, spec):
@@ -89,7 +157,7 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
                         f"{jax.tree_util.keystr(path, simple=True, separator='.')}")
     return NamedSharding(mesh, spec)
 
-  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_boxed)
 
 
 def batch_rows(mesh: Mesh, size: int, rules: ShardingRules = RULES) -> list[int]:

@@ -29,7 +29,7 @@ from evo_jax import paths
 from evo_jax import sharding
 from evo_jax import tokenizer as tokenizer_lib
 from evo_jax.cli import UserError
-from evo_jax.model import Evo, count_parameters
+from evo_jax.model import Evo, abstract_params, count_parameters
 
 
 @flax.struct.dataclass
@@ -94,35 +94,41 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
     draw = elbo.draw_windows(key_for(config.train.seed, "windows", state.step), B, L, config.model.code_dim,
                              config.window, config.paths, config.loss.bound_windows, density)
 
-  def losses(params, sequence, draw):
+  def losses(params, statistics, sequence, draw):
     net = model.bind({"params": params})
-    terms, measured, metrics = elbo.training_loss(net, state.statistics, sequence, draw, config.loss, learned)
-    return terms, (measured, metrics)
+    terms, measured, metrics = elbo.training_loss(net, statistics, sequence, draw, config.loss, learned)
+    return terms, (metrics, measured)
 
-  def gradients(sequence, draw):
-    """Gradients of the AR term and the window term: the sum alone, unless they are clipped apart."""
+  def gradients(params, statistics, batch):
+    """Gradients of the AR term and the window term: of their sum, unless they are clipped apart. With metrics and measurements."""
     if not config.optim.separate_clip:
-      joint = lambda params: (lambda terms, aux: (sum(terms), aux))(*losses(params, sequence, draw))
-      gradient, aux = jax.grad(joint, has_aux=True)(state.params)
-      return (gradient,), aux
-    _, pull, aux = jax.vjp(lambda params: losses(params, sequence, draw), state.params, has_aux=True)
-    return (pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]), aux
+      joint = lambda params: (lambda terms, aux: (sum(terms), aux))(*losses(params, statistics, *batch))
+      gradient, aux = jax.grad(joint, has_aux=True)(params)
+      return (gradient,), *aux
+    _, pull, aux = jax.vjp(lambda params: losses(params, statistics, *batch), params, has_aux=True)
+    return (pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]), *aux
 
-  if config.train.accumulate == 1:
-    gradient, (measured, metrics) = gradients(sequence_BxT, draw)
-  else:
+  def accumulated(params, statistics, batch):
+    """The same in microbatches, of which one is in memory at a time."""
     micro = config.train.accumulate
-    parts = jax.tree.map(lambda x: x.reshape(micro, B // micro, *x.shape[1:]), (sequence_BxT, draw))
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-    start = (zeros,) * (2 if config.optim.separate_clip else 1)
+    if micro == 1:
+      return gradients(params, statistics, batch)
+    parts = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
     def body(total, part):
-      gradient, aux = gradients(*part)
+      gradient, *aux = gradients(params, statistics, part)
       return jax.tree.map(lambda a, b: a + b / micro, total, gradient), aux
 
-    gradient, (measured, metrics) = jax.lax.scan(body, start, parts)
-    metrics = jax.tree.map(jnp.mean, metrics)
+    gradient, (metrics, measured) = jax.lax.scan(body, (zeros,) * terms, parts)
+    return (gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics),
+            jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured))
 
+  terms = 2 if config.optim.separate_clip else 1
+  specs = sharding.specs(abstract_params(model.config, model.vocab_size), model.rules)
+  gradient, metrics, measured = sharding.by_shard(accumulated, specs, terms, model.rules)(
+      state.params, state.statistics, (sequence_BxT, draw))
+  metrics = {name: mean.value for name, mean in metrics.items()}
   clipped, norms = zip(*(optim.clip(g, config.optim.clip) for g in gradient))
   gradient = jax.tree.map(lambda *parts: sum(parts), *clipped)
   updates, optimizer = optim.make(config.optim, config.train.steps).update(gradient, state.optimizer, state.params)

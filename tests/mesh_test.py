@@ -52,7 +52,7 @@ def test_a_checkpoint_moves_between_meshes(runs, text, tmp_path):
 
 def test_rules_fail_loudly():
   with pytest.raises(ValueError, match="use a mesh axis twice"):
-    sharding.RULES.spec(("embed", "vocab_table"))
+    sharding.RULES.spec(("vocab", "mlp"))
   with pytest.raises(AttributeError):
     sharding.RULES.spec(("embedd",))
 
