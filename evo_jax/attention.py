@@ -1,4 +1,4 @@
-"""Attention over the keys of the clean stream and of a run of slots. One `attend()`.
+"""Attention over the keys of the clean stream and of a run of slots. One `attend()`, and what stands for it where it is faster.
 
 Letters in names: B batch, N runs of slots (windows; 1 for the clean stream), S slots of a run, T those of them that are keys,
 L clean positions, H heads, K heads for keys and values, G = H / K, E elements of a head.
@@ -8,6 +8,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from evo_jax import config as config_lib
+from evo_jax import kernels
+from evo_jax import sharding
 
 Keys = tuple[jax.Array, jax.Array]  # keys and values
 
@@ -52,6 +56,29 @@ def attend(q_BxKxNxGxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
   out = sum(gather(w.astype(q.dtype)).reshape(B, K, N, G, S, E) for w, (_, gather) in zip(weights, parts))
   return (out / total).astype(q.dtype)
+
+
+def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxNxGxSxE: jax.Array, past: Keys | None,
+              stop_BxNxS: jax.Array | None, start_BxNxS: jax.Array | None, own: Keys | None, visible_NxSxT: jax.Array | None,
+              causal: bool = False) -> jax.Array:
+  """`attend`, by the kernel that config.attention names, where it takes these shapes; by `attend_in_blocks` elsewhere.
+
+  causal: the slots are the clean stream; slot s sees the positions from `start` to s.
+  """
+  kind = config.attention
+  if kind == "auto":
+    kind = "splash" if sharding.platform() == "tpu" else "xla"
+  q, heads, rows = q_BxKxNxGxSxE, ("batch", "kv_heads"), ("batch",)
+  if causal and kind == "splash" and kernels.takes_clean(q.shape[4]):
+    start = None if start_BxNxS is None else start_BxNxS[:, 0]
+    return rules.by_device(kernels.splash_clean, (heads, heads, heads, rows), heads)(
+        q[:, :, 0], *past, start)[:, :, None]
+  if causal and kind == "cudnn" and start_BxNxS is None:
+    return rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, 0], *past)[:, :, None]
+  if kind == "splash" and past is not None and own is not None and visible_NxSxT.ndim < 4:  # windows, and not one text's slots
+    return rules.by_device(kernels.splash_windows, (heads, heads, rows, rows, heads, ()), heads)(
+        q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
+  return attend_in_blocks(config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal)
 
 
 def attend_in_blocks(block: int, q_BxKxNxGxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,

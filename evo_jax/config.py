@@ -15,6 +15,7 @@ import ml_collections
 from evo_jax.cli import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece")
@@ -49,7 +50,8 @@ class Model:
   progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or one for each, inferred
   dtype: str = "float32"  # of computation
   param_dtype: str = pinned("float32")
-  attention_block: int = 0  # queries whose attention scores are in memory at a time; 0: all. Changes no value
+  attention: str = "auto"  # auto | xla | splash | cudnn: auto is splash on TPUs, xla elsewhere. Changes rounding at most
+  attention_block: int = 0  # of xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   remat: str = "none"  # none | full | dots: what the backward pass computes again
   unroll: int = 1  # layers unrolled in the scan over layers
 
@@ -287,6 +289,8 @@ def _check(c: Config) -> None:
   need(c.model.heads % c.model.kv_heads == 0, "model.kv_heads", f"does not divide model.heads = {c.model.heads}")
   need(c.model.dtype in DTYPES, "model.dtype", f"is not one of {', '.join(DTYPES)}")
   need(c.model.param_dtype in DTYPES, "model.param_dtype", f"is not one of {', '.join(DTYPES)}")
+  need(c.model.attention in ATTENTIONS, "model.attention", f"is not one of {', '.join(ATTENTIONS)}")
+  need(c.model.attention != "cudnn" or c.model.dtype == "bfloat16", "model.attention", "needs model.dtype = bfloat16")
   need(c.model.remat in REMAT_POLICIES, "model.remat", f"is not one of {', '.join(REMAT_POLICIES)}")
   need(c.model.context % c.window.size == 0, "window.size", f"does not divide model.context = {c.model.context}")
   need(any(getattr(c.paths, p) > 0 for p in TRAIN_PATHS), "paths.diagonal", "and all other path weights are zero")

@@ -1,10 +1,15 @@
-"""Compute by formula: floating-point operations of a forward pass and of a training step, from shapes alone.
+"""Compute: floating-point operations of a forward pass and of a training step, by formula and as traced.
 
 A multiplication and an addition count as two. Counted are the matrix products (weights, attention scores and sums, soft
-inputs, beliefs, the vocabulary's logits); what is element by element is not, a few per cent at small widths. Attention is counted
-as it is computed, without savings from masks. `experiments/frontier.py` matches methods by these numbers; a test holds
-them against XLA's own count.
+inputs, beliefs, the vocabulary's logits); what is element by element is not, a few per cent at small widths.
+`experiments/frontier.py` matches methods by these numbers; a test holds them against XLA's own count.
 """
+
+import math
+from typing import Any, Callable
+
+import jax
+from jax.extend import core
 
 from evo_jax import config as config_lib
 
@@ -18,7 +23,7 @@ def peak(device_kind: str) -> float | None:
   return next((value for name, value in PEAK.items() if device_kind.startswith(name)), None)
 
 
-def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: int, windows: bool) -> float:
+def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: float, windows: bool) -> float:
   """Operations of one pass over `slots` tokens, each of which attends to `keys` positions.
 
   windows: True for slots of windows, which pay for soft inputs and time conditioning, too. With the vocabulary's logits.
@@ -34,17 +39,19 @@ def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: int, window
   return 2.0 * slots * (model.layers * (block + attention) + outside)
 
 
-def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True) -> float:
+def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
   """Operations of one training step: forward, and backward at twice its price.
 
   windows: False for a step before the windows start. The windows' second reading under self-conditioning is a forward pass
-  in the share of the steps that have it.
+  in the share of the steps that have it. visible: count only keys that a mask lets through, in the mean: what a model flops
+  utilization (MFU) is measured by here; else attention counts as if it were computed without savings from masks.
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
   alone = config.diffusion_alone and N > 0
-  clean = 0.0 if alone else 3.0 * read(model, vocab_rows, B * L, L, False)
-  keys = W + 1 if alone else L + W + 1
+  clean = 0.0 if alone else 3.0 * read(model, vocab_rows, B * L, (L + 1) / 2 if visible else L, False)
+  past = 0 if alone else (L - W) / 2 if visible else L  # anchors are spread evenly
+  keys = past + W + 1
   window = read(model, vocab_rows, B * N * (W + 1), keys, True)
   return clean + window * (3.0 + config.loss.self_conditioning)
 
@@ -54,3 +61,35 @@ def train_run(config: config_lib.Config, vocab_rows: int) -> float:
   before = config.windows_start
   return (before * train_step(config, vocab_rows, windows=False)
           + (config.train.steps - before) * train_step(config, vocab_rows))
+
+
+def traced(function: Callable, *args: Any) -> float:
+  """Operations of the matrix products that function(*args) does, all devices together: what a backward pass computes again counts again.
+
+  args: arrays or their shapes. Loops count with their length, of a condition's branches the dearest; a Pallas kernel's blocks all count,
+  also those that a mask leaves out when it runs; loops whose length is not known (`while`) count once.
+  """
+  return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+      total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+      continue
+    parts = [_of_jaxpr(getattr(part, "jaxpr", part)) for part in core.jaxprs_in_params(params)]
+    if name == "cond":
+      total += max(parts)
+    elif name == "scan":
+      total += params["length"] * sum(parts)
+    elif name == "shard_map":
+      total += math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(parts)
+    elif name == "pallas_call":
+      total += math.prod(params["grid_mapping"].grid) * sum(parts)
+    else:
+      total += sum(parts)
+  return total

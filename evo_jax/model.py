@@ -139,7 +139,7 @@ class Block(nn.Module):
       past = tuple(attention.enter(old, first, new[:, :, 0, :fresh]) for old, new in zip(past, own))
       own = (k[:, :, :, fresh:], v[:, :, :, fresh:]) if visible is not None else None
     kept = past if own is None or write is not None else None
-    y_BxKxNxGxSxE = attention.attend_in_blocks(c.attention_block, q, past, *span, own, visible, causal=is_clean)
+    y_BxKxNxGxSxE = attention.attend_by(c, self.rules, q, past, *span, own, visible, causal=is_clean)
     y = y_BxKxNxGxSxE.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)

@@ -9,7 +9,7 @@ everything outside of training.
 """
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -58,6 +58,19 @@ class ShardingRules:
       return x
     return jax.lax.with_sharding_constraint(x, _only(self.spec(names), set(AXES) - set(mesh.manual_axes)))
 
+  def by_device(self, function: Callable, names: Sequence[tuple[str, ...]], result: tuple[str | None, ...]) -> Callable:
+    """function(*arrays) on every device's part of them: for kernels, which the compiler cannot lay out.
+
+    names: the leading logical axes of each argument's arrays, () for what every device has whole; result: those of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rest = set(AXES) - set(mesh.manual_axes)
+    if mesh.empty or not rest:
+      return function
+    spec = lambda axes: _only(self.spec(axes), rest)
+    return jax.shard_map(function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(result), axis_names=rest,
+                         check_vma=False)
+
   def gather(self, x: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
     """A parameter whole along the axes that lie over `fsdp`, where a shard computes by hand; elsewhere as it is.
 
@@ -88,6 +101,16 @@ def _only(spec: PartitionSpec, axes) -> PartitionSpec:
 def by_hand() -> bool:
   """Whether this is traced for one shard of the batch (`by_shard`)."""
   return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def platform() -> str:
+  """What the code that is traced will run on: "cpu", "gpu" or "tpu"; the mesh's devices, which need not be at hand."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  if device is None:
+    return jax.default_backend()
+  kind = device.device_kind
+  return "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu"
 
 
 def specs(boxed: Any, rules: ShardingRules = RULES) -> Any:

@@ -235,7 +235,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
         row = {"step": step} | _checked(step, metrics, checkpoints)
         bar.step(step, row["bits"])
         meter.step()
-        row |= meter.row(flops.train_step(config, model.rows, windows))
+        row |= meter.row(flops.train_step(config, model.rows, windows, visible=True))
         if evaluates:
           params = state.params if state.ema is None else state.ema
           with meter.waits("evaluation"):

@@ -1,0 +1,64 @@
+"""Kernels of attention against the plain one, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evo_jax import attention, config, kernels, sharding
+
+K, G, E, L = 2, 2, 16, 256
+
+
+def draw(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(function, reference, arrays, message=""):
+  """Same values and same gradients in all arrays, of a random linear form."""
+  weights = draw(99, *jax.eval_shape(reference, *arrays).shape)
+  both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weights), argnums=tuple(range(len(arrays)))))(*arrays)
+          for f in (function, reference)]
+  np.testing.assert_allclose(jax.jit(function)(*arrays), jax.jit(reference)(*arrays), rtol=1e-4, atol=1e-5, err_msg=message)
+  for got, wanted in zip(both[0][1], both[1][1]):
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2e-5, err_msg=message)
+
+
+def by(kind):
+  return lambda *a, **k: attention.attend_by(config.Model(attention=kind), sharding.RULES, *a, **k)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_splash_attention_is_attend_on_the_clean_stream(documents):
+  q, k, v = draw(0, 2, K, 1, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
+  place = jnp.arange(L)
+  start = jnp.stack([jnp.where(place < 100, 0, 100), jnp.where(place < 7, 0, 7)])[:, None] if documents else None
+  run = lambda kind: lambda q, k, v: by(kind)(q, (k, v), place[None, None] + 1, start, None, None, causal=True)
+  close(run("splash"), run("xla"), (q, k, v))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_splash_attention_is_attend_on_windows(documents):
+  N, S, B = 3, 17, 2
+  q, past = draw(0, B, K, N, G, S, E), (draw(1, B, K, L, E), draw(2, B, K, L, E))
+  own = draw(3, B, K, N, S, E), draw(4, B, K, N, S, E)
+  anchor = jnp.array([[0, 60, 200], [130, 239, 128]])[..., None]  # the first sees nothing before it
+  start = jnp.minimum(anchor, 50) if documents else None
+  visible = jnp.ones((S, S), bool)
+  run = lambda kind: lambda q, k, v, own_k, own_v: by(kind)(q, (k, v), anchor, start, (own_k, own_v), visible)
+  close(run("splash"), run("xla"), (q, *past, *own))
+
+
+def test_the_library_function_is_attend_on_the_clean_stream():
+  """What cuDNN is asked for, computed by XLA here."""
+  q, k, v = draw(0, 2, K, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
+  close(lambda q, k, v: kernels.library_clean(q, k, v, "xla"),
+        lambda q, k, v: attention.attend(q[:, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, 0], (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_change_nothing(causal):
+  q, past = draw(0, 2, K, 1, G, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
+  stop = jnp.arange(L)[None, None] + 1
+  run = lambda block: lambda q, k, v: attention.attend_in_blocks(block, q, (k, v), stop, None, None, None, causal=causal)
+  close(run(64), run(0), (q, *past))
