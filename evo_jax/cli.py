@@ -6,10 +6,30 @@ from typing import Callable
 
 from absl import app, flags, logging
 import jax
+from ml_collections import config_flags
 
 
 class UserError(ValueError):
   """Bad input. The message is one line that names the file, flag or field."""
+
+
+def define_config() -> None:
+  """Defines --config, and with it --config.SECTION.FIELD."""
+  config_flags.DEFINE_config_file("config", None, "The configuration, a file with get_config().")
+
+
+def read_config():
+  """The checked `Config` that --config names, and the name. Raises UserError."""
+  from evo_jax import config as config_lib  # which raises this file's errors
+
+  if not flags.FLAGS["config"].present:
+    raise UserError("--config is needed, as in --config=configs/tiny.py")
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  try:
+    values = dict(flags.FLAGS.config)
+  except Exception as error:  # whatever running the file raised
+    raise UserError(f"--config={file}: cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
+  return config_lib.from_dict(values), file
 
 
 def run(main: Callable[[], None]) -> None:

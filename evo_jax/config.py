@@ -15,6 +15,7 @@ import ml_collections
 from evo_jax.cli import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
+REMAT_NAMES = ("qkv", "attention", "mlp")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
@@ -52,7 +53,8 @@ class Model:
   param_dtype: str = pinned("float32")
   attention: str = "auto"  # auto | xla | splash | cudnn: auto is splash on TPUs, xla elsewhere. Changes rounding at most
   attention_block: int = 0  # of xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
-  remat: str = "none"  # none | full | dots: what the backward pass computes again
+  remat: str = "none"  # none | full | dots | save:NAME,...: the backward pass computes nothing again; a layer; what is no matrix
+  # product; all but what is named: qkv, attention (its outcome), mlp (gate and up)
   unroll: int = 1  # layers unrolled in the scan over layers
 
 
@@ -291,7 +293,9 @@ def _check(c: Config) -> None:
   need(c.model.param_dtype in DTYPES, "model.param_dtype", f"is not one of {', '.join(DTYPES)}")
   need(c.model.attention in ATTENTIONS, "model.attention", f"is not one of {', '.join(ATTENTIONS)}")
   need(c.model.attention != "cudnn" or c.model.dtype == "bfloat16", "model.attention", "needs model.dtype = bfloat16")
-  need(c.model.remat in REMAT_POLICIES, "model.remat", f"is not one of {', '.join(REMAT_POLICIES)}")
+  names = c.model.remat.removeprefix("save:").split(",") if c.model.remat.startswith("save:") else None
+  need(set(names) <= set(REMAT_NAMES) if names else c.model.remat in REMAT_POLICIES, "model.remat",
+       f"is not one of {', '.join(REMAT_POLICIES)}, or save: and some of {','.join(REMAT_NAMES)}")
   need(c.model.context % c.window.size == 0, "window.size", f"does not divide model.context = {c.model.context}")
   need(any(getattr(c.paths, p) > 0 for p in TRAIN_PATHS), "paths.diagonal", "and all other path weights are zero")
   need(0 < c.paths.rolling_width <= 1, "paths.rolling_width", "is not in (0, 1]")

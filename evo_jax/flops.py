@@ -63,16 +63,19 @@ def train_run(config: config_lib.Config, vocab_rows: int) -> float:
           + (config.train.steps - before) * train_step(config, vocab_rows))
 
 
-def traced(function: Callable, *args: Any) -> float:
-  """Operations of the matrix products that function(*args) does, all devices together: what a backward pass computes again counts again.
+def traced(function: Callable, *args: Any) -> tuple[float, float]:
+  """Operations of the matrix products that function(*args) does, all devices together: outside of Pallas kernels, and inside.
 
-  args: arrays or their shapes. Loops count with their length, of a condition's branches the dearest; a Pallas kernel's blocks all count,
-  also those that a mask leaves out when it runs; loops whose length is not known (`while`) count once.
+  What a backward pass computes again counts again. args: arrays or their shapes. Loops count with their length, of a condition's
+  branches the dearest; of a kernel all blocks, also those that a mask leaves out when it runs; loops whose length is not known
+  (`while`) count once.
   """
-  return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  outside = _of_jaxpr(jaxpr, kernels=False)
+  return outside, _of_jaxpr(jaxpr, kernels=True) - outside
 
 
-def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
+def _of_jaxpr(jaxpr: core.Jaxpr, kernels: bool) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params
@@ -81,15 +84,15 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
       inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
       total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
       continue
-    parts = [_of_jaxpr(getattr(part, "jaxpr", part)) for part in core.jaxprs_in_params(params)]
+    parts = [_of_jaxpr(getattr(part, "jaxpr", part), kernels) for part in core.jaxprs_in_params(params)]
     if name == "cond":
       total += max(parts)
     elif name == "scan":
       total += params["length"] * sum(parts)
     elif name == "shard_map":
-      total += math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(parts)
+      total += math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]) * sum(parts)
     elif name == "pallas_call":
-      total += math.prod(params["grid_mapping"].grid) * sum(parts)
+      total += kernels * math.prod(params["grid_mapping"].grid) * sum(parts)
     else:
       total += sum(parts)
   return total

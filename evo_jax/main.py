@@ -11,23 +11,14 @@ import sys
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
 from evo_jax import cli
-from evo_jax import config as config_lib
 from evo_jax import train
-from evo_jax.cli import UserError
 
 
 def main() -> None:
   args = flags.FLAGS
-  if not flags.FLAGS["config"].present:
-    raise UserError("--config is needed, as in --config=configs/tiny.py")
-  file = config_flags.get_config_filename(flags.FLAGS["config"])
-  try:
-    values = dict(args.config)
-  except Exception as error:  # whatever running the file raised
-    raise UserError(f"--config={file}: cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
+  config, file = cli.read_config()
   if args.num_processes > 1 or _cluster_of_several():
     # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
     jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
@@ -39,7 +30,7 @@ def main() -> None:
       jax.config.update("jax_enable_compilation_cache", False)
   workdir = args.workdir or f"runs/{Path(file).stem}"
   try:
-    train.train(config_lib.from_dict(values), workdir)
+    train.train(config, workdir)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
@@ -57,7 +48,7 @@ def _cluster_of_several() -> bool:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The configuration, a file with get_config().")
+  cli.define_config()
   flags.DEFINE_string("workdir", "", "Where the run lives; default: runs/ and the configuration's name.")
   flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")

@@ -20,6 +20,7 @@ import math
 import flax.linen as nn
 import flax.struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from evo_jax import attention
@@ -130,6 +131,7 @@ class Block(nn.Module):
     # Heads to the front, so that attention's products are plain batches of matrix products.
     qkv_BxKxNxJxSxE = qkv.transpose(0, 3, 1, 4, 2, 5)
     qk, v = attention.rotate(qkv_BxKxNxJxSxE[:, :, :, :-1], angles), qkv_BxKxNxJxSxE[:, :, :, -1]
+    qk, v = checkpoint_name(qk, "qkv"), checkpoint_name(v, "qkv")
     q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
     own, is_clean = (k, v), visible is None and past is None
     if is_clean:
@@ -140,13 +142,21 @@ class Block(nn.Module):
       own = (k[:, :, :, fresh:], v[:, :, :, fresh:]) if visible is not None else None
     kept = past if own is None or write is not None else None
     y_BxKxNxGxSxE = attention.attend_by(c, self.rules, q, past, *span, own, visible, causal=is_clean)
-    y = y_BxKxNxGxSxE.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
+    y = checkpoint_name(y_BxKxNxGxSxE, "attention").transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)
-    h = self.rules.constrain(linear(h, self.w_in_Dx2xF), "batch", "runs", "slots", None, "mlp")
-    h = nn.silu(h[..., 0, :]) * h[..., 1, :]
+    gate, up = self._gate_and_up(h)
+    h = nn.silu(gate) * up
     x = leave(x, linear(h, self.w_down_FxD), gate2)
     return self.rules.constrain(x, "batch", "runs", "slots", "width"), kept
+
+  def _gate_and_up(self, h):
+    D, F = self.config.width, self.config.hidden
+    if sharding.axis_size("tensor") == 1:  # one array of two axes: an axis of two elements costs TPUs copies
+      return jnp.split(checkpoint_name(linear(h, self.w_in_Dx2xF.reshape(D, 2 * F)), "mlp"), 2, axis=-1)
+    h = self.rules.constrain(linear(h, self.w_in_Dx2xF), "batch", "runs", "slots", None, "mlp")
+    h = checkpoint_name(h, "mlp")
+    return h[..., 0, :], h[..., 1, :]
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:
@@ -154,7 +164,11 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
   return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")
 
 
-_KEPT = {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+def kept(remat: str):
+  """The policy of `jax.checkpoint` that config.remat names."""
+  if remat.startswith("save:"):
+    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","))
+  return {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
 
 
 class Evo(nn.Module):
@@ -200,7 +214,7 @@ class Evo(nn.Module):
       self.clock_posterior_slot = param("clock_posterior_slot", (F + 1, P), (None, None), normal((F + 1)**-0.5))
       self.clock_posterior_out = param("clock_posterior_out", (P, 2), (None, None), zeros)
 
-    block = nn.remat(Block, prevent_cse=False, policy=_KEPT[c.remat]) if c.remat != "none" or sharding.by_hand() else Block
+    block = nn.remat(Block, prevent_cse=False, policy=kept(c.remat)) if c.remat != "none" or sharding.by_hand() else Block
     if not self.stacked:
       self.layer = [block(c, self.rules) for _ in range(c.layers)]
       return

@@ -13,6 +13,7 @@ from typing import Any, Callable, Sequence
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -80,8 +81,19 @@ class ShardingRules:
       return x
     for i, axis in enumerate(self.spec(names)):
       if "fsdp" in _axes(axis):
-        x = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=i, tiled=True).astype(x.dtype)
+        flat = x.astype(dtype).reshape(self._flat(x.shape, i))
+        whole = jax.lax.all_gather(flat, "fsdp", axis=i if flat.ndim == x.ndim else min(i, 1), tiled=True)
+        x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1:]).astype(x.dtype)
     return x
+
+  def _flat(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape in which an array is gathered along an axis: of two axes, where nothing else is in shards and it is first or last.
+
+    TPUs pad the last two axes, and scatter a gradient whose last but one has two elements only by way of the whole sum.
+    """
+    if axis_size("tensor") > 1 or axis not in (0, len(shape) - 1):
+      return shape
+    return (shape[0], -1) if axis == 0 else (-1, shape[-1])
 
 
 RULES = ShardingRules()
@@ -101,6 +113,12 @@ def _only(spec: PartitionSpec, axes) -> PartitionSpec:
 def by_hand() -> bool:
   """Whether this is traced for one shard of the batch (`by_shard`)."""
   return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def axis_size(name: str) -> int:
+  """Devices along an axis of the mesh; 1 outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[name]
 
 
 def platform() -> str:
@@ -149,9 +167,8 @@ def by_shard(function: Callable, params_specs: Any, gradients: int, rules: Shard
                        out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=set(BY_HAND), check_vma=False)
 
 
-def make_mesh(config: config_lib.Mesh) -> Mesh:
-  """The mesh over all devices of all processes. Raises UserError where the sizes do not fit their number."""
-  devices = jax.device_count()
+def mesh_sizes(config: config_lib.Mesh, devices: int) -> tuple[int, ...]:
+  """The sizes of the mesh's axes over so many devices. Raises UserError where they do not fit."""
   sizes = [getattr(config, axis) for axis in AXES]
   if -1 in sizes:
     others = int(np.prod([s for s in sizes if s != -1]))
@@ -160,7 +177,25 @@ def make_mesh(config: config_lib.Mesh) -> Mesh:
     sizes[sizes.index(-1)] = devices // others
   if int(np.prod(sizes)) != devices:
     raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, here are {devices}")
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return tuple(sizes)
+
+
+def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh over all devices of all processes, or over the given ones. Raises UserError where the sizes do not fit their number.
+
+  Of several TPU slices, between which the network is slow, each holds whole copies of the parameters: `data` goes over them.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(config, len(devices))
+  slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+  if sizes[0] % slices:
+    raise UserError(f"config.mesh.data: {sizes[0]} does not divide into {slices} slices")
+  if slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+                                                allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:

@@ -72,13 +72,27 @@ def init_state(model: Evo, config: config_lib.Config) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer, statistics)
 
 
+def abstract_state(model: Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
+  """The state's shapes, dtypes and shardings; and the shardings alone."""
+  boxed = jax.eval_shape(functools.partial(init_state, model, config))
+  places = sharding.shardings(mesh, boxed)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(place, nn.unbox(boxed), places), places
+
+
 def abstract_items(model: Evo, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
   """Shapes, dtypes and shardings of a checkpoint's items, to restore into; without a mesh, for one device."""
-  boxed = jax.eval_shape(functools.partial(init_state, model, config))
   if mesh is None:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
-  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-  return jax.tree.map(place, nn.unbox(boxed), sharding.shardings(mesh, boxed)).items()
+  return abstract_state(model, config, mesh)[0].items()
+
+
+def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises UserError where a microbatch does not divide by the shards of the batch."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.data.batch_size // config.train.accumulate % shards:
+    raise UserError(f"config.data.batch_size: {config.data.batch_size} sequences in {config.train.accumulate} "
+                    f"microbatches do not divide by data x fsdp = {shards} of the mesh")
 
 
 def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config: config_lib.Config,
@@ -150,6 +164,19 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
   return TrainState(state.step + 1, params, ema, optimizer, statistics), metrics
 
 
+# Gathers of parameters run while the products before them do.
+_COMPILER_OPTIONS = {"tpu": {
+    "xla_enable_async_all_gather": True, "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True, "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True}}
+
+
+def make_step(model: Evo, config: config_lib.Config, places: Any, platform: str):
+  """`train_step` as it is compiled: (state, batch, windows=True), where `state` is given away and laid out as `places` say."""
+  return jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows", donate_argnums=0,
+                 out_shardings=(places, None), compiler_options=_COMPILER_OPTIONS.get(platform))
+
+
 def train(config: config_lib.Config, workdir: str) -> None:
   """Trains, or goes on training, in `workdir`; at the end evaluates held-out text and writes samples."""
   # Everything that can be wrong with the input comes up here, before anything compiles.
@@ -161,10 +188,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
   tokenizer = tokenizer_lib.load(config.data.tokenizer, config.data.tokenizer_path)
   model = make_model(config, tokenizer)
   mesh = sharding.make_mesh(config.mesh)
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config.data.batch_size // config.train.accumulate % shards:
-    raise UserError(f"config.data.batch_size: {config.data.batch_size} sequences in {config.train.accumulate} "
-                    f"microbatches do not divide by data x fsdp = {shards} of the mesh")
+  check_batch(config, mesh)
   make_state = functools.partial(init_state, model, config)
   places = sharding.shardings(mesh, jax.eval_shape(make_state))
   folder = checkpoint.make_workdir(workdir)
@@ -205,8 +229,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
     profile = [int(end) for end in config.train.profile.split(":")] if config.train.profile else (0, 0)
     stop = stack.enter_context(_stop_on_signal())
     evaluator = evaluate.Evaluator(model, config, tokenizer, mesh)
-    step_fn = jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows",
-                      donate_argnums=0, out_shardings=(places, None))
+    step_fn = make_step(model, config, places, jax.default_backend())
 
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
