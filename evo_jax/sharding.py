@@ -9,6 +9,7 @@ everything outside of training.
 """
 
 import dataclasses
+import math
 from typing import Any, Callable, Sequence
 
 import flax.linen as nn
@@ -77,7 +78,7 @@ class ShardingRules:
 
     It travels in `dtype`, and so does its gradient on its way back, which is summed over the shards and scattered.
     """
-    if not by_hand():
+    if "fsdp" not in jax.sharding.get_abstract_mesh().manual_axes:
       return x
     for i, axis in enumerate(self.spec(names)):
       if "fsdp" in _axes(axis):
@@ -112,7 +113,7 @@ def _only(spec: PartitionSpec, axes) -> PartitionSpec:
 
 def by_hand() -> bool:
   """Whether this is traced for one shard of the batch (`by_shard`)."""
-  return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+  return not set(BY_HAND).isdisjoint(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def axis_size(name: str) -> int:
@@ -148,23 +149,25 @@ def by_shard(function: Callable, params_specs: Any, gradients: int, rules: Shard
   of arrays with the batch's rows in front. Over `data`, gradients travel in their own dtype, once. Outside a mesh it is the function.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  # An axis of one device is left to the compiler, whose partitioner fails over sums along it.
+  axes = tuple(axis for axis in BY_HAND if axis_size(axis) > 1)
+  if not axes:
     return function
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  params = jax.tree.map(lambda spec: _only(spec, BY_HAND), params_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-  rows = _only(rules.spec(("batch",)), BY_HAND)
+  shards = math.prod(mesh.shape[axis] for axis in axes)
+  params = jax.tree.map(lambda spec: _only(spec, axes), params_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  rows = _only(rules.spec(("batch",)), axes)
 
   def mean(gradient, spec):
-    scattered = any("fsdp" in _axes(axis) for axis in spec)  # and summed over fsdp on the way
-    return jax.lax.psum(gradient, "data" if scattered else BY_HAND) / shards
+    summed = [a for axis in spec for a in _axes(axis)]  # over fsdp, on the way, where the parameter is scattered over it
+    return jax.lax.psum(gradient, tuple(a for a in axes if a not in summed)) / shards
 
   def one(local, shared, batch):
     found, totals, arrays = function(local, shared, batch)
     found = tuple(jax.tree.map(mean, gradient, params) for gradient in found)
-    return found, jax.lax.psum(totals, BY_HAND), arrays
+    return found, jax.lax.psum(totals, axes), arrays
 
   return jax.shard_map(one, in_specs=(params, PartitionSpec(), rows),
-                       out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=set(BY_HAND), check_vma=False)
+                       out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=set(axes), check_vma=False)
 
 
 def mesh_sizes(config: config_lib.Mesh, devices: int) -> tuple[int, ...]:
