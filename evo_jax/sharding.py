@@ -56,9 +56,10 @@ class ShardingRules:
   def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
     """Pins the layout of an activation, on axes that are not laid out by hand; outside a mesh (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    rest = set(AXES) - set(mesh.manual_axes)
+    if mesh.empty or not rest:
       return x
-    return jax.lax.with_sharding_constraint(x, _only(self.spec(names), set(AXES) - set(mesh.manual_axes)))
+    return jax.lax.with_sharding_constraint(x, _only(self.spec(names), rest))
 
   def by_device(self, function: Callable, names: Sequence[tuple[str, ...]], result: tuple[str | None, ...]) -> Callable:
     """function(*arrays) on every device's part of them: for kernels, which the compiler cannot lay out.
@@ -78,7 +79,7 @@ class ShardingRules:
 
     It travels in `dtype`, and so does its gradient on its way back, which is summed over the shards and scattered.
     """
-    if "fsdp" not in jax.sharding.get_abstract_mesh().manual_axes:
+    if not by_hand() or axis_size("fsdp") == 1:
       return x
     for i, axis in enumerate(self.spec(names)):
       if "fsdp" in _axes(axis):
@@ -113,7 +114,7 @@ def _only(spec: PartitionSpec, axes) -> PartitionSpec:
 
 def by_hand() -> bool:
   """Whether this is traced for one shard of the batch (`by_shard`)."""
-  return not set(BY_HAND).isdisjoint(jax.sharding.get_abstract_mesh().manual_axes)
+  return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def axis_size(name: str) -> int:
@@ -149,10 +150,11 @@ def by_shard(function: Callable, params_specs: Any, gradients: int, rules: Shard
   of arrays with the batch's rows in front. Over `data`, gradients travel in their own dtype, once. Outside a mesh it is the function.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  # An axis of one device is left to the compiler, whose partitioner fails over sums along it.
   axes = tuple(axis for axis in BY_HAND if axis_size(axis) > 1)
-  if not axes:
+  if not axes:  # the compiler's partitioner fails over sums by hand along axes of one device
     return function
+  # What is left to the compiler is what it has to lay out: if that is nothing, its partitioner does not come between.
+  manual = set(axes) | {axis for axis in AXES if axis_size(axis) == 1}
   shards = math.prod(mesh.shape[axis] for axis in axes)
   params = jax.tree.map(lambda spec: _only(spec, axes), params_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
   rows = _only(rules.spec(("batch",)), axes)
@@ -167,7 +169,7 @@ def by_shard(function: Callable, params_specs: Any, gradients: int, rules: Shard
     return found, jax.lax.psum(totals, axes), arrays
 
   return jax.shard_map(one, in_specs=(params, PartitionSpec(), rows),
-                       out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=set(axes), check_vma=False)
+                       out_specs=((params,) * gradients, PartitionSpec(), rows), axis_names=manual, check_vma=False)
 
 
 def mesh_sizes(config: config_lib.Mesh, devices: int) -> tuple[int, ...]:
