@@ -16,13 +16,13 @@ from evo_jax import sharding
 Keys = tuple[jax.Array, jax.Array]  # keys and values
 
 
-def attend(q_BxKxNxGxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.Array | None = None,
+def attend(q_BxKxGxNxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.Array | None = None,
            start_BxNxS: jax.Array | None = None, own: Keys | None = None,
            visible_NxSxT: jax.Array | None = None) -> jax.Array:
-  """Softmax attention of every slot to a stretch of the clean stream and to slots of its own run; (B, K, N, G, S, E).
+  """Softmax attention of every slot to a stretch of the clean stream and to slots of its own run; (B, K, G, N, S, E).
 
   Args:
-    q_BxKxNxGxSxE: queries; G of them share keys (grouped-query attention).
+    q_BxKxGxNxSxE: queries; G of them share keys (grouped-query attention).
     past: keys and values (B, K, L, E), or (B K, L, E), of the clean stream, shared by the N runs.
     stop_BxNxS, start_BxNxS: int32: a slot sees clean positions from `start` (None: 0) on and before `stop`.
     own: keys and values (B, K, N, T, E) of the run itself.
@@ -31,34 +31,36 @@ def attend(q_BxKxNxGxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
   `past` or `own` may be None; every slot sees something in what is there. One softmax spans both parts, computed in float32. The
   result has q's dtype.
   """
-  B, K, N, G, S, E = q_BxKxNxGxSxE.shape
-  q = q_BxKxNxGxSxE * E**-0.5
+  B, K, G, N, S, E = q_BxKxGxNxSxE.shape
+  q = q_BxKxGxNxSxE * E**-0.5
   f32 = dict(preferred_element_type=jnp.float32)
-  parts = []  # (scores (B, K, N, G, S, keys), what sums values by weights)
+  parts = []  # (scores (B, K, G, N, S, keys), what sums values by weights)
   if past is not None:
     k, v = (x.reshape(B, K, *x.shape[-2:]) for x in past)
-    scores = jnp.einsum("bkme,bkle->bkml", q.reshape(B, K, -1, E), k, **f32).reshape(B, K, N, G, S, -1)
+    scores = jnp.einsum("bkme,bkle->bkml", q.reshape(B, K, -1, E), k, **f32).reshape(B, K, G, N, S, -1)
     position = jnp.arange(k.shape[2])
     visible = position < stop_BxNxS[..., None]
     if start_BxNxS is not None:
       visible &= position >= start_BxNxS[..., None]
-    parts.append((jnp.where(visible[:, None, :, None], scores, -jnp.inf),
-                  lambda w, v=v: jnp.einsum("bkml,bkle->bkme", w.reshape(B, K, N * G * S, -1), v, **f32)))
+    parts.append((jnp.where(visible[:, None, None], scores, -jnp.inf),
+                  lambda w, v=v: jnp.einsum("bkml,bkle->bkme", w.reshape(B, K, G * N * S, -1), v, **f32).reshape(q.shape)))
   if own is not None:
     k, v = own
-    scores = jnp.einsum("bknme,bknte->bknmt", q.reshape(B, K, N, G * S, E), k, **f32).reshape(B, K, N, G, S, -1)
+    together = lambda x: x.swapaxes(2, 3).reshape(B, K, N, G * S, x.shape[-1])  # the queries of a run, which share its keys
+    apart = lambda x: x.reshape(B, K, N, G, S, x.shape[-1]).swapaxes(2, 3)
+    scores = apart(jnp.einsum("bknme,bknte->bknmt", together(q), k, **f32))
     visible = jnp.broadcast_to(visible_NxSxT, (B, N, S, k.shape[3]))
-    parts.append((jnp.where(visible[:, None, :, None], scores, -jnp.inf),
-                  lambda w, v=v: jnp.einsum("bknmt,bknte->bknme", w.reshape(B, K, N, G * S, -1), v, **f32)))
+    parts.append((jnp.where(visible[:, None, None], scores, -jnp.inf),
+                  lambda w, v=v: apart(jnp.einsum("bknmt,bknte->bknme", together(w), v, **f32))))
   tops = [jnp.max(scores, axis=-1, keepdims=True) for scores, _ in parts]
   top = jax.lax.stop_gradient(jnp.maximum(tops[0], tops[-1]))
   weights = [jnp.exp(scores - top) for scores, _ in parts]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(gather(w.astype(q.dtype)).reshape(B, K, N, G, S, E) for w, (_, gather) in zip(weights, parts))
+  out = sum(gather(w.astype(q.dtype)) for w, (_, gather) in zip(weights, parts))
   return (out / total).astype(q.dtype)
 
 
-def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxNxGxSxE: jax.Array, past: Keys | None,
+def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxGxNxSxE: jax.Array, past: Keys | None,
               stop_BxNxS: jax.Array | None, start_BxNxS: jax.Array | None, own: Keys | None, visible_NxSxT: jax.Array | None,
               causal: bool = False) -> jax.Array:
   """`attend`, by the kernel that config.attention names, where it takes these shapes; by `attend_in_blocks` elsewhere.
@@ -68,20 +70,20 @@ def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxNxG
   kind = config.attention
   if kind == "auto":
     kind = "splash" if sharding.platform() == "tpu" else "xla"
-  q, heads, rows = q_BxKxNxGxSxE, ("batch", "kv_heads"), ("batch",)
+  q, heads, rows = q_BxKxGxNxSxE, ("batch", "kv_heads"), ("batch",)
   if causal and kind == "splash" and kernels.takes_clean(q.shape[4]):
     start = None if start_BxNxS is None else start_BxNxS[:, 0]
     return rules.by_device(kernels.splash_clean, (heads, heads, heads, rows), heads)(
-        q[:, :, 0], *past, start)[:, :, None]
+        q[:, :, :, 0], *past, start)[:, :, :, None]
   if causal and kind == "cudnn" and start_BxNxS is None:
-    return rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, 0], *past)[:, :, None]
+    return rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, :, 0], *past)[:, :, :, None]
   if kind == "splash" and past is not None and own is not None and visible_NxSxT.ndim < 4:  # windows, and not one text's slots
     return rules.by_device(kernels.splash_windows, (heads, heads, rows, rows, heads, ()), heads)(
         q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
   return attend_in_blocks(config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal)
 
 
-def attend_in_blocks(block: int, q_BxKxNxGxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,
+def attend_in_blocks(block: int, q_BxKxGxNxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,
                      start_BxNxS: jax.Array | None, own: Keys | None, visible_NxSxT: jax.Array | None,
                      causal: bool = False) -> jax.Array:
   """`attend`, with the scores of about `block` queries of a sequence and head in memory at a time (0: of all).
@@ -89,20 +91,20 @@ def attend_in_blocks(block: int, q_BxKxNxGxSxE: jax.Array, past: Keys | None, st
   The backward pass computes a block's scores anew. causal: slot s sees no clean position behind s, so that a block reads only the
   keys up to its end: half of all products. Runs are read some at a time otherwise.
   """
-  _, _, N, _, S, _ = q_BxKxNxGxSxE.shape
+  _, _, _, N, S, _ = q_BxKxGxNxSxE.shape
   if not block or N * S <= block:
-    return attend(q_BxKxNxGxSxE, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
+    return attend(q_BxKxGxNxSxE, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
   some = jax.checkpoint(attend, prevent_cse=False)
   if causal:
     # Places may be shared by the batch: axes of size 1 are.
     return jnp.concatenate([
-        some(q_BxKxNxGxSxE[..., i:i + block, :], tuple(x[:, :, :i + block] for x in past), stop_BxNxS[..., i:i + block],
+        some(q_BxKxGxNxSxE[..., i:i + block, :], tuple(x[:, :, :i + block] for x in past), stop_BxNxS[..., i:i + block],
              None if start_BxNxS is None else start_BxNxS[..., i:i + block]) for i in range(0, S, block)], axis=4)
   runs = max(block // S, 1)
   part = lambda x, i: x if x is None or x.shape[1] == 1 else x[:, i:i + runs]
   return jnp.concatenate([
-      some(q_BxKxNxGxSxE[:, :, i:i + runs], past, part(stop_BxNxS, i), part(start_BxNxS, i),
-           own and tuple(x[:, :, i:i + runs] for x in own), visible_NxSxT) for i in range(0, N, runs)], axis=2)
+      some(q_BxKxGxNxSxE[:, :, :, i:i + runs], past, part(stop_BxNxS, i), part(start_BxNxS, i),
+           own and tuple(x[:, :, i:i + runs] for x in own), visible_NxSxT) for i in range(0, N, runs)], axis=3)
 
 
 def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
@@ -124,18 +126,18 @@ def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -
 
 
 def angles(positions: jax.Array, size: int, base: float) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine (B, 1, N, 1, S, E / 2) float32 by which `rotate` turns heads of `size` = E elements at positions (B, N, S), or
+  """Cosine and sine (B, 1, 1, N, S, E / 2) float32 by which `rotate` turns heads of `size` = E elements at positions (B, N, S), or
   (N, S) or (S,) where they are the same for all.
   """
   frequency = base ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
   positions = positions.reshape((1,) * (3 - positions.ndim) + positions.shape)  # B N S
-  angle = positions[:, None, :, None, :, None].astype(jnp.float32) * frequency
+  angle = positions[:, None, None, ..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BxKxNxJxSxE: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary position embedding (Su et al., 2021), first half against second half, as in Llama; by `angles`, in float32. The
-  result has x's dtype."""
-  a, b = jnp.split(x_BxKxNxJxSxE.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary position embedding (Su et al., 2021) of x (..., E), first half against second half, as in Llama; by `angles`, whose leading
+  axes broadcast with x's, in float32. The result has x's dtype."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = angles_
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxKxNxJxSxE.dtype)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -35,17 +35,17 @@ def splash_clean(q_BxKxGxLxE: jax.Array, k_BxKxLxE: jax.Array, v_BxKxLxE: jax.Ar
   return jax.vmap(row)(_scaled(q_BxKxGxLxE), k_BxKxLxE, v_BxKxLxE, start_BxL)
 
 
-def splash_windows(q_BxKxNxGxSxE: jax.Array, past: Keys, stop_BxNxS: jax.Array, start_BxNxS: jax.Array | None, own: Keys,
+def splash_windows(q_BxKxGxNxSxE: jax.Array, past: Keys, stop_BxNxS: jax.Array, start_BxNxS: jax.Array | None, own: Keys,
                    visible_NxSxT: jax.Array) -> jax.Array:
   """`attend` for windows: one softmax over the clean stream before each window's anchor and over its own keys.
 
   All of a sequence's slots are queries of one call, its clean stream and then all windows' keys are the keys; the mask, which follows
   the anchors, tells whole blocks of keys that are not read.
   """
-  B, K, N, G, S, E = q_BxKxNxGxSxE.shape
+  B, K, G, N, S, E = q_BxKxGxNxSxE.shape
   L, T = past[0].shape[2], own[0].shape[3]
   rows, keys = _padded(N * S), _padded(L + N * T)
-  q = _scaled(q_BxKxNxGxSxE).swapaxes(2, 3).reshape(B, K, G, N * S, E)
+  q = _scaled(q_BxKxGxNxSxE).reshape(B, K, G, N * S, E)
   q = jnp.pad(q, ((0, 0),) * 3 + ((0, rows - N * S), (0, 0)))
   k, v = (jnp.pad(jnp.concatenate([a, b.reshape(B, K, N * T, E)], axis=2), ((0, 0), (0, 0), (0, keys - L - N * T), (0, 0)))
           for a, b in zip(past, own))
@@ -64,7 +64,7 @@ def splash_windows(q_BxKxNxGxSxE: jax.Array, past: Keys, stop_BxNxS: jax.Array, 
   stop = jnp.broadcast_to(stop_BxNxS, (B, N, S))
   start = jnp.zeros_like(stop) if start_BxNxS is None else jnp.broadcast_to(start_BxNxS, (B, N, S))
   out = jax.lax.map(row, (q, k, v, stop, start)) if B > 1 else row(jax.tree.map(lambda x: x[0], (q, k, v, stop, start)))[None]
-  return out[:, :, :, :N * S].reshape(B, K, G, N, S, E).swapaxes(2, 3)
+  return out[:, :, :, :N * S].reshape(B, K, G, N, S, E)
 
 
 def library_clean(q_BxKxGxLxE: jax.Array, k_BxKxLxE: jax.Array, v_BxKxLxE: jax.Array, implementation: str = "cudnn") -> jax.Array:

@@ -9,7 +9,7 @@ at t = 0, so that a clean slot is a token of an ordinary Transformer.
 Blocks: pre-norm (RMSNorm), rotary grouped-query attention, SwiGLU, as in Llama; per-slot adaptive normalisation as in
 DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of low rank.
 
-Letters in names: B batch, L clean positions, N windows, S slots of a run, D width, V vocabulary (rows of the tables),
+Letters in names: B batch, L clean positions, N windows, S slots of a run, T = N S, D width, V vocabulary (rows of the tables),
 H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value), E elements of a head,
 F hidden, M code elements, R rank of the time conditioning.
 """
@@ -105,17 +105,18 @@ class Block(nn.Module):
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
 
-  def __call__(self, x_BxNxSxD, past, time_BxNxSxR, angles, span, visible, write):
+  def __call__(self, x_BxTxD, past, time_BxTxR, angles, span, visible, write):
     """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
 
-    past: keys and values of the clean stream, of which slots see the `span` (start, stop); None: there are none, or, where
-    `visible` is None, the slots themselves are the clean stream. visible: which slots of its run each sees. write: (first_B,
-    fresh): the first `fresh` slots are clean and enter `past` at these places before it is read.
+    T = N S: the slots of N runs one after another, in one axis, since TPUs pad the last two. angles: `attention.angles`, whose shape
+    tells N and S. past: keys and values of the clean stream, of which slots see the `span` (start, stop); None: there are none, or,
+    where `visible` is None, the slots themselves are the clean stream. visible: which slots of its run each sees. write: (first_B,
+    fresh): the first `fresh` slots, of one run, are clean and enter `past` at these places before it is read.
     """
     c = self.config
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
-    if time_BxNxSxR is not None:
-      modulation = linear(time_BxNxSxR, self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width))
+    if time_BxTxR is not None:
+      modulation = linear(time_BxTxR, self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width))
       shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
     def enter(x, norm, shift, scale):
@@ -125,37 +126,44 @@ class Block(nn.Module):
     def leave(x, y, gate):
       return x + y if gate is None else x + y * (1 + gate)
 
-    x = x_BxNxSxD
+    x = x_BxTxD
+    B, T, _ = x.shape
+    N, S = angles[0].shape[3:5]
+    angles = tuple(a.reshape(*a.shape[:3], T, -1) for a in angles)
+    by_run = lambda x: x.reshape(*x.shape[:-2], -1, S, x.shape[-1])
     h = enter(x, self.attention_norm, shift1, scale1)
-    qkv = self.rules.constrain(linear(h, self.w_qkv_DxKxJxE), "batch", "runs", "slots", "kv_heads", None, "head_dim")
+    qkv = self.rules.constrain(linear(h, self.w_qkv_DxKxJxE), "batch", "slots", "kv_heads", None, "head_dim")
     # Heads to the front, so that attention's products are plain batches of matrix products.
-    qkv_BxKxNxJxSxE = qkv.transpose(0, 3, 1, 4, 2, 5)
-    qk, v = attention.rotate(qkv_BxKxNxJxSxE[:, :, :, :-1], angles), qkv_BxKxNxJxSxE[:, :, :, -1]
+    qkv_BxKxJxTxE = qkv.transpose(0, 2, 3, 1, 4)
+    qk, v = attention.rotate(qkv_BxKxJxTxE[:, :, :-1], angles), qkv_BxKxJxTxE[:, :, -1]
     qk, v = checkpoint_name(qk, "qkv"), checkpoint_name(v, "qkv")
-    q, k = qk[:, :, :, :-1], qk[:, :, :, -1]
-    own, is_clean = (k, v), visible is None and past is None
+    q, k = qk[:, :, :-1], qk[:, :, -1]
+    own, is_clean = None, visible is None and past is None
     if is_clean:
-      past, own = (k[:, :, 0], v[:, :, 0]), None
+      past = (k, v)
     elif write is not None:
       first, fresh = write
-      past = tuple(attention.enter(old, first, new[:, :, 0, :fresh]) for old, new in zip(past, own))
-      own = (k[:, :, :, fresh:], v[:, :, :, fresh:]) if visible is not None else None
+      past = tuple(attention.enter(old, first, new[:, :, :fresh]) for old, new in zip(past, (k, v)))
+      own = (k[:, :, None, fresh:], v[:, :, None, fresh:]) if visible is not None else None
+    else:
+      own = (by_run(k), by_run(v))
     kept = past if own is None or write is not None else None
-    y_BxKxNxGxSxE = attention.attend_by(c, self.rules, q, past, *span, own, visible, causal=is_clean)
-    y = checkpoint_name(y_BxKxNxGxSxE, "attention").transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], c.heads, -1)
+    y_BxKxGxNxSxE = attention.attend_by(c, self.rules, by_run(q), past, *span, own, visible, causal=is_clean)
+    y = checkpoint_name(y_BxKxGxNxSxE.reshape(q.shape), "attention").transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)
     gate, up = self._gate_and_up(h)
     h = nn.silu(gate) * up
     x = leave(x, linear(h, self.w_down_FxD), gate2)
-    return self.rules.constrain(x, "batch", "runs", "slots", "width"), kept
+    return self.rules.constrain(x, "batch", "slots", "width"), kept
 
   def _gate_and_up(self, h):
     D, F = self.config.width, self.config.hidden
     if sharding.axis_size("tensor") == 1:  # one array of two axes: an axis of two elements costs TPUs copies
       return jnp.split(checkpoint_name(linear(h, self.w_in_Dx2xF.reshape(D, 2 * F)), "mlp"), 2, axis=-1)
-    h = self.rules.constrain(linear(h, self.w_in_Dx2xF), "batch", "runs", "slots", None, "mlp")
-    h = checkpoint_name(h, "mlp")
+    # The hidden units are in shards: made one axis with the two, they would have to be gathered.
+    h = jnp.einsum("btd,dgf->btgf", h, self.w_in_Dx2xF.astype(h.dtype))
+    h = checkpoint_name(self.rules.constrain(h, "batch", "slots", None, "mlp"), "mlp")
     return h[..., 0, :], h[..., 1, :]
 
 
@@ -276,15 +284,19 @@ class Evo(nn.Module):
     return x[:, 0], kept if fresh else past
 
   def _layers(self, x, past, time, positions, span, visible=None, write=None):
-    angles = attention.angles(positions, self.config.width // self.config.heads, self.config.rope_base)
-    x = self.rules.constrain(x, "batch", "runs", "slots", "width")
+    """x (B, N, S, D), time (B, N, S, R): the new x and what is kept of clean slots."""
+    B, N, S, D = x.shape
+    angles = attention.angles(positions, D // self.config.heads, self.config.rope_base)
+    x = self.rules.constrain(x.reshape(B, N * S, D), "batch", "slots", "width")
+    time = None if time is None else time.reshape(B, N * S, -1)
     if self.stacked:
-      return self.blocks(x, past, time, angles, span, visible, write)
+      x, kept = self.blocks(x, past, time, angles, span, visible, write)
+      return x.reshape(B, N, S, D), kept
     found = []
     for i, layer in enumerate(self.layer):
       x, kept = layer(x, None if past is None else (past[0][i], past[1][i]), time, angles, span, visible, write)
       found.append(kept)
-    return x, None if kept is None else tuple(zip(*found))
+    return x.reshape(B, N, S, D), None if kept is None else tuple(zip(*found))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""

@@ -41,7 +41,6 @@ class ShardingRules:
   code: Any = None
   time: Any = None
   # Activations.
-  runs: Any = None
   slots: Any = None
   width: Any = None
 
@@ -79,23 +78,28 @@ class ShardingRules:
 
     It travels in `dtype`, and so does its gradient on its way back, which is summed over the shards and scattered.
     """
-    if not by_hand() or axis_size("fsdp") == 1:
+    axes = [i for i, axis in enumerate(self.spec(names)) if "fsdp" in _axes(axis)]
+    if not by_hand() or axis_size("fsdp") == 1 or not axes:
       return x
-    for i, axis in enumerate(self.spec(names)):
-      if "fsdp" in _axes(axis):
-        flat = x.astype(dtype).reshape(self._flat(x.shape, i))
-        whole = jax.lax.all_gather(flat, "fsdp", axis=i if flat.ndim == x.ndim else min(i, 1), tiled=True)
-        x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1:]).astype(x.dtype)
-    return x
+    (i,) = axes
 
-  def _flat(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The shape in which an array is gathered along an axis: of two axes, where nothing else is in shards and it is first or last.
+    def whole(x):
+      flat = x.astype(dtype).reshape(_flat(x.shape, i))
+      found = jax.lax.all_gather(flat, "fsdp", axis=i if flat.ndim == x.ndim else min(i, 1), tiled=True)
+      return found.reshape(*x.shape[:i], -1, *x.shape[i + 1:]).astype(x.dtype)
 
-    TPUs pad the last two axes, and scatter a gradient whose last but one has two elements only by way of the whole sum.
-    """
-    if axis_size("tensor") > 1 or axis not in (0, len(shape) - 1):
-      return shape
-    return (shape[0], -1) if axis == 0 else (-1, shape[-1])
+    # Each device of `tensor` gathers its own part, which the compiler would make whole first.
+    return self.by_device(whole, (names,), names)(x)
+
+
+def _flat(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+  """The shape in which an array is gathered along an axis: of two axes, where it is first or last.
+
+  TPUs pad the last two axes, and scatter a gradient whose last but one has two elements only by way of the whole sum.
+  """
+  if axis not in (0, len(shape) - 1):
+    return shape
+  return (shape[0], -1) if axis == 0 else (-1, shape[-1])
 
 
 RULES = ShardingRules()

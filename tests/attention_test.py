@@ -30,7 +30,7 @@ def by(kind):
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_splash_attention_is_attend_on_the_clean_stream(documents):
-  q, k, v = draw(0, 2, K, 1, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
+  q, k, v = draw(0, 2, K, G, 1, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
   place = jnp.arange(L)
   start = jnp.stack([jnp.where(place < 100, 0, 100), jnp.where(place < 7, 0, 7)])[:, None] if documents else None
   run = lambda kind: lambda q, k, v: by(kind)(q, (k, v), place[None, None] + 1, start, None, None, causal=True)
@@ -40,7 +40,7 @@ def test_splash_attention_is_attend_on_the_clean_stream(documents):
 @pytest.mark.parametrize("documents", [False, True])
 def test_splash_attention_is_attend_on_windows(documents):
   N, S, B = 3, 17, 2
-  q, past = draw(0, B, K, N, G, S, E), (draw(1, B, K, L, E), draw(2, B, K, L, E))
+  q, past = draw(0, B, K, G, N, S, E), (draw(1, B, K, L, E), draw(2, B, K, L, E))
   own = draw(3, B, K, N, S, E), draw(4, B, K, N, S, E)
   anchor = jnp.array([[0, 60, 200], [130, 239, 128]])[..., None]  # the first sees nothing before it
   start = jnp.minimum(anchor, 50) if documents else None
@@ -53,12 +53,12 @@ def test_the_library_function_is_attend_on_the_clean_stream():
   """What cuDNN is asked for, computed by XLA here."""
   q, k, v = draw(0, 2, K, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
   close(lambda q, k, v: kernels.library_clean(q, k, v, "xla"),
-        lambda q, k, v: attention.attend(q[:, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, 0], (q, k, v))
+        lambda q, k, v: attention.attend(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0], (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_change_nothing(causal):
-  q, past = draw(0, 2, K, 1, G, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
+  q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
   stop = jnp.arange(L)[None, None] + 1
   run = lambda block: lambda q, k, v: attention.attend_in_blocks(block, q, (k, v), stop, None, None, None, causal=causal)
   close(run(64), run(0), (q, *past))
