@@ -23,7 +23,7 @@ def get_config():
   c.model.rope_base = 500_000.0
   c.model.tie_embeddings = True
   c.model.dtype = "bfloat16"
-  c.model.remat = "full"
+  c.model.remat = "save:qkv,attention,mlp"
   c.model.attention_block = 512
   c.window.size = 16
   c.window.count = 32
@@ -35,6 +35,7 @@ def get_config():
   c.optim.learning_rate = 6e-4
   c.optim.schedule = "wsd"
   c.optim.warmup = 2000
+  c.train.accumulate = 8
   c.train.steps = 100_000  # 105 billion tokens
   c.train.log_every = 20
   c.train.checkpoint_every = 1000

@@ -60,8 +60,8 @@ def read(text: str, mesh: dict[str, int]) -> Program:
   found, cycles, unpriced, kernels = [], {True: 0.0, False: 0.0}, 0, 0
   has_product = lambda name: any(" convolution(" in line or " dot(" in line for line in computations.get(name, ()))
 
-  def walk(name: str, times: int, timed: bool) -> None:
-    """timed: the instructions run one after another; within a fusion, the fusion has the estimate."""
+  def walk(name: str, times: int, timed: bool, aside: bool = False) -> None:
+    """timed: the instructions run one after another; within a fusion, the fusion has the estimate. aside: they run beside others."""
     nonlocal unpriced, kernels
     for line in computations[name]:
       match = _INSTRUCTION.match(line)
@@ -77,7 +77,7 @@ def read(text: str, mesh: dict[str, int]) -> Program:
         kind = "reduce-scatter" if scatters else kind
         members = _group(line, mesh)
         # An asynchronous one on TPUs stands in several fusions: its beginning, its steps and its end.
-        later = not timed and not scatters and not any(
+        later = not timed and not scatters and not aside and not any(
             "AsyncCollectiveStart" in l and f"%{match['name']}" in l for l in computations[name])
         if len(members) > 1 and not later:
           found.append(Collective(kind, _axes(members, mesh), _sent(kind, op, match["type"], len(members), name), times,
@@ -94,7 +94,7 @@ def read(text: str, mesh: dict[str, int]) -> Program:
         unpriced += times
       if op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "reduce-window", "map", "select-and-scatter"):
         for c in called:
-          walk(c, times, timed and op in ("call", "conditional", "async-start"))
+          walk(c, times, timed and op in ("call", "conditional", "async-start"), op == "call-start")  # a TPU's SparseCores
 
   walk(entry, 1, True)
   return Program(tuple(found), cycles[True], cycles[False], unpriced, kernels)

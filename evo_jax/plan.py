@@ -169,7 +169,7 @@ def plan(config: config_lib.Config, topology: str, compiles: bool = True) -> Pla
     here = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     parameters = here(state.params)
     sizes = {"parameters": parameters, "optimizer": here(state) - parameters, "activations": None, "code": None}
-    step = train.make_step(model, config, places, "tpu")
+    step = train.make_step(model, config, places, chip.kind)
     traced = flops.traced(functools.partial(train.train_step, model=model, config=config), state, batch)
     found = Plan(topology, chips, dict(mesh.shape), config.data.batch_size, config.train.accumulate, config.model.remat, None,
                  chip.hbm * GIB, sizes, sum(traced), flops.train_step(config, model.rows, visible=True))

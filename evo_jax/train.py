@@ -164,14 +164,24 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
   return TrainState(state.step + 1, params, ema, optimizer, statistics), metrics
 
 
-# Half of a TPU core's fast memory for one product: with the default of 16 MiB, products of a large model take 1.4 times as long.
-_COMPILER_OPTIONS = {"tpu": {"xla_tpu_scoped_vmem_limit_kib": 65536}}
+_FUSION, _SPARSE_CORE = "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_sparse_core_collective_offload_"
+_LARGE = {"xla_tpu_scoped_vmem_limit_kib": 65536}
+# By beginnings of `device_kind`, the first that fits. Half of a core's fast memory for one product: with the compiler's 16 MiB, products of
+# a large model take 1.4 times as long. Parameters are gathered and gradients scattered while products run: within their loops on v5e,
+# by SparseCores on v5p and v6e, where newer compilers refuse the former.
+_COMPILER_OPTIONS = {
+    "TPU v5 lite": _LARGE | {_FUSION: True, _FUSION + "_fuse_all_gather": True, _FUSION + "_multiple_steps": True,
+                             "xla_enable_async_all_gather": True},
+    **dict.fromkeys(("TPU v5", "TPU v6"), _LARGE | {_FUSION + "_fuse_all_gather": False} | {_SPARSE_CORE + part: True for part in (
+        "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")})}
 
 
-def make_step(model: Evo, config: config_lib.Config, places: Any, platform: str):
-  """`train_step` as it is compiled: (state, batch, windows=True), where `state` is given away and laid out as `places` say."""
+def make_step(model: Evo, config: config_lib.Config, places: Any, device_kind: str):
+  """`train_step` as it is compiled for devices of a kind: (state, batch, windows=True), where `state` is given away and laid out as
+  `places` say."""
+  options = next((value for name, value in _COMPILER_OPTIONS.items() if device_kind.startswith(name)), None)
   return jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows", donate_argnums=0,
-                 out_shardings=(places, None), compiler_options=_COMPILER_OPTIONS.get(platform))
+                 out_shardings=(places, None), compiler_options=options)
 
 
 def train(config: config_lib.Config, workdir: str) -> None:
@@ -226,7 +236,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
     profile = [int(end) for end in config.train.profile.split(":")] if config.train.profile else (0, 0)
     stop = stack.enter_context(_stop_on_signal())
     evaluator = evaluate.Evaluator(model, config, tokenizer, mesh)
-    step_fn = make_step(model, config, places, jax.default_backend())
+    step_fn = make_step(model, config, places, jax.devices()[0].device_kind)
 
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
