@@ -14,6 +14,7 @@ import math
 import os
 import re
 import resource
+import sys
 import time
 from typing import Any
 
@@ -324,7 +325,7 @@ def table(plans: list[Plan]) -> str:
 
 def main() -> None:
   args = flags.FLAGS
-  config, file = cli.read_config()
+  config, _ = cli.read_config()
   if not args.topology:
     raise UserError("--topology is needed, as in --topology=v5p:8x8x8")
   compiles = args.compile and has_compiler()
@@ -342,7 +343,8 @@ def main() -> None:
   if len(plans) > 1:
     print("\n" + table(plans))
   if args.json:
-    text = {"config": file, "fields": config_lib.to_dict(config), "assumptions": ASSUMPTIONS, "jax": jax.__version__,
+    command = " ".join(["python -m evo_jax.plan", *(a for a in sys.argv[1:] if not a.startswith("--json"))])
+    text = {"command": command, "fields": config_lib.to_dict(config), "assumptions": ASSUMPTIONS, "jax": jax.__version__,
             "plans": [dataclasses.asdict(p) for p in plans]}
     try:
       with open(args.json, "w", encoding="utf-8") as stream:
