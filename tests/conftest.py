@@ -13,7 +13,12 @@ os.environ["XDG_CACHE_HOME"] = _SCRATCH  # of tokens
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_SCRATCH, "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Commands that tests run share what is compiled. This process, which compiles everything once, does not: jaxlib 0.10.2 has crashed where it
+# wrote a large program into the cache (a segmentation fault below compilation_cache.put_executable_and_time).
+jax.config.update("jax_enable_compilation_cache", False)
 
 from evo_jax import config as config_lib  # noqa: E402
 
