@@ -17,7 +17,7 @@ def test_shapes_alone_say_what_a_pod_holds(tmp_path):
   """A line for what is missing, a table of several pods, and the same in JSON."""
   file = tmp_path / "plans.json"
   done = run("evo_jax.plan", "--config=configs/evo8b.py", "--topology=v5p:4x4x4,v6e:16x16", "--nocompile", f"--json={file}",
-             "--config.train.accumulate=4", timeout=300)
+             "--config.train.accumulate=4")
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("Not known without the TPU's compiler") == 2 and "of 95.74" in done.stdout
   assert [line.split()[:2] for line in done.stdout.splitlines()[-2:]] == [["v5p:4x4x4", "64"], ["v6e:16x16", "256"]]
@@ -35,7 +35,7 @@ def test_shapes_alone_say_what_a_pod_holds(tmp_path):
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path):
   done = run("evo_jax.plan", "--config=configs/evo8b.py", "--topology=v5e:4x4", "--mesh=data:16,fsdp:1", "--nocompile",
-             "--config.data.batch_size=16", timeout=300)
+             "--config.data.batch_size=16")
   assert done.returncode == 1 and "a plan does not fit" in done.stderr and "Traceback" not in done.stderr, done.stderr
   assert f"does not fit, by {PARAMETERS * 12 / 2**30 - 15.75:.2f} GiB" in done.stdout
   assert "--mesh=data:2,fsdp:8,tensor:1 makes it fit" in done.stdout, done.stdout
