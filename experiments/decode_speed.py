@@ -32,13 +32,13 @@ SETTINGS = {
     "ar greedy": dict(mode="ar", greedy=True),
     "verify": dict(mode="verify"),
     "verify greedy": dict(mode="verify", greedy=True),
-    **{f"adaptive {t:g}": dict(mode="adaptive", threshold=t) for t in (0.03, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)},
+    **{f"adaptive {t:g}": dict(mode="adaptive", threshold=t) for t in (0.13, 0.26, 0.52, 1.04, 2.08)},
     **{f"even steps {k}": dict(mode="flow", steps=k) for k in (2, 4, 8, 16, 32, 64)},
     **{f"confidence {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)},
     **{f"streams {n}": dict(mode="flow", path=f"streams:{n}") for n in (2, 4, 8, 16)},
 }
 MASKED = {f"masked diffusion {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)}  # by --masked
-SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.1", "even steps 8", "streams 4")  # at all batch sizes
+SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "even steps 8", "streams 4")  # at all batch sizes
 FAMILIES = ("adaptive", "even steps", "confidence", "streams", "masked diffusion")
 
 
