@@ -1,6 +1,6 @@
 """What logits over a large vocabulary cost in memory and time, whole and some tokens at a time (loss.chunk).
 
-  python -m experiments.vocabulary_cost [--vocab_size=128256] [--chunks=0,512,128] [--repeats=5]
+  python -m experiments.vocabulary_cost [--vocab_size=32768] [--chunks=0,128] [--repeats=3]
 
 A training step of a narrow model whose vocabulary outweighs the rest, of the clean stream alone (cross-entropy) and with windows (soft
 input, and two softmaxes for each slot). Temporary memory is the compiler's; steps of all kinds alternate, and medians are compared.
@@ -25,9 +25,9 @@ from experiments import common
 def compiled(vocab_size: int, windows: bool, chunk: int):
   """A compiled step, and its first state and configuration."""
   values = common.load_config("configs/tiny.py")
-  values.model.update({"layers": 1, "width": 128, "context": 1024, "vocab_size": vocab_size, "remat": "full", "attention_block": 128})
+  values.model.update({"layers": 1, "width": 128, "context": 512, "vocab_size": vocab_size, "remat": "full", "attention_block": 128})
   values.data.batch_size, values.loss.chunk = 1, chunk
-  values.window.count, values.loss.bound_windows = (16, 4) if windows else (0, 0)
+  values.window.count, values.loss.bound_windows = (8, 2) if windows else (0, 0)
   config = config_lib.from_dict(values)
   model = Evo(config.model, vocab_size)
   state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_integer("vocab_size", 128_256, "Tokens.")
-  flags.DEFINE_list("chunks", ["0", "512", "128"], "Values of loss.chunk; the first is compared with.")
-  flags.DEFINE_integer("repeats", 5, "Steps of each kind.")
+  flags.DEFINE_integer("vocab_size", 32_768, "Tokens.")
+  flags.DEFINE_list("chunks", ["0", "128"], "Values of loss.chunk; the first is compared with.")
+  flags.DEFINE_integer("repeats", 3, "Steps of each kind.")
   cli.run(main)
