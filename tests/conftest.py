@@ -1,5 +1,6 @@
 """Shared by all tests: eight CPU devices, a compilation cache, a small configuration, and runs of the command line."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,10 +16,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-# Commands that tests run share what is compiled. This process, which compiles everything once, does not: jaxlib 0.10.2 has crashed where it
-# wrote a large program into the cache (a segmentation fault below compilation_cache.put_executable_and_time).
-jax.config.update("jax_enable_compilation_cache", False)
 
 from evo_jax import config as config_lib  # noqa: E402
 
@@ -56,6 +53,18 @@ def train_flags(workdir, data, **changes) -> list[str]:
   """Flags of evo_jax.main for the small configuration on `data`."""
   fields = {**SMALL, "data.path": str(data), **{k.replace("__", "."): v for k, v in changes.items()}}
   return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs(request):
+  """Drops what a file of tests compiled, and what its functions keep (functools.cache): each program maps memory some hundred times, and a
+  process that has used up its maps (vm.max_map_count, 65,530) crashes in the next compilation."""
+  yield
+  for value in vars(request.module).values():
+    if hasattr(value, "cache_clear"):
+      value.cache_clear()
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
