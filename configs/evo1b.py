@@ -12,8 +12,8 @@ def get_config():
   c = evo_config.default()
   c.model.layers = 16
   c.model.width = 2048
-  c.model.heads = 32
-  c.model.kv_heads = 8
+  c.model.heads = 16
+  c.model.kv_heads = 4
   c.model.hidden = 8192
   c.model.context = 2048
   c.model.vocab_size = 128_256
@@ -28,7 +28,7 @@ def get_config():
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8
-  c.loss.chunk = 512
+  c.loss.chunk = 256
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 512

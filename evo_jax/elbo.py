@@ -121,7 +121,7 @@ def start_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, conf
 
   def entropy(precision):
     y = flow.observe(codes_VxM, token, jnp.broadcast_to(precision, token.shape), noise)
-    belief = flow.log_belief(jnp.log(unigram_V + 1e-30), codes_VxM, y)
+    belief = flow.belief(jnp.log(unigram_V + 1e-30), codes_VxM, y)
     return jnp.mean(flow.jump_cost(belief, token))
 
   return Statistics(paths.Warp.start(jax.lax.map(entropy, warp.precisions), config.precision_max), unigram_V,
@@ -312,7 +312,7 @@ def in_chunks(function: Callable, size: int, *arrays):
 
 def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array, chunk: int = 0) -> jax.Array:
   """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1), `chunk` at a time."""
-  nats = lambda hidden, token: flow.jump_cost(jax.nn.log_softmax(net.logits(hidden), axis=-1), token)
+  nats = lambda hidden, token: flow.jump_cost(net.logits(hidden), token)
   return in_chunks(nats, chunk, hidden_BxLxD, sequence_BxT[:, 1:])
 
 
@@ -399,7 +399,7 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   def price(hidden, latent, token, time_next, noise, codes):
     """Of some windows the cross-entropies of the beliefs and, where there is a next time, the costs of the step to it."""
     context = net.logits(hidden)
-    nats = flow.jump_cost(flow.log_belief(context, codes, latent.y), token)
+    nats = flow.jump_cost(flow.belief(context, codes, latent.y), token)
     if time_next is None:
       return (nats,)
     return nats, take_step(context, codes, warp, latent, token, time_next, noise, config.antithetic, config.integrand)[0]
@@ -455,12 +455,12 @@ def take_step(context: jax.Array, codes_VxM: jax.Array, warp: paths.Warp, latent
   that stands for its whole path. `integrand` "rate" prices it by its limit for short steps, without noise.
   """
   d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
-  before = flow.log_belief(context, codes_VxM, latent.y)
+  before = flow.belief(context, codes_VxM, latent.y)
   ends = [latent.y + flow.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise])]
   if integrand == "rate":
-    increment = d * flow.small_step_rate(codes_VxM, flow.expected_code(before, codes_VxM), token)
+    increment = d * flow.small_step_rate(codes_VxM, flow.expected_code(jax.nn.log_softmax(before, axis=-1), codes_VxM), token)
   else:
-    increment = sum(flow.step_cost(before, flow.log_belief(context, codes_VxM, y), token) for y in ends) / len(ends)
+    increment = sum(flow.step_cost(before, flow.belief(context, codes_VxM, y), token) for y in ends) / len(ends)
   cost = jnp.where(time_next <= 0.0, flow.jump_cost(before, token), increment)
   return jnp.where(latent.known, 0.0, cost), flow.Latent(ends[0], time_next, token)
 
@@ -514,7 +514,7 @@ def erasure_cost(field: flow.Field, codes_VxM: jax.Array, token: jax.Array, poli
     known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
     time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
     latent = flow.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
-    nats = flow.jump_cost(jax.nn.log_softmax(field(latent), axis=-1), token)
+    nats = flow.jump_cost(field(latent), token)
     share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown that this pass reveals
     return total + jnp.where(latent.known, 0.0, nats * share)
 

@@ -68,9 +68,14 @@ def observe(codes_VxM: jax.Array, token: jax.Array, precision: jax.Array, noise:
   return precision * codes_VxM[token] + root * noise
 
 
+def belief(context_logits: jax.Array, codes_VxM: jax.Array, y: jax.Array) -> jax.Array:
+  """c + E y: (..., V) logits of the belief, not normalized."""
+  return context_logits + evidence(codes_VxM, y)
+
+
 def log_belief(context_logits: jax.Array, codes_VxM: jax.Array, y: jax.Array) -> jax.Array:
   """log softmax(c + E y): (..., V) in nats."""
-  return jax.nn.log_softmax(context_logits + evidence(codes_VxM, y), axis=-1)
+  return jax.nn.log_softmax(belief(context_logits, codes_VxM, y), axis=-1)
 
 
 def expected_code(log_belief_: jax.Array, codes_VxM: jax.Array) -> jax.Array:
@@ -83,19 +88,47 @@ def pick(values: jax.Array, token: jax.Array) -> jax.Array:
   return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
 
 
+@jax.custom_vjp
+def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
+  """log softmax(logits)[token]: (...) in nats, from logits (..., V) that need not be normalized and tokens (...).
+
+  Nothing as wide as the vocabulary is written here, and its gradient is one pass over the logits: the token's is found by comparing, not by
+  indexing, whose gradient is a scatter.
+  """
+  return _log_prob(logits, token)[0]
+
+
+def _log_prob(logits, token):
+  total = jax.nn.logsumexp(logits, axis=-1)
+  return jnp.sum(jnp.where(_is_token(logits, token), logits, 0.0), axis=-1) - total, (logits, token, total)
+
+
+def _log_prob_gradient(saved, cotangent):
+  logits, token, total = saved
+  share = _is_token(logits, token) - jnp.exp(logits - total[..., None])
+  return (cotangent[..., None] * share).astype(logits.dtype), None
+
+
+def _is_token(logits, token):
+  return jnp.arange(logits.shape[-1]) == token[..., None]
+
+
+log_prob.defvjp(_log_prob, _log_prob_gradient)
+
+
 def step_cost(before: jax.Array, after: jax.Array, token: jax.Array) -> jax.Array:
-  """Price in nats (...) of a Gaussian step, from the log beliefs (..., V) with the old and with the new evidence.
+  """Price in nats (...) of a Gaussian step, from the beliefs' logits (..., V) with the old and with the new evidence.
 
   The log-ratio between the true increment's density and that of the mixture that the belief predicts: with the same
   context logits in both, log softmax(c + E y')[w] - log softmax(c + E y)[w]. Its mean over the increment's noise is a
   KL divergence; single values may be negative.
   """
-  return pick(after, token) - pick(before, token)
+  return log_prob(after, token) - log_prob(before, token)
 
 
-def jump_cost(before: jax.Array, token: jax.Array) -> jax.Array:
-  """Price in nats (...) of making the token known: -log softmax(c + E y)[w]."""
-  return -pick(before, token)
+def jump_cost(belief: jax.Array, token: jax.Array) -> jax.Array:
+  """Price in nats (...) of making the token known: -log softmax(c + E y)[w], from the belief's logits (..., V)."""
+  return -log_prob(belief, token)
 
 
 def small_step_rate(codes_VxM: jax.Array, predicted: jax.Array, token: jax.Array) -> jax.Array:

@@ -60,9 +60,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
   """x (..., in) times weight (in, out), either in several axes: `inputs` of the weight's are contracted; in x's dtype.
 
-  Done as one product of two matrices, since XLA's CPU backward pass takes twice as long over products of more axes.
+  Done as one product of two matrices, since XLA's CPU backward pass takes twice as long over products of more axes; on TPUs, whose
+  compiler then lays out what is made of the axes without copies, as it stands.
   """
   weight = weight.astype(x.dtype)
+  if sharding.platform() == "tpu":
+    return jnp.tensordot(x, weight, inputs)
   lead, out = x.shape[:x.ndim - inputs], weight.shape[inputs:]
   size = math.prod(weight.shape[:inputs])
   return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*lead, *out)
@@ -300,18 +303,19 @@ class Evo(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
-    table = self.embedding_VxD if self.head_VxD is None else self.head_VxD
+    table = self._table(self.head_VxD)
     hidden = rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
-    logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(self.rows) < self.vocab_size, logits, _FORBIDDEN)
 
   def embed_tokens(self, tokens: jax.Array) -> jax.Array:
     """(..., D) embeddings of known tokens (...)."""
     return self._table()[tokens]
 
-  def _table(self) -> jax.Array:
-    # Whole rows before they are looked up: the compiler would make the whole table on every device, and warn of it.
-    return self.rules.constrain(self.embedding_VxD.astype(self.config.dtype), "vocab", "width")
+  def _table(self, table_VxD: jax.Array | None = None) -> jax.Array:
+    # Whole before it is read: the compiler would make it whole on its way, and warn of it.
+    table_VxD = self.embedding_VxD if table_VxD is None else table_VxD
+    return self.rules.constrain(table_VxD.astype(self.config.dtype), "vocab", "width")
 
   def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
     """The soft input (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.

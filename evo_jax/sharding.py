@@ -44,8 +44,15 @@ class ShardingRules:
   slots: Any = None
   width: Any = None
 
-  def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes. Raises on an unknown name or a mesh axis used twice."""
+  def spec(self, names: tuple[str | None, ...], tensor: int | None = None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes. Raises on an unknown name or a mesh axis used twice.
+
+    tensor: devices along that axis; None: as the mesh in place has it. It may stay out of a table of the vocabulary, (vocab, embed): then
+    not its columns but its rows lie over `fsdp`, which TPUs gather and scatter without turning the table over; rows in shards of
+    both would not stand in order where one of them is gathered.
+    """
+    if {"vocab", "embed"} <= set(names) and (axis_size("tensor") if tensor is None else tensor) == 1:
+      return dataclasses.replace(self, vocab=self.embed, embed=None).spec(names, tensor=2)
     axes = [getattr(self, name) if name is not None else None for name in names]
     used = [a for axis in axes if axis is not None for a in (axis if isinstance(axis, tuple) else (axis,))]
     if len(used) != len(set(used)):
@@ -216,7 +223,7 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
   def one(path, leaf):
     if not _is_boxed(leaf):
       return NamedSharding(mesh, PartitionSpec())
-    spec = rules.spec(leaf.names)
+    spec = rules.spec(leaf.names, mesh.shape["tensor"])
     for size, name, axis in zip(leaf.value.shape, leaf.names, spec):
       parts = int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
       if size % parts:

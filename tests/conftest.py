@@ -55,6 +55,15 @@ def train_flags(workdir, data, **changes) -> list[str]:
   return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
+_LONG = ("processes", "train", "mesh", "objective", "commands", "decode", "colab", "model")  # files that take minutes, the longest first
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first, so that no worker is left with one at the end."""
+  place = {f"{name}_test": i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.module.__name__, len(_LONG)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs(request):
   """Drops what a file of tests compiled, and what its functions keep (functools.cache): each program maps memory some hundred times, and a

@@ -189,11 +189,12 @@ def test_streams_are_staircases_side_by_side(toy, streams, passes):
 def test_the_rate_is_the_price_of_a_short_step(toy):
   """For a short step the limit price, which has no noise, is the mean of the exact one over 100,000 increments."""
   token = jnp.broadcast_to(jnp.asarray(STRINGS[7]), (100_000, LENGTH))
-  y = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (LENGTH, 4)), (100_000, LENGTH, 4))
-  latent = flow.Latent(y, jnp.full(token.shape, 0.5), token)
+  y = jax.random.normal(jax.random.key(0), (LENGTH, 4))
+  context = toy.field(flow.Latent(y, jnp.full(LENGTH, 0.5), token[0]))
+  latent = flow.Latent(jnp.broadcast_to(y, (*token.shape, 4)), jnp.full(token.shape, 0.5), token)
   price = jax.jit(lambda integrand: elbo.take_step(
-      toy.field(latent), toy.codes, toy.warp, latent, token, jnp.full(token.shape, 0.497),
-      jax.random.normal(jax.random.key(1), y.shape), True, integrand)[0], static_argnums=0)
+      context, toy.codes, toy.warp, latent, token, jnp.full(token.shape, 0.497),
+      jax.random.normal(jax.random.key(1), latent.y.shape), True, integrand)[0], static_argnums=0)
   step, rate = np.asarray(price("step")), np.asarray(price("rate"))
   assert np.ptp(rate, axis=0).max() < 1e-6 and (rate > 0).all()
   np.testing.assert_allclose(step.mean(0), rate[0], rtol=0.05, atol=4 * step.std(0).max() / 100_000**0.5)
