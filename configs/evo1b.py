@@ -28,7 +28,7 @@ def get_config():
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8
-  c.loss.chunk = 256
+  c.loss.chunk = 128
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 512

@@ -28,7 +28,11 @@ from evo_jax import sample
 from evo_jax.model import DOCUMENT
 
 _START, _TOKEN, _PASS, _POLICY, _DRAFT = range(5)  # what a row's key is folded with first: no two draws share a key
-FRESH = 16  # slots for fresh tokens in a pass of `adaptive`
+
+
+def fresh_slots(window: int) -> int:
+  """Slots for fresh tokens in a pass of `adaptive`: as many tokens as it can settle in a row a pass, over long texts."""
+  return max(16, window // 4)
 
 
 @flax.struct.dataclass
@@ -370,20 +374,20 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
   text behind a gap has its say. What else jumps or gathers evidence is the policy's.
   """
   T, prior = walk.tokens, statistics.log_unigram_V
-  unread = texts.length - texts.read
-  count = jnp.where(texts.done, 0, jnp.minimum(unread, FRESH))
+  unread, fresh = texts.length - texts.read, fresh_slots(T)
+  count = jnp.where(texts.done, 0, jnp.minimum(unread, fresh))
   anchor = jnp.minimum(texts.length - 1, texts.read + count)
   if walk.self_conditioned:  # the pass before, moved along with the window
     index = jnp.arange(T) + (anchor - texts.anchor)[:, None]
     moved = at(texts.context, jnp.minimum(index, T - 1))
     prior = jnp.where((index < T)[..., None], moved, prior)
   slots, latent, place = window_slots(net, prior, texts, anchor, T)
-  clean, hidden, after = read(net, texts, FRESH, count, slots)
+  clean, hidden, after = read(net, texts, fresh, count, slots)
   after, log_belief = believe(net, after.replace(anchor=anchor), hidden, latent, walk)
   if not infill:
     last = net.logits(at(clean, jnp.maximum(count - 1, 0)[:, None]))  # (B, 1, V)
     fresh_y = jnp.where((latent.time < 1.0)[..., None], latent.y, 0.0)
-    exact = (place == texts.length[:, None]) & (unread <= FRESH)[:, None]
+    exact = (place == texts.length[:, None]) & (unread <= fresh)[:, None]
     log_belief = jnp.where(exact[..., None], flow.log_belief(last, net.codes(), fresh_y), log_belief)
   return move(net, statistics, texts, after, latent, place, log_belief, walk, jnp.zeros((), jnp.int32), shaping)
 

@@ -301,9 +301,11 @@ def in_chunks(function: Callable, size: int, *arrays):
   vocabulary is in memory for one chunk alone. The batch's axis stays whole: it is laid out over devices.
   """
   n = jax.tree.leaves(arrays)[0].shape[1]
-  size = next((s for s in range(min(size, n), 0, -1) if n % s == 0), n)
-  if size == n:
+  if not size or not n:
     return function(*arrays)
+  size = next(s for s in range(min(size, n), 0, -1) if n % s == 0)
+  if size == n:
+    return jax.checkpoint(function)(*arrays)
   apart = lambda x: jnp.moveaxis(x.reshape(x.shape[0], n // size, size, *x.shape[2:]), 1, 0)
   whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n, *x.shape[3:])
   step = jax.checkpoint(lambda _, chunk: (None, function(*chunk)), prevent_cse=False)

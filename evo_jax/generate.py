@@ -50,6 +50,7 @@ _GRIDS = ("time", "precision")
 _DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}
 _STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
 _THRESHOLD_PATHS = ("spread", "entropy", "confidence", "maturity")  # whose number is Sampling.threshold
+_MANY_PASSES = 0.3  # bits; up to this threshold windows as in training do (experiments/decode_speed.py)
 _CHUNK = 8  # passes between two looks of the host
 _GAP = re.compile(r"\[\.\.\.(\d*)\]")
 
@@ -70,7 +71,7 @@ class Sampling:
   grid: str = "time"  # flow, of the clock: steps even in time, in log-precision, or t after each pass, as 0.8,0.5,0.2
   stepper: str = "ode"  # flow, adaptive: ode, ode2 (second order) or ancestral
   threshold: float = 0.25  # adaptive
-  window: int = 0  # flow, adaptive: tokens of a window; 0: as in training
+  window: int = 0  # flow, adaptive: tokens of a window; 0: `default_window`
   draft: int = 4  # verify: tokens proposed a pass at most; each text proposes as many as are often accepted
   draft_passes: int = 1  # verify: passes of a round; 1 judges and proposes in one
   gap: int = 16  # infill: tokens of a gap without a number
@@ -110,6 +111,18 @@ class _Row:
     return tokens[:tokens.index(DOCUMENT)] if DOCUMENT in tokens else tokens
 
 
+def default_window(sampling: Sampling, config: config_lib.Config) -> int:
+  """The tokens of a window where nothing says how many: as in training.
+
+  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: the tokens that jump
+  together are then so many that a window of training has no places for them that are far apart.
+  """
+  size = config.window.size
+  if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
+    return size
+  return min(max(sampling.max_tokens, size), 4 * size, config.model.context)
+
+
 class Sampler:
   """Writes texts with a model. Compiles once for texts of like length in batches of like size; `compile_seconds` sums up."""
 
@@ -118,7 +131,7 @@ class Sampler:
     parameters. Raises UserError for a setting that is impossible, or that this model does not have."""
     self.run, self.sampling, self.compile_seconds = run, sampling, 0.0
     path = check(sampling, run.config)
-    self._window = sampling.window or run.config.window.size
+    self._window = sampling.window or default_window(sampling, run.config)
     self._mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
     self._everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
     self._model = run.model.clone(stacked=False)
@@ -217,7 +230,7 @@ class Sampler:
     B = _round_up(1 << (len(rows) - 1).bit_length(), shards)
     P = _round_up(max(row.begin for row in rows), 32)
     limits = [len(row.tokens) + 1 + (0 if infill else sampling.max_tokens) for row in rows]
-    room = 2 * self._window + decode.FRESH if self._walk else 2 * sampling.draft + 4  # for slots behind the last token
+    room = 2 * self._window + decode.fresh_slots(self._window) if self._walk else 2 * sampling.draft + 4  # for slots behind the last token
     C = _round_up(max(max(limits), P) + room, 32)
     token, known = np.zeros((B, C), np.int32), np.zeros((B, C), bool)
     known[:, 0] = True
@@ -596,7 +609,8 @@ if __name__ == "__main__":
                       "as 0.8,0.5,0.2.")
   flags.DEFINE_string("stepper", default.stepper, "How a step is taken: ode, ode2 (second order) or ancestral.")
   flags.DEFINE_float("threshold", default.threshold, "Mode adaptive: 0 is autoregression; the higher, the fewer passes.")
-  flags.DEFINE_integer("window", default.window, "Tokens of a window; 0: as in training.")
+  flags.DEFINE_integer("window", default.window, "Tokens of a window; 0: as in training; in mode adaptive, where the threshold asks for few "
+                       "passes, up to four times as many.")
   flags.DEFINE_integer("draft", default.draft, "Mode verify: tokens proposed a pass, at most.")
   flags.DEFINE_integer("draft_passes", default.draft_passes, "Mode verify: passes of a round; 1 judges and proposes in one.")
   flags.DEFINE_integer("gap", default.gap, "Tokens of a gap [...] without a number.")

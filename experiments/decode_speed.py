@@ -32,13 +32,13 @@ SETTINGS = {
     "ar greedy": dict(mode="ar", greedy=True),
     "verify": dict(mode="verify"),
     "verify greedy": dict(mode="verify", greedy=True),
-    **{f"adaptive {t:g}": dict(mode="adaptive", threshold=t) for t in (0.13, 0.26, 0.52, 1.04, 2.08)},
+    **{f"adaptive {t:g}": dict(mode="adaptive", threshold=t) for t in (0.13, 0.26, 0.35, 0.52, 1.04, 2.08)},
     **{f"even steps {k}": dict(mode="flow", steps=k) for k in (2, 4, 8, 16, 32, 64)},
     **{f"confidence {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)},
     **{f"streams {n}": dict(mode="flow", path=f"streams:{n}") for n in (2, 4, 8, 16)},
 }
 MASKED = {f"masked diffusion {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)}  # by --masked
-SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "even steps 8", "streams 4")  # at all batch sizes
+SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "adaptive 0.52", "even steps 8", "streams 4")  # at all batch sizes
 FAMILIES = ("adaptive", "even steps", "confidence", "streams", "masked diffusion")
 
 

@@ -95,8 +95,10 @@ def test_adaptive_at_threshold_zero_is_ar(path):
 
 
 def test_adaptive_thresholds_go_from_ar_to_one_pass():
-  passes = [sampler(max_tokens=16, mode="adaptive", threshold=t, endless=True)(["a"])[0].passes for t in (0.0, 0.7, 1.5, 64.0)]
-  assert passes[0] == 16 and passes == sorted(passes, reverse=True) and passes[-1] == 2  # two windows of 8
+  count = lambda t, **fields: sampler(max_tokens=16, mode="adaptive", threshold=t, endless=True, **fields)(["a"])[0].passes
+  passes = [count(t) for t in (0.0, 0.2, 0.7, 1.5, 64.0)]
+  assert passes[0] == 16 and passes == sorted(passes, reverse=True)
+  assert passes[-1] == 1 and count(64.0, window=8) == 2  # one window as wide as the text; two of training's 8
 
 
 def exact(vocab_size, length, **fields):

@@ -50,6 +50,11 @@ def test_a_checkpoint_moves_between_meshes(runs, text, tmp_path):
   np.testing.assert_allclose(losses(moved), losses(runs["data"]), rtol=2e-3)
 
 
+def test_tables_lie_over_fsdp_by_rows_unless_tensor_takes_them():
+  spec = lambda tensor: tuple(sharding.RULES.spec(("vocab", "embed"), tensor))
+  assert spec(1) == ("fsdp", None) and spec(2) == ("tensor", "fsdp")
+
+
 def test_rules_fail_loudly():
   with pytest.raises(ValueError, match="use a mesh axis twice"):
     sharding.RULES.spec(("vocab", "mlp"))
