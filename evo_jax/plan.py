@@ -159,7 +159,8 @@ def plan(config: config_lib.Config, topology: str, compiles: bool = True) -> Pla
     inside = jax.set_mesh(mesh)
   else:
     mesh = jax.sharding.AbstractMesh(sharding.mesh_sizes(config.mesh, chips), sharding.AXES,
-                                     axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES))
+                                     axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+                                     abstract_device=jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=1, platform="tpu"))
     inside = jax.sharding.use_abstract_mesh(mesh)
   train.check_batch(config, mesh)
   with contextlib.ExitStack() as stack:
