@@ -126,9 +126,9 @@ def step_cost(before: jax.Array, after: jax.Array, token: jax.Array) -> jax.Arra
   return log_prob(after, token) - log_prob(before, token)
 
 
-def jump_cost(belief: jax.Array, token: jax.Array) -> jax.Array:
+def jump_cost(before: jax.Array, token: jax.Array) -> jax.Array:
   """Price in nats (...) of making the token known: -log softmax(c + E y)[w], from the belief's logits (..., V)."""
-  return -log_prob(belief, token)
+  return -log_prob(before, token)
 
 
 def small_step_rate(codes_VxM: jax.Array, predicted: jax.Array, token: jax.Array) -> jax.Array:

@@ -230,7 +230,8 @@ class Sampler:
     B = _round_up(1 << (len(rows) - 1).bit_length(), shards)
     P = _round_up(max(row.begin for row in rows), 32)
     limits = [len(row.tokens) + 1 + (0 if infill else sampling.max_tokens) for row in rows]
-    room = 2 * self._window + decode.fresh_slots(self._window) if self._walk else 2 * sampling.draft + 4  # for slots behind the last token
+    # For slots behind the last token.
+    room = 2 * self._window + decode.fresh_slots(self._window) if self._walk else 2 * sampling.draft + 4
     C = _round_up(max(max(limits), P) + room, 32)
     token, known = np.zeros((B, C), np.int32), np.zeros((B, C), bool)
     known[:, 0] = True

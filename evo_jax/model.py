@@ -314,7 +314,7 @@ class Evo(nn.Module):
 
   def _table(self, table_VxD: jax.Array | None = None) -> jax.Array:
     # Whole before it is read: the compiler would make it whole on its way, and warn of it.
-    table_VxD = self.embedding_VxD if table_VxD is None else table_VxD
+    table_VxD = self.embedding_VxD if table_VxD is None else table_VxD  # tied, or what embeds
     return self.rules.constrain(table_VxD.astype(self.config.dtype), "vocab", "width")
 
   def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:

@@ -47,13 +47,14 @@ class ShardingRules:
   def spec(self, names: tuple[str | None, ...], tensor: int | None = None) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes. Raises on an unknown name or a mesh axis used twice.
 
-    tensor: devices along that axis; None: as the mesh in place has it. It may stay out of a table of the vocabulary, (vocab, embed): then
-    not its columns but its rows lie over `fsdp`, which TPUs gather and scatter without turning the table over; rows in shards of
-    both would not stand in order where one of them is gathered.
+    tensor: devices along that axis; None: of the mesh in place. Where it is one, a table of the vocabulary, (vocab, embed), lies by its
+    rows over what its columns lie over otherwise: TPUs gather and scatter rows without turning the table over. Beside parts over
+    `tensor`, rows that are gathered over `fsdp` would not stand in order.
     """
-    if {"vocab", "embed"} <= set(names) and (axis_size("tensor") if tensor is None else tensor) == 1:
-      return dataclasses.replace(self, vocab=self.embed, embed=None).spec(names, tensor=2)
-    axes = [getattr(self, name) if name is not None else None for name in names]
+    rules = self
+    if {"vocab", "embed"} <= set(names) and self.embed and (axis_size("tensor") if tensor is None else tensor) == 1:
+      rules = dataclasses.replace(self, vocab=self.embed, embed=None)
+    axes = [getattr(rules, name) if name is not None else None for name in names]
     used = [a for axis in axes if axis is not None for a in (axis if isinstance(axis, tuple) else (axis,))]
     if len(used) != len(set(used)):
       raise ValueError(f"logical axes {names} use a mesh axis twice: {axes}")

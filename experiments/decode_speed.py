@@ -38,7 +38,8 @@ SETTINGS = {
     **{f"streams {n}": dict(mode="flow", path=f"streams:{n}") for n in (2, 4, 8, 16)},
 }
 MASKED = {f"masked diffusion {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)}  # by --masked
-SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "adaptive 0.52", "even steps 8", "streams 4")  # at all batch sizes
+# At all batch sizes.
+SPEED = ("ar", "ar greedy", "verify", "verify greedy", "adaptive 0.26", "adaptive 0.52", "even steps 8", "streams 4")
 FAMILIES = ("adaptive", "even steps", "confidence", "streams", "masked diffusion")
 
 
