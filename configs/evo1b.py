@@ -23,12 +23,12 @@ def get_config():
   c.model.rope_base = 500_000.0
   c.model.tie_embeddings = True
   c.model.dtype = "bfloat16"
-  c.model.remat = "save:qkv,attention,mlp"
+  c.model.remat = "save:qkv,attention"
   c.model.attention_block = 512
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8
-  c.loss.chunk = 128
+  c.loss.chunk = 256
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 512
