@@ -304,7 +304,7 @@ def in_chunks(function: Callable, size: int, *arrays):
   if not size or not n:
     return function(*arrays)
   size = next(s for s in range(min(size, n), 0, -1) if n % s == 0)
-  if size == n:
+  if size == n:  # no loop of one, which the compiler opens: it would then keep what is to be computed anew
     return jax.checkpoint(function)(*arrays)
   apart = lambda x: jnp.moveaxis(x.reshape(x.shape[0], n // size, size, *x.shape[2:]), 1, 0)
   whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n, *x.shape[3:])

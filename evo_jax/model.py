@@ -303,18 +303,17 @@ class Evo(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
-    table = self._table(self.head_VxD)
+    table = self._whole(self.embedding_VxD if self.head_VxD is None else self.head_VxD)
     hidden = rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
     logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(self.rows) < self.vocab_size, logits, _FORBIDDEN)
 
   def embed_tokens(self, tokens: jax.Array) -> jax.Array:
     """(..., D) embeddings of known tokens (...)."""
-    return self._table()[tokens]
+    return self._whole(self.embedding_VxD)[tokens]
 
-  def _table(self, table_VxD: jax.Array | None = None) -> jax.Array:
-    # Whole before it is read: the compiler would make it whole on its way, and warn of it.
-    table_VxD = self.embedding_VxD if table_VxD is None else table_VxD  # tied, or what embeds
+  def _whole(self, table_VxD: jax.Array) -> jax.Array:
+    # Before it is read: the compiler would make it whole on its way, and warn of it.
     return self.rules.constrain(table_VxD.astype(self.config.dtype), "vocab", "width")
 
   def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
@@ -323,7 +322,7 @@ class Evo(nn.Module):
     prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning).
     """
     weights = jax.nn.softmax(prior_logits + flow.evidence(codes_VxM, latent.y), axis=-1)
-    table = self._table()
+    table = self._whole(self.embedding_VxD)
     soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
     return jnp.where(latent.known[..., None], table[latent.token], soft)
 
