@@ -38,7 +38,15 @@ def run(main: Callable[[], None]) -> None:
   A library's own bug or an unforeseen failure keeps its traceback: only `UserError` (and bad flags) are user's input.
   """
   logging.set_verbosity(logging.FATAL)  # libraries' reports are not the user's: what is wrong comes as an exception
+  sys.unraisablehook = _show_unraisable
   app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+
+
+def _show_unraisable(problem) -> None:
+  """Prints what a thread could not raise, but for the writers of a checkpoint that failed: Orbax closes its loop at the first failure,
+  and each of TensorStore's threads that has another to report then fails on the closed loop."""
+  if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+    sys.__unraisablehook__(problem)
 
 
 def _main(main: Callable[[], None], argv: list[str]) -> None:
@@ -76,5 +84,4 @@ def _guard(body: Callable):
       print(f"evo_jax: process {jax.process_index()}: {error}", file=sys.stderr)
     else:
       print(f"evo_jax: {error}", file=sys.stderr)
-    sys.excepthook = lambda *_: None  # what threads of a failed write still have to say, the line above says better
     sys.exit(1)

@@ -215,6 +215,7 @@ def test_a_disk_that_refuses_leaves_the_checkpoint_before_whole(alone, stopped, 
   assert done.returncode == 1, done.stderr
   assert re.search("^evo_jax: .*a checkpoint cannot be written: .*the last whole one is of step 100$", done.stderr,
                    re.M), done.stderr
+  assert "Traceback" not in done.stderr
   assert checkpoint.load_run(str(stopped)).step == 100
   done = run("evo_jax.main", *train_flags(stopped, text, **LONG))
   assert done.returncode == 0 and "goes on after step 100" in done.stdout, done.stderr
