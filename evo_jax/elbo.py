@@ -9,7 +9,7 @@ Letters in names: B batch, L tokens of a sequence, N windows, W tokens of a wind
 M code elements, K steps.
 """
 
-from typing import Callable, Protocol
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -20,6 +20,7 @@ from evo_jax import config as config_lib
 from evo_jax import flow
 from evo_jax import paths
 from evo_jax import policies
+from evo_jax.vocabulary import Beliefs
 
 BITS = 1.0 / np.log(2.0)  # bits in a nat
 _UNIGRAM_MEMORY = 1000  # steps after which the unigram estimate forgets as fast as it learns
@@ -37,8 +38,10 @@ class Network(Protocol):
   def clean(self, tokens_BxL): ...
   def window(self, cache, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
   def slots(self, past, read_B, x_BxSxD, time_BxS, position_BxS, visible_BxSxS): ...
-  def embed(self, latent, codes_VxM, prior_logits): ...
+  def embed(self, latent, codes_VxM, prior_logits, before=None, chunk=0): ...
   def logits(self, hidden): ...
+  def log_probs(self, beliefs, tokens, chunk=0): ...
+  def expected_code(self, belief, chunk=0): ...
   def embed_tokens(self, tokens): ...
   def clock_prior(self, hidden_BxNxD, size, passes_BxN): ...
   def clock_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
@@ -122,7 +125,7 @@ def start_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, conf
   def entropy(precision):
     y = flow.observe(codes_VxM, token, jnp.broadcast_to(precision, token.shape), noise)
     belief = flow.belief(jnp.log(unigram_V + 1e-30), codes_VxM, y)
-    return jnp.mean(flow.jump_cost(belief, token))
+    return jnp.mean(flow.jump_cost(flow.log_prob(belief, token)))
 
   return Statistics(paths.Warp.start(jax.lax.map(entropy, warp.precisions), config.precision_max), unigram_V,
                     jnp.ones(_COST_BINS), jnp.zeros((), jnp.int32))
@@ -293,29 +296,10 @@ def infer_clock(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, toke
   return delay, sharpness, gaussian_kl(posterior, (mean, log_std))
 
 
-def in_chunks(function: Callable, size: int, *arrays):
-  """function(*arrays), whose arrays and results are (B, n, ...) and whose rows along n do not touch each other; `size` rows, or the
-  next smaller number that divides n, at a time. 0: all at once.
-
-  What a chunk computes on its way is not kept for the backward pass but computed anew, so that what is as wide as the
-  vocabulary is in memory for one chunk alone. The batch's axis stays whole: it is laid out over devices.
-  """
-  n = jax.tree.leaves(arrays)[0].shape[1]
-  if not size or not n:
-    return function(*arrays)
-  size = next(s for s in range(min(size, n), 0, -1) if n % s == 0)
-  if size == n:  # no loop of one, which the compiler opens: it would then keep what is to be computed anew
-    return jax.checkpoint(function)(*arrays)
-  apart = lambda x: jnp.moveaxis(x.reshape(x.shape[0], n // size, size, *x.shape[2:]), 1, 0)
-  whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], n, *x.shape[3:])
-  step = jax.checkpoint(lambda _, chunk: (None, function(*chunk)), prevent_cse=False)
-  return jax.tree.map(whole, jax.lax.scan(step, None, jax.tree.map(apart, arrays))[1])
-
-
 def token_nats(net: Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array, chunk: int = 0) -> jax.Array:
-  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1), `chunk` at a time."""
-  nats = lambda hidden, token: flow.jump_cost(net.logits(hidden), token)
-  return in_chunks(nats, chunk, hidden_BxLxD, sequence_BxT[:, 1:])
+  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1)."""
+  ((log_p,),) = net.log_probs((Beliefs(hidden_BxLxD),), (sequence_BxT[:, 1:],), chunk)
+  return flow.jump_cost(log_p)
 
 
 def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array, draw: Draw | None,
@@ -338,15 +322,13 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   L = sequence_BxT.shape[1] - 1
   # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
   alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
-  ar, cache, metrics = jnp.zeros(()), None, {}
+  cache, metrics = None, {}
   if not alone:
     hidden, cache = net.clean(sequence_BxT[:, :-1])
-    nats_BxL = token_nats(net, hidden, sequence_BxT, config.chunk)
-    ar = jnp.mean(nats_BxL)
-    metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
   if draw is None:
-    none = jnp.zeros((0,))
-    return (config.ar_weight * ar, jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5), metrics
+    nats_BxL, none = token_nats(net, hidden, sequence_BxT, config.chunk), jnp.zeros((0,))
+    metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
+    return (config.ar_weight * jnp.mean(nats_BxL), jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5), metrics
 
   codes = net.codes() if config.codes != "frozen" else jax.lax.stop_gradient(net.codes())
   W, bound_windows = draw.time.shape[-1], draw.step_noise.shape[1]
@@ -355,8 +337,9 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   anchor_token, token = tokens[..., 0], tokens[..., 1:]
   is_bound = jnp.arange(token.shape[1]) < bound_windows
 
-  time, time_next, kl = draw.time, draw.time_next, jnp.zeros(())
+  time, time_next, kl, nats_BxL = draw.time, draw.time_next, jnp.zeros(()), None
   if learned:
+    nats_BxL = token_nats(net, hidden, sequence_BxT, config.chunk)
     delay, sharpness, kl = infer_clock(net, hidden, nats_BxL, token, draw.anchor, draw.steps, draw.delay_noise)
     # Like the codes, clocks are taught by the bound alone: cross-entropy only wants all tokens known at once.
     delay, sharpness = (jnp.where(is_bound[:, None], x, jax.lax.stop_gradient(x)) for x in (delay, sharpness))
@@ -378,45 +361,41 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
     cache = cache.replace(k=through(cache.k), v=through(cache.v))
 
-  # Windows taught by the bound and by cross-entropy, each some at a time: (latent, anchor, token, time_next, step noise, codes).
-  group = -(-config.chunk // W) if config.chunk else 0  # windows at a time
-  parts = ((latent_b, anchor_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, codes),
-           (latent_c, anchor_c, token[:, bound_windows:], None, None, fixed))
-  slices = (slice(None, bound_windows), slice(bound_windows, None))
+  # Windows taught by the bound, and by cross-entropy: (latent, anchor, codes, windows).
+  parts = ((latent_b, anchor_b, codes, slice(None, bound_windows)), (latent_c, anchor_c, fixed, slice(bound_windows, None)))
 
-  def embedded(latent, anchor, codes, hidden):
-    """The slots' soft input; hidden (B, n, W, D): the pass before, whose logits are the prior where it was made, or None."""
-    prior = statistics.log_unigram_V
-    if hidden is not None:
-      prior = jnp.where(twice, jax.lax.stop_gradient(for_slots(net.logits(hidden))), prior)
-    return net.embed(with_anchor(latent, anchor), codes, prior)
-
-  def read(before):
+  def read(before, prior):
     """The windows' hidden states (B, N, W, D), behind the pass that left `before` (None: the first)."""
-    x = [in_chunks(lambda latent, anchor, hidden, codes=codes: embedded(latent, anchor, codes, hidden), group, latent, anchor,
-                   None if before is None else before[:, some])
-         for (latent, anchor, *_, codes), some in zip(parts, slices)]
+    pad = lambda hidden: jnp.pad(hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
+    x = [net.embed(with_anchor(latent, anchor), codes, prior, None if before is None else pad(before[:, some]), config.chunk)
+         for latent, anchor, codes, some in parts]
     return net.window(cache, draw.anchor, jnp.concatenate(x, axis=1), with_anchor(latent, anchor_token).time)[:, :, :-1]
 
-  def price(hidden, latent, token, time_next, noise, codes):
-    """Of some windows the cross-entropies of the beliefs and, where there is a next time, the costs of the step to it."""
-    context = net.logits(hidden)
-    nats = flow.jump_cost(flow.belief(context, codes, latent.y), token)
-    if time_next is None:
-      return (nats,)
-    return nats, take_step(context, codes, warp, latent, token, time_next, noise, config.antithetic, config.integrand)[0]
-
-  before = None
+  before, prior = None, statistics.log_unigram_V
   if config.self_conditioning:
     twice = draw.coin[0] < config.self_conditioning
-    first = lambda: jax.lax.stop_gradient(read(None))
+    first = lambda: jax.lax.stop_gradient(read(None, prior))
     before = jax.lax.cond(twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
-  hidden_w = read(before)
+  hidden_w = read(before, prior if before is None else jnp.where(twice, 0.0, prior))
+
+  # All that is asked of the vocabulary's logits, in one reading of them.
+  step = Step.of(codes, warp, latent_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, config.antithetic)
+  ends = step.ends if config.integrand == "step" else ()
+  bound = Beliefs(hidden_w[:, :bound_windows], (latent_b.y, *ends), codes)
+  beliefs = [(bound, token[:, :bound_windows]), (Beliefs(hidden_w[:, bound_windows:], (latent_c.y,), fixed), token[:, bound_windows:])]
+  if cache is not None and nats_BxL is None:
+    beliefs.append((Beliefs(hidden), sequence_BxT[:, 1:]))
+  (of_bound, (of_rest,), *of_clean) = net.log_probs(*zip(*beliefs), config.chunk)
+  if of_clean:
+    nats_BxL = flow.jump_cost(of_clean[0][0])
+  ar = jnp.zeros(())
+  if nats_BxL is not None:
+    ar = jnp.mean(nats_BxL)
+    metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
+  expected = net.expected_code(bound, config.chunk) if config.integrand == "rate" else None
+  cost_b = step.price(of_bound, expected)
   unknown = ~latent.known
-  priced = [in_chunks(lambda *x, codes=codes: price(*x, codes), group, hidden_w[:, some], latent, token, time_next, noise)
-            for (latent, _, token, time_next, noise, codes), some in zip(parts, slices)]
-  nats = jnp.where(unknown, jnp.concatenate([costs[0] for costs in priced], axis=1), 0.0)
-  cost_b = priced[0][1]
+  nats = jnp.where(unknown, flow.jump_cost(jnp.concatenate([of_bound[0], of_rest], axis=1)), 0.0)
   whole_b = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]  # the path's cost that this step stands for
   bound_BxN = whole_b * draw.weight[:, :bound_windows] + jnp.mean(kl)
   # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
@@ -446,25 +425,42 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   return (config.ar_weight * ar, config.window_weight * window), measured, metrics
 
 
-def take_step(context: jax.Array, codes_VxM: jax.Array, warp: paths.Warp, latent: flow.Latent, token: jax.Array,
-              time_next: jax.Array, noise: jax.Array, antithetic: bool = True,
-              integrand: str = "step") -> tuple[jax.Array, flow.Latent]:
-  """Moves the true tokens from `latent` (..., T) to progressions `time_next` (...): costs in nats (...), new latent.
+@flax.struct.dataclass
+class Step:
+  """A step of the true tokens from latents (..., T) to the next progressions, before it is priced.
 
-  A known token costs nothing, one that becomes known pays for a jump, any other for its Gaussian increment with
-  `noise` (..., M). `antithetic` prices the increment at `noise` and at -`noise` and takes the mean: the same
-  expectation without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step
-  that stands for its whole path. `integrand` "rate" prices it by its limit for short steps, without noise.
+  Fields: codes (V, M); `before` and `after`, latents; d (...): the step in precision; ends: latents' vectors y (..., T, M) under the
+  step's noise, the first of which is `after`'s.
   """
-  d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
-  before = flow.belief(context, codes_VxM, latent.y)
-  ends = [latent.y + flow.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise])]
-  if integrand == "rate":
-    increment = d * flow.small_step_rate(codes_VxM, flow.expected_code(jax.nn.log_softmax(before, axis=-1), codes_VxM), token)
-  else:
-    increment = sum(flow.step_cost(before, flow.belief(context, codes_VxM, y), token) for y in ends) / len(ends)
-  cost = jnp.where(time_next <= 0.0, flow.jump_cost(before, token), increment)
-  return jnp.where(latent.known, 0.0, cost), flow.Latent(ends[0], time_next, token)
+
+  codes_VxM: jax.Array
+  before: flow.Latent
+  after: flow.Latent
+  d: jax.Array
+  ends: tuple[jax.Array, ...]
+
+  @classmethod
+  def of(cls, codes_VxM: jax.Array, warp: paths.Warp, latent: flow.Latent, token: jax.Array, time_next: jax.Array, noise: jax.Array,
+         antithetic: bool = True) -> "Step":
+    """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M), and, `antithetic`, with -`noise`, too."""
+    d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
+    ends = tuple(latent.y + flow.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise]))
+    return cls(codes_VxM, latent, flow.Latent(ends[0], time_next, token), d, ends)
+
+  def price(self, log_probs: tuple[jax.Array, ...], expected_code: jax.Array | None = None) -> jax.Array:
+    """Costs in nats (..., T): a known token costs nothing, one that becomes known pays for a jump, any other for its Gaussian increment.
+
+    log_probs: of the token in nats under the belief before, and with each of the `ends` as evidence. The mean over antithetic ends has
+    the expectation of one without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step
+    that stands for its whole path. expected_code (..., T, M): of the belief before; the increment is then priced by its limit for short
+    steps, without noise, and `log_probs` need not have the ends'.
+    """
+    before, *after = log_probs
+    if expected_code is None:
+      increment = sum(flow.step_cost(before, log_p) for log_p in after) / len(after)
+    else:
+      increment = self.d * flow.small_step_rate(self.codes_VxM, expected_code, self.after.token)
+    return jnp.where(self.before.known, 0.0, jnp.where(self.after.known, flow.jump_cost(before), increment))
 
 
 def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: jax.Array, policy: policies.Policy,
@@ -488,7 +484,9 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
     log_belief = flow.log_belief(found, codes_VxM, latent.y)
     reading = policies.Reading(index, latent.time, log_belief, uncertainty, motion, codes_VxM, warp)
     time_next = jnp.broadcast_to(policy(reading), token.shape).astype(codes_VxM.dtype)
-    cost, after = take_step(found, codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
+    taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
+    after, log_after = taken.after, flow.log_belief(found, codes_VxM, taken.after.y)
+    cost = taken.price((flow.pick(log_belief, token), flow.pick(log_after, token)))
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
     motion = motion.after(after.y, precision, flow.expected_code(log_belief, codes_VxM))
     return after, motion, None if context is None else found, total + cost, passes + jnp.any(~latent.known, axis=-1)
@@ -516,7 +514,7 @@ def erasure_cost(field: flow.Field, codes_VxM: jax.Array, token: jax.Array, poli
     known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
     time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
     latent = flow.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
-    nats = flow.jump_cost(field(latent), token)
+    nats = flow.jump_cost(flow.log_prob(field(latent), token))
     share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown that this pass reveals
     return total + jnp.where(latent.known, 0.0, nats * share)
 

@@ -88,47 +88,24 @@ def pick(values: jax.Array, token: jax.Array) -> jax.Array:
   return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
 
 
-@jax.custom_vjp
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
-  """log softmax(logits)[token]: (...) in nats, from logits (..., V) that need not be normalized and tokens (...).
-
-  Nothing as wide as the vocabulary is written here, and its gradient is one pass over the logits: the token's is found by comparing, not by
-  indexing, whose gradient is a scatter.
-  """
-  return _log_prob(logits, token)[0]
+  """log softmax(logits)[token]: (...) in nats, from logits (..., V) that need not be normalized and tokens (...)."""
+  return pick(logits, token) - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _log_prob(logits, token):
-  total = jax.nn.logsumexp(logits, axis=-1)
-  return jnp.sum(jnp.where(_is_token(logits, token), logits, 0.0), axis=-1) - total, (logits, token, total)
-
-
-def _log_prob_gradient(saved, cotangent):
-  logits, token, total = saved
-  share = _is_token(logits, token) - jnp.exp(logits - total[..., None])
-  return (cotangent[..., None] * share).astype(logits.dtype), None
-
-
-def _is_token(logits, token):
-  return jnp.arange(logits.shape[-1]) == token[..., None]
-
-
-log_prob.defvjp(_log_prob, _log_prob_gradient)
-
-
-def step_cost(before: jax.Array, after: jax.Array, token: jax.Array) -> jax.Array:
-  """Price in nats (...) of a Gaussian step, from the beliefs' logits (..., V) with the old and with the new evidence.
+def step_cost(before: jax.Array, after: jax.Array) -> jax.Array:
+  """Price in nats (...) of a Gaussian step, from the token's log-probabilities (...) with the old and with the new evidence.
 
   The log-ratio between the true increment's density and that of the mixture that the belief predicts: with the same
   context logits in both, log softmax(c + E y')[w] - log softmax(c + E y)[w]. Its mean over the increment's noise is a
   KL divergence; single values may be negative.
   """
-  return log_prob(after, token) - log_prob(before, token)
+  return after - before
 
 
-def jump_cost(before: jax.Array, token: jax.Array) -> jax.Array:
-  """Price in nats (...) of making the token known: -log softmax(c + E y)[w], from the belief's logits (..., V)."""
-  return -log_prob(before, token)
+def jump_cost(before: jax.Array) -> jax.Array:
+  """Price in nats (...) of making the token known: -log softmax(c + E y)[w], from that log-probability."""
+  return -before
 
 
 def small_step_rate(codes_VxM: jax.Array, predicted: jax.Array, token: jax.Array) -> jax.Array:

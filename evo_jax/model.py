@@ -27,6 +27,7 @@ from evo_jax import attention
 from evo_jax import config as config_lib
 from evo_jax import flow
 from evo_jax import sharding
+from evo_jax import vocabulary
 from evo_jax.sharding import RULES, ShardingRules
 
 DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text, in all vocabularies
@@ -34,7 +35,6 @@ _FREQUENCIES = 16  # of the time's cosine features
 _CLOCK_DIM = 64  # inner width of the heads that infer clocks
 _DELAY_SPREAD, _SHARPNESS = 0.2, 8.0  # standard deviation of delays, and sharpness, before training
 _PHASE = 8  # of the slot features, a token's place in its stream
-_FORBIDDEN = -1e9  # the logit of table rows beyond the vocabulary
 
 
 @flax.struct.dataclass
@@ -303,10 +303,27 @@ class Evo(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
-    table = self._whole(self.embedding_VxD if self.head_VxD is None else self.head_VxD)
-    hidden = rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
-    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(self.rows) < self.vocab_size, logits, _FORBIDDEN)
+    return vocabulary.Beliefs(self._normed(hidden)).logits(self._head(), self._ruled_out())[0]
+
+  def log_probs(self, beliefs: tuple[vocabulary.Beliefs, ...], tokens: tuple[jax.Array, ...],
+                chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]:
+    """What beliefs say of tokens in nats: `vocabulary.log_probs`, by hidden states as the streams leave them."""
+    beliefs = tuple(b.replace(hidden=self._normed(b.hidden)) for b in beliefs)
+    return vocabulary.log_probs(chunk, beliefs, tokens, self._head(), self._ruled_out())
+
+  def expected_code(self, belief: vocabulary.Beliefs, chunk: int = 0) -> jax.Array:
+    """e_hat = sum_v p(v) e_v (..., M) of a belief with one evidence vector, by hidden states as the streams leave them."""
+    belief = belief.replace(hidden=self._normed(belief.hidden))
+    return vocabulary.mean(chunk, belief, belief.codes_VxM, self._head(), self._ruled_out())
+
+  def _normed(self, hidden: jax.Array) -> jax.Array:
+    return rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
+
+  def _head(self) -> jax.Array:
+    return self._whole(self.embedding_VxD if self.head_VxD is None else self.head_VxD)
+
+  def _ruled_out(self) -> jax.Array:
+    return jnp.where(jnp.arange(self.rows) < self.vocab_size, 0.0, vocabulary.FORBIDDEN)
 
   def embed_tokens(self, tokens: jax.Array) -> jax.Array:
     """(..., D) embeddings of known tokens (...)."""
@@ -316,15 +333,18 @@ class Evo(nn.Module):
     # Before it is read: the compiler would make it whole on its way, and warn of it.
     return self.rules.constrain(table_VxD.astype(self.config.dtype), "vocab", "width")
 
-  def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array) -> jax.Array:
+  def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array, before: jax.Array | None = None,
+            chunk: int = 0) -> jax.Array:
     """The soft input (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
 
-    prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning).
+    prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning); they are not taught.
+    before (..., D): instead of the latter, the hidden states that they come from; `prior_logits`, zeros then, are added.
+    chunk: rows of the vocabulary that are in memory at a time, with `prior_logits` (V,); 0: all.
     """
-    weights = jax.nn.softmax(prior_logits + flow.evidence(codes_VxM, latent.y), axis=-1)
     table = self._whole(self.embedding_VxD)
-    soft = jnp.einsum("...v,vd->...d", weights.astype(table.dtype), table)
-    return jnp.where(latent.known[..., None], table[latent.token], soft)
+    hidden, head = (None, None) if before is None else jax.lax.stop_gradient((self._normed(before), self._head()))
+    soft = vocabulary.mean(chunk, vocabulary.Beliefs(hidden, (latent.y,), codes_VxM), table, head, prior_logits + self._ruled_out())
+    return jnp.where(latent.known[..., None], table[latent.token], soft.astype(table.dtype))
 
   def clock_prior(self, hidden_BxNxD: jax.Array, size: int,
                   passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -192,9 +192,10 @@ def test_the_rate_is_the_price_of_a_short_step(toy):
   y = jax.random.normal(jax.random.key(0), (LENGTH, 4))
   context = toy.field(flow.Latent(y, jnp.full(LENGTH, 0.5), token[0]))
   latent = flow.Latent(jnp.broadcast_to(y, (*token.shape, 4)), jnp.full(token.shape, 0.5), token)
-  price = jax.jit(lambda integrand: elbo.take_step(
-      context, toy.codes, toy.warp, latent, token, jnp.full(token.shape, 0.497),
-      jax.random.normal(jax.random.key(1), latent.y.shape), True, integrand)[0], static_argnums=0)
-  step, rate = np.asarray(price("step")), np.asarray(price("rate"))
+  taken = elbo.Step.of(toy.codes, toy.warp, latent, token, jnp.full(token.shape, 0.497),
+                       jax.random.normal(jax.random.key(1), latent.y.shape))
+  log_belief = lambda y: flow.log_belief(context, toy.codes, y)
+  step = np.asarray(taken.price([flow.pick(log_belief(y), token) for y in (latent.y, *taken.ends)]))
+  rate = np.asarray(taken.price([flow.pick(log_belief(latent.y), token)], flow.expected_code(log_belief(latent.y), toy.codes)))
   assert np.ptp(rate, axis=0).max() < 1e-6 and (rate > 0).all()
   np.testing.assert_allclose(step.mean(0), rate[0], rtol=0.05, atol=4 * step.std(0).max() / 100_000**0.5)

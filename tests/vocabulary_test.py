@@ -1,0 +1,87 @@
+"""Sums over the vocabulary in chunks: values and gradients are those of whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evo_jax import flow, vocabulary
+from evo_jax.vocabulary import Beliefs
+
+V, D, M, B, N = 24, 6, 4, 2, 5
+
+
+@pytest.fixture
+def scene():
+  keys = jax.random.split(jax.random.key(0), 8)
+  normal = lambda i, *shape: jax.random.normal(keys[i], shape)
+  arrays = dict(hidden=2 * normal(0, B, N, D), table=normal(1, V, D), codes=normal(2, V, M), ys=(3 * normal(3, B, N, M), normal(4, B, N, M)),
+                values=normal(5, V, 3))
+  bias = jnp.where(jnp.arange(V) < V - 2, 0.0, vocabulary.FORBIDDEN)
+  token = jax.random.randint(keys[6], (B, N), 0, V - 2)
+  return arrays, bias, token, jax.random.normal(keys[7], (4, B, N))
+
+
+def whole(arrays, bias, y=None):
+  return arrays["hidden"] @ arrays["table"].T + bias + (0.0 if y is None else y @ arrays["codes"].T)
+
+
+def same(ours, plain, arrays):
+  for found, expected in zip(jax.tree.leaves(jax.value_and_grad(ours)(arrays)), jax.tree.leaves(jax.value_and_grad(plain)(arrays))):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 100, 8, 7, 1])
+def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
+  arrays, bias, token, weight = scene
+
+  def ours(arrays):
+    beliefs = Beliefs(arrays["hidden"], arrays["ys"], arrays["codes"]), Beliefs(arrays["hidden"][:, 1:])
+    first, second = vocabulary.log_probs(chunk, beliefs, (token, token[:, 1:]), arrays["table"], bias)
+    return sum(jnp.sum(w * x) for w, x in zip(weight, first)) + jnp.sum(weight[3, :, 1:] * second[0])
+
+  def plain(arrays):
+    log_p = lambda *y: flow.pick(jax.nn.log_softmax(whole(arrays, bias, *y)), token)
+    return sum(jnp.sum(w * log_p(y)) for w, y in zip(weight, arrays["ys"])) + jnp.sum((weight[3] * log_p())[:, 1:])
+
+  same(ours, plain, arrays)
+
+
+@pytest.mark.parametrize("chunk", [0, 8, 1])
+@pytest.mark.parametrize("reads_context", [True, False])
+def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk, reads_context):
+  arrays, bias, _, weight = scene
+  weight = jnp.moveaxis(weight[:3], 0, -1)
+
+  def ours(arrays):
+    hidden, table = (arrays["hidden"], arrays["table"]) if reads_context else (None, None)
+    return jnp.sum(weight * vocabulary.mean(chunk, Beliefs(hidden, arrays["ys"][:1], arrays["codes"]), arrays["values"], table, bias))
+
+  def plain(arrays):
+    arrays = arrays if reads_context else {**arrays, "hidden": jnp.zeros((B, N, D))}
+    return jnp.sum(weight * (jax.nn.softmax(whole(arrays, bias, arrays["ys"][0])) @ arrays["values"]))
+
+  same(ours, plain, arrays)
+
+
+def test_beliefs_that_are_nearly_certain_or_far_off_stay_finite(scene):
+  arrays, bias, token, _ = scene
+  for scale in (1e4, -1e4):
+    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(
+        vocabulary.log_probs(8, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_chunks_divide_the_rows():
+  assert [vocabulary.chunks_of(24, chunk) for chunk in (0, 24, 23, 7, 5, 1)] == [1, 1, 2, 4, 6, 24]
+  assert vocabulary.chunks_of(128_256, 8192) == 16
+
+
+def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
+  """Of 40,000 rows: the backward pass, too, needs less memory than the logits would take."""
+  rows, tokens = 40_000, 500
+  loss = lambda hidden, table: jnp.sum(vocabulary.log_probs(
+      1000, (Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows))[0][0])
+  shapes = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((rows, 8), jnp.float32)
+  used = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+  assert used < 0.2 * 4 * rows * tokens
