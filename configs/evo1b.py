@@ -17,7 +17,7 @@ def get_config():
   c.model.hidden = 8192
   c.model.context = 2048
   c.model.vocab_size = 128_256
-  c.model.vocab_multiple = 128
+  c.model.vocab_multiple = 1024
   c.model.code_dim = 64
   c.model.time_dim = 64
   c.model.rope_base = 500_000.0
@@ -28,7 +28,7 @@ def get_config():
   c.window.size = 16
   c.window.count = 32
   c.loss.bound_windows = 8
-  c.loss.chunk = 256
+  c.loss.chunk = 9216
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 512

@@ -20,7 +20,7 @@ def get_config():
   c.model.hidden = 14_336
   c.model.context = 4096
   c.model.vocab_size = 128_256
-  c.model.vocab_multiple = 256
+  c.model.vocab_multiple = 1024
   c.model.code_dim = 128
   c.model.time_dim = 64
   c.model.rope_base = 500_000.0
@@ -30,7 +30,7 @@ def get_config():
   c.window.size = 32
   c.window.count = 32
   c.loss.bound_windows = 8
-  c.loss.chunk = 512
+  c.loss.chunk = 9216
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 1024

@@ -272,7 +272,7 @@ def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, ancho
   there = place < texts.limit[:, None]
   token, time = at(texts.token, place), jnp.where(there, at(texts.time, place), 0.0)
   latent = flow.Latent(at(texts.motion.y, place[:, 1:]), time[:, 1:], token[:, 1:])
-  x = net.embed(elbo.with_anchor(latent, token[:, 0]), net.codes(), elbo.for_slots(prior_logits))
+  (x,) = net.embed((elbo.with_anchor(latent, token[:, 0]),), (net.codes(),), elbo.for_slots(prior_logits))
   sees_slot = there[:, None, :] | jnp.eye(tokens + 1, dtype=bool)
   stop = None if whole else jnp.broadcast_to(anchor_B[:, None], place.shape)
   return Slots(x, time, place, stop, sees_slot), latent, place[:, 1:]
@@ -408,7 +408,8 @@ def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, a
   codes, slot = net.codes(), jnp.arange(S)
   time = jnp.broadcast_to((slot > known).astype(jnp.float32), (B, N, S))
   token = jnp.concatenate([at(texts.token, anchor_BxN)[..., None], token_BxNxT], axis=2)
-  x = net.embed(flow.Latent(jnp.zeros((B, N, S, codes.shape[1]), codes.dtype), time, token), codes, statistics.log_unigram_V)
+  latent = flow.Latent(jnp.zeros((B, N, S, codes.shape[1]), codes.dtype), time, token)
+  (x,) = net.embed((latent,), (codes,), statistics.log_unigram_V)
   window, inside = jnp.repeat(jnp.arange(N), S), jnp.tile(slot, N) <= texts.draft.most[:, None]
   sees = ((window[:, None] == window) & inside[:, None, :]) | jnp.eye(N * S, dtype=bool)
   flat = lambda a: a.reshape(B, N * S, *a.shape[3:])

@@ -35,13 +35,12 @@ class Network(Protocol):
   """What the objective needs of a network; `Evo.bind` gives it (see model.py for shapes)."""
 
   def codes(self): ...
-  def clean(self, tokens_BxL): ...
+  def clean(self, tokens_BxL, x_BxLxD=None): ...
   def window(self, cache, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
   def slots(self, past, read_B, x_BxSxD, time_BxS, position_BxS, visible_BxSxS): ...
-  def embed(self, latent, codes_VxM, prior_logits, before=None, chunk=0): ...
+  def embed(self, latents, codes, prior_logits, own=None, before=None, chunk=0): ...
   def logits(self, hidden): ...
   def log_probs(self, beliefs, tokens, chunk=0): ...
-  def expected_code(self, belief, chunk=0): ...
   def embed_tokens(self, tokens): ...
   def clock_prior(self, hidden_BxNxD, size, passes_BxN): ...
   def clock_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
@@ -250,9 +249,11 @@ def with_anchor(latent: flow.Latent, anchor_token: jax.Array) -> flow.Latent:
 
 
 def gather_windows(sequence_BxT: jax.Array, anchor_BxN: jax.Array, size: int) -> jax.Array:
-  """Slots (B, N, size + 1): the anchor's token and the `size` tokens after it, out of the sequence (B, L + 1)."""
+  """Slots (B, N, size + 1, ...): the anchor's token and the `size` tokens after it, out of the sequence (B, L + 1, ...)."""
   index = anchor_BxN[..., None] + jnp.arange(size + 1)
-  return jnp.take_along_axis(sequence_BxT, index.reshape(index.shape[0], -1), axis=1).reshape(index.shape)
+  rest = sequence_BxT.shape[2:]
+  flat = index.reshape(index.shape[0], -1, *(1,) * len(rest))
+  return jnp.take_along_axis(sequence_BxT, flat, axis=1).reshape(*index.shape, *rest)
 
 
 def window_logits(net: Network, cache, anchor_BxN: jax.Array, anchor_token_BxN: jax.Array, latent: flow.Latent,
@@ -262,7 +263,7 @@ def window_logits(net: Network, cache, anchor_BxN: jax.Array, anchor_token_BxN: 
   prior_logits: (V,), or (B, N, W, V) from the pass before (self-conditioning).
   """
   slots = with_anchor(latent, anchor_token_BxN)
-  x = net.embed(slots, codes_VxM, for_slots(prior_logits))
+  (x,) = net.embed((slots,), (codes_VxM,), for_slots(prior_logits))
   hidden = net.window(cache, anchor_BxN, x, slots.time)
   return net.logits(hidden[:, :, :-1])
 
@@ -323,8 +324,9 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
   alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
   cache, metrics = None, {}
+  x_BxTxD = net.embed_tokens(sequence_BxT)  # looked up once for both streams: the gradient of a lookup is as large as the table
   if not alone:
-    hidden, cache = net.clean(sequence_BxT[:, :-1])
+    hidden, cache = net.clean(sequence_BxT[:, :-1], x_BxTxD[:, :-1])
   if draw is None:
     nats_BxL, none = token_nats(net, hidden, sequence_BxT, config.chunk), jnp.zeros((0,))
     metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
@@ -361,14 +363,16 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
     cache = cache.replace(k=through(cache.k), v=through(cache.v))
 
-  # Windows taught by the bound, and by cross-entropy: (latent, anchor, codes, windows).
-  parts = ((latent_b, anchor_b, codes, slice(None, bound_windows)), (latent_c, anchor_c, fixed, slice(bound_windows, None)))
+  parts = slice(None, bound_windows), slice(bound_windows, None)  # the windows taught by the bound, and by cross-entropy
+  slots = with_anchor(latent_b, anchor_b), with_anchor(latent_c, anchor_c)
+  own = gather_windows(x_BxTxD, draw.anchor, W)
 
   def read(before, prior):
     """The windows' hidden states (B, N, W, D), behind the pass that left `before` (None: the first)."""
-    pad = lambda hidden: jnp.pad(hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
-    x = [net.embed(with_anchor(latent, anchor), codes, prior, None if before is None else pad(before[:, some]), config.chunk)
-         for latent, anchor, codes, some in parts]
+    if before is not None:
+      before = jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
+      before = tuple(before[:, some] for some in parts)
+    x = net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before, config.chunk)
     return net.window(cache, draw.anchor, jnp.concatenate(x, axis=1), with_anchor(latent, anchor_token).time)[:, :, :-1]
 
   before, prior = None, statistics.log_unigram_V
@@ -392,7 +396,9 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   if nats_BxL is not None:
     ar = jnp.mean(nats_BxL)
     metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
-  expected = net.expected_code(bound, config.chunk) if config.integrand == "rate" else None
+  expected = None
+  if config.integrand == "rate":
+    expected = flow.expected_code(flow.log_belief(net.logits(bound.hidden), codes, latent_b.y), codes)
   cost_b = step.price(of_bound, expected)
   unknown = ~latent.known
   nats = jnp.where(unknown, flow.jump_cost(jnp.concatenate([of_bound[0], of_rest], axis=1)), 0.0)

@@ -60,21 +60,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
   """x (..., in) times weight (in, out), either in several axes: `inputs` of the weight's are contracted; in x's dtype.
 
-  Done as one product of two matrices, since XLA's CPU backward pass takes twice as long over products of more axes; on TPUs, whose
-  compiler then lays out what is made of the axes without copies, as it stands.
+  Done as a product by one matrix: of weights with more axes TPUs' compiler makes copies. XLA's CPU backward pass takes twice as long over
+  products of more axes, so that there x is a matrix, too; on TPUs making it one costs copies.
   """
-  weight = weight.astype(x.dtype)
-  if sharding.platform() == "tpu":
-    return jnp.tensordot(x, weight, inputs)
   lead, out = x.shape[:x.ndim - inputs], weight.shape[inputs:]
   size = math.prod(weight.shape[:inputs])
-  return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*lead, *out)
+  matrix = weight.astype(x.dtype).reshape(size, -1)
+  rows = lead if sharding.platform() == "tpu" else (-1,)
+  return (x.reshape(*rows, size) @ matrix).reshape(*lead, *out)
 
 
 def parameter(module: nn.Module, rules: ShardingRules, name: str, init, shape, axes, param_dtype, dtype) -> jax.Array:
-  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype`."""
+  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype` (None: its part)."""
   if sharding.by_hand() and module.has_variable("params", name):  # this device's part, whose shape linen would not take
-    return rules.gather(module.get_variable("params", name), axes, dtype)
+    part = module.get_variable("params", name)
+    return part if dtype is None else rules.gather(part, axes, dtype)
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(param_dtype))
 
 
@@ -204,12 +204,14 @@ class Evo(nn.Module):
     c = self.config
     D, V, M, R = c.width, self.rows, c.code_dim, c.time_dim
 
-    def param(name, shape, axes, init):
-      return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, c.dtype)
+    def param(name, shape, axes, init, dtype=c.dtype):
+      return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, dtype)
 
     normal = nn.initializers.normal
-    self.embedding_VxD = param("embedding", (V, D), ("vocab", "embed"), normal(D**-0.5))
-    self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D))
+    # By hand, a device's part: what reads all rows gathers them some at a time.
+    self.embedding_VxD = param("embedding", (V, D), ("vocab", "embed"), normal(D**-0.5), None)
+    self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D), None)
+    self.lookup_VxD = self.rules.gather(self.embedding_VxD, ("vocab", "embed"), c.dtype)
     self.codes_VxM = param("codes", (V, M), ("vocab", "code"), normal(M**-0.5))
     self.final_norm = param("final_norm", (D,), ("norm",), nn.initializers.ones)
     self.time_in = param("time_in", (_FREQUENCIES, R), (None, "time"), normal(_FREQUENCIES**-0.5))
@@ -238,17 +240,18 @@ class Evo(nn.Module):
     """(V, M) float32: unit codes of the tokens."""
     return flow.unit(self.codes_VxM)
 
-  def clean(self, tokens_BxL: jax.Array) -> tuple[jax.Array, Cache]:
+  def clean(self, tokens_BxL: jax.Array, x_BxLxD: jax.Array | None = None) -> tuple[jax.Array, Cache]:
     """The clean stream: hidden states (B, L, D), of which number j tells of token j + 1, and its cache.
 
-    Positions count from 0. Nothing but the tokens up to j enters number j.
+    Positions count from 0. Nothing but the tokens up to j enters number j. x_BxLxD: the tokens' embeddings, if they are at hand.
     """
     position = jnp.arange(tokens_BxL.shape[1])
     start_BxL = None
     if self.config.isolate_documents:
       start_BxL = jax.lax.cummax(jnp.where(tokens_BxL == DOCUMENT, position, 0), axis=1)
     span = (position[None, None] + 1, None if start_BxL is None else start_BxL[:, None])
-    x, (k, v) = self._layers(self.embed_tokens(tokens_BxL)[:, None], None, None, position, span)
+    x_BxLxD = self.embed_tokens(tokens_BxL) if x_BxLxD is None else x_BxLxD
+    x, (k, v) = self._layers(x_BxLxD[:, None], None, None, position, span)
     return x[:, 0], Cache(k, v, start_BxL)
 
   def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array) -> jax.Array:
@@ -303,18 +306,14 @@ class Evo(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
-    return vocabulary.Beliefs(self._normed(hidden)).logits(self._head(), self._ruled_out())[0]
+    table = self.rules.gather(self._head(), ("vocab", "embed"), self.config.dtype)
+    return vocabulary.Beliefs(self._normed(hidden)).logits(table, self._ruled_out())[0]
 
   def log_probs(self, beliefs: tuple[vocabulary.Beliefs, ...], tokens: tuple[jax.Array, ...],
                 chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]:
     """What beliefs say of tokens in nats: `vocabulary.log_probs`, by hidden states as the streams leave them."""
     beliefs = tuple(b.replace(hidden=self._normed(b.hidden)) for b in beliefs)
-    return vocabulary.log_probs(chunk, beliefs, tokens, self._head(), self._ruled_out())
-
-  def expected_code(self, belief: vocabulary.Beliefs, chunk: int = 0) -> jax.Array:
-    """e_hat = sum_v p(v) e_v (..., M) of a belief with one evidence vector, by hidden states as the streams leave them."""
-    belief = belief.replace(hidden=self._normed(belief.hidden))
-    return vocabulary.mean(chunk, belief, belief.codes_VxM, self._head(), self._ruled_out())
+    return vocabulary.log_probs(chunk, self.rules, beliefs, tokens, self._head(), self._ruled_out())
 
   def _normed(self, hidden: jax.Array) -> jax.Array:
     return rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
@@ -327,24 +326,30 @@ class Evo(nn.Module):
 
   def embed_tokens(self, tokens: jax.Array) -> jax.Array:
     """(..., D) embeddings of known tokens (...)."""
-    return self._whole(self.embedding_VxD)[tokens]
+    return self._whole(self.lookup_VxD)[tokens]
 
   def _whole(self, table_VxD: jax.Array) -> jax.Array:
     # Before it is read: the compiler would make it whole on its way, and warn of it.
     return self.rules.constrain(table_VxD.astype(self.config.dtype), "vocab", "width")
 
-  def embed(self, latent: flow.Latent, codes_VxM: jax.Array, prior_logits: jax.Array, before: jax.Array | None = None,
-            chunk: int = 0) -> jax.Array:
-    """The soft input (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
+  def embed(self, latents: tuple[flow.Latent, ...], codes: tuple[jax.Array, ...], prior_logits: jax.Array,
+            own: tuple[jax.Array, ...] | None = None, before: tuple[jax.Array, ...] | None = None,
+            chunk: int = 0) -> tuple[jax.Array, ...]:
+    """The soft inputs (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
 
+    codes: (V, M), of each of the latents: by them they are read, and may be taught.
     prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning); they are not taught.
-    before (..., D): instead of the latter, the hidden states that they come from; `prior_logits`, zeros then, are added.
+    own (..., D): the tokens' embeddings, if they are at hand.
+    before (..., D): instead of the previous pass's logits, the hidden states that they come from; `prior_logits`, zeros then, are added.
     chunk: rows of the vocabulary that are in memory at a time, with `prior_logits` (V,); 0: all.
     """
-    table = self._whole(self.embedding_VxD)
-    hidden, head = (None, None) if before is None else jax.lax.stop_gradient((self._normed(before), self._head()))
-    soft = vocabulary.mean(chunk, vocabulary.Beliefs(hidden, (latent.y,), codes_VxM), table, head, prior_logits + self._ruled_out())
-    return jnp.where(latent.known[..., None], table[latent.token], soft.astype(table.dtype))
+    hidden, head = (None,) * len(latents), None
+    if before is not None:
+      hidden, head = jax.lax.stop_gradient((tuple(self._normed(x) for x in before), self._head()))
+    beliefs = tuple(vocabulary.Beliefs(h, (latent.y,), c) for h, latent, c in zip(hidden, latents, codes))
+    soft = vocabulary.means(chunk, self.rules, beliefs, self._whole(self.embedding_VxD), head, prior_logits + self._ruled_out())
+    own = tuple(self.embed_tokens(latent.token) for latent in latents) if own is None else own
+    return tuple(jnp.where(latent.known[..., None], x, y.astype(x.dtype)) for latent, x, y in zip(latents, own, soft))
 
   def clock_prior(self, hidden_BxNxD: jax.Array, size: int,
                   passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

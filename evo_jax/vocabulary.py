@@ -2,7 +2,9 @@
 
 Sums over the vocabulary are gathered chunk by chunk, as attention's are over keys (FlashAttention, Dao et al., 2022), so that logits are in
 memory for one chunk of the vocabulary alone; the backward pass computes them anew. In chunks of the vocabulary, and not of the tokens, each
-row of the tables is read once, and its gradient is written once, not added up. One chunk is the plain computation, which keeps its logits.
+row of the tables is read once, and its gradient is written once, not added up. Where a shard of the batch computes by hand, a chunk of the
+table is gathered when it is read, and its gradient scattered at once: no device has the whole. One chunk is the plain computation, which keeps
+its logits.
 
 Letters in names: V vocabulary (rows of the tables), D width, M code elements. `...` are the axes of the tokens that are read.
 """
@@ -15,9 +17,10 @@ import jax.numpy as jnp
 
 from evo_jax import flow
 from evo_jax import sharding
-from evo_jax.sharding import RULES
+from evo_jax.sharding import ShardingRules
 
 FORBIDDEN = -1e9  # the logit of rows beyond the vocabulary
+_TABLE = ("vocab", "embed")  # logical axes of the tables
 
 
 @flax.struct.dataclass
@@ -50,39 +53,42 @@ class Beliefs:
     return Beliefs(hidden, evidence, codes), _outer(d, self.hidden)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def log_probs(chunk: int, beliefs: tuple[Beliefs, ...], tokens: tuple[jax.Array, ...], table_VxD: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def log_probs(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], tokens: tuple[jax.Array, ...], table_VxD: jax.Array,
               bias_V: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
   """log softmax(c + E y + bias)[token] in nats (...), float32, of each of the beliefs' evidence vectors.
 
   Args:
     chunk: rows of the vocabulary whose logits are in memory at a time; 0: all, and they are kept for the backward pass.
+    rules: by which the table is laid out.
     beliefs, tokens: of some tokens (...) each; several share a reading of the table.
-    table_VxD: the table that `hidden` asks, in the dtype in which to multiply.
+    table_VxD: the table that `hidden` asks, in the dtype in which to multiply; by hand, this device's part of it.
     bias_V: float32, such as FORBIDDEN for rows that are no token; it is not taught.
   """
-  return _log_probs(chunk, beliefs, tokens, table_VxD, bias_V)[0]
+  return _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V)[0]
 
 
-def _log_probs(chunk, beliefs, tokens, table_VxD, bias_V):
+def _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V):
   def step(_, part):
-    ids, bias, table, codes = part
+    table, (ids, bias, codes) = part
+    table = _gather(rules, table)
     logits = [b.replace(codes_VxM=c).logits(table, bias) for b, c in zip(beliefs, codes)]
     sums = tuple(tuple((jax.nn.logsumexp(x, axis=-1), jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1)) for x in some)
                  for some, token in zip(logits, tokens))
     return None, (sums, None if chunk else logits)
 
-  _, (sums, logits) = _over_chunks(step, None, _tables(beliefs, table_VxD, bias_V), chunk)
+  _, (sums, logits) = _over_chunks(step, None, table_VxD, _wholes(beliefs, bias_V), chunk, rules)
   total = tuple(tuple(jax.nn.logsumexp(t, axis=0) for t, _ in some) for some in sums)
   found = tuple(tuple(jnp.sum(own, axis=0) - t for (_, own), t in zip(some, ts)) for some, ts in zip(sums, total))
   return found, (beliefs, tokens, table_VxD, bias_V, total, logits)
 
 
-def _log_probs_gradient(chunk, saved, cotangents):
+def _log_probs_gradient(chunk, rules, saved, cotangents):
   beliefs, tokens, table_VxD, bias_V, total, kept = saved
 
   def step(inputs, part):
-    ids, bias, table, codes = part
+    table, (ids, bias, codes) = part
+    table, scatter = jax.vjp(functools.partial(_gather, rules), table)
     pulled = []
     for i, (b, c) in enumerate(zip(beliefs, codes)):
       b = b.replace(codes_VxM=c)
@@ -91,68 +97,79 @@ def _log_probs_gradient(chunk, saved, cotangents):
       pulled.append(b.pull([g[..., None] * (_is(ids, tokens[i]) - jnp.exp(x - t[..., None]))
                             for x, t, g in zip(logits, total[i], cotangents[i])], table))
     inputs = _add(inputs, tuple((p.hidden, p.evidence) for p, _ in pulled))
-    return inputs, (sum(t for _, t in pulled).astype(table.dtype), tuple(p.codes_VxM for p, _ in pulled))
+    (table_gradient,) = scatter(sum(t for _, t in pulled).astype(table.dtype))
+    return inputs, (table_gradient, tuple(p.codes_VxM for p, _ in pulled))
 
-  inputs, (table, codes) = _over_chunks(step, _zeros(tuple((b.hidden, b.evidence) for b in beliefs)),
-                                        _tables(beliefs, table_VxD, bias_V), chunk)
-  found = tuple(_like(Beliefs(*own, None if c is None else _together(c)), b) for own, c, b in zip(inputs, codes, beliefs))
-  return found, (None,) * len(tokens), _together(table), jnp.zeros_like(bias_V)
+  inputs, (table, codes) = _over_chunks(step, _zeros(tuple((b.hidden, b.evidence) for b in beliefs)), table_VxD,
+                                        _wholes(beliefs, bias_V), chunk, rules)
+  found = tuple(_like(Beliefs(*own, c), b) for own, c, b in zip(inputs, _together(codes, _blocks(rules)), beliefs))
+  return found, (None,) * len(tokens), _together(table, _blocks(rules, own=True)), jnp.zeros_like(bias_V)
 
 
 log_probs.defvjp(_log_probs, _log_probs_gradient)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mean(chunk: int, belief: Beliefs, values_VxA: jax.Array, table_VxD: jax.Array | None, bias_V: jax.Array) -> jax.Array:
-  """sum_v p(v) values[v] (..., A) float32, p = softmax(c + E y + bias), for beliefs of one evidence vector.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def means(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], values_VxA: jax.Array, table_VxD: jax.Array | None,
+          bias_V: jax.Array) -> tuple[jax.Array, ...]:
+  """sum_v p(v) values[v] (..., A) float32 by each of the beliefs, p = softmax(c + E y + bias); they have one evidence vector each.
 
-  chunk, table_VxD, bias_V: as of `log_probs`; in one chunk the bias may be (..., V). Products with the values are done in their dtype.
+  chunk, rules, table_VxD, bias_V: as of `log_probs`; in one chunk the bias may be (..., V). values_VxA: a table, in whose dtype it is
+  multiplied, laid out as `table_VxD`. That one, if any, and what is `hidden` are read, and not taught.
   """
-  return _mean(chunk, belief, values_VxA, table_VxD, bias_V)[0]
+  return _means(chunk, rules, beliefs, values_VxA, table_VxD, bias_V)[0]
 
 
-def _mean(chunk, belief, values_VxA, table_VxD, bias_V):
+def _means(chunk, rules, beliefs, values_VxA, table_VxD, bias_V):
   def step(carry, part):
-    (_, bias, table, (codes,)), values = part
-    top, total, mean_ = carry
-    (logits,) = belief.replace(codes_VxM=codes).logits(table, bias)
-    new = jnp.maximum(top, jnp.max(logits, axis=-1))
-    weights, fade = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
-    mean_ = mean_ * fade[..., None] + jnp.einsum("...v,va->...a", weights.astype(values.dtype), values,
-                                                 preferred_element_type=jnp.float32)
-    return (new, total * fade + jnp.sum(weights, axis=-1), mean_), None if chunk else logits
+    (values, table), (_, bias, codes) = part
+    values, table = _gather(rules, values), _gather(rules, table)
+    after, kept = [], []
+    for b, c, (top, total, mean) in zip(beliefs, codes, carry):
+      (logits,) = b.replace(codes_VxM=c).logits(table, bias)
+      new = jnp.maximum(top, jnp.max(logits, axis=-1))
+      weights, fade = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+      own = jnp.einsum("...v,va->...a", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+      after.append((new, total * fade + jnp.sum(weights, axis=-1), mean * fade[..., None] + own))
+      kept.append(logits)
+    return tuple(after), None if chunk else kept
 
-  tables = _tables((belief,), table_VxD, bias_V), values_VxA
-  shape = belief.evidence[0].shape[:-1]
-  start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, values_VxA.shape[1]))
-  (top, total, mean_), logits = _over_chunks(step, start, tables, chunk)
-  found = mean_ / total[..., None]
-  return found, (belief, values_VxA, table_VxD, bias_V, top + jnp.log(total), found, logits)
+  width = jax.eval_shape(functools.partial(_gather, rules), values_VxA).shape[1]
+  start = lambda shape: (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
+  sums, logits = _over_chunks(step, tuple(start(b.evidence[0].shape[:-1]) for b in beliefs), (values_VxA, table_VxD),
+                              _wholes(beliefs, bias_V), chunk, rules)
+  found = tuple(mean / total[..., None] for _, total, mean in sums)
+  return found, (beliefs, values_VxA, table_VxD, bias_V, tuple(top + jnp.log(total) for top, total, _ in sums), found, logits)
 
 
-def _mean_gradient(chunk, saved, cotangent):
-  belief, values_VxA, table_VxD, bias_V, total, found, kept = saved
-  narrow = cotangent.astype(values_VxA.dtype)
-  common = jnp.sum(cotangent * found, axis=-1)
+def _means_gradient(chunk, rules, saved, cotangents):
+  beliefs, values_VxA, table_VxD, bias_V, total, found, kept = saved
+  common = [jnp.sum(g * f, axis=-1, keepdims=True) for g, f in zip(cotangents, found)]
+  cotangents = [g.astype(values_VxA.dtype) for g in cotangents]
 
   def step(inputs, part):
-    (_, bias, table, (codes,)), values = part
-    b = belief.replace(codes_VxM=codes)
-    logits = b.logits(table, bias)[0] if kept is None else kept[0]
-    weights = jnp.exp(logits - total[..., None])
-    own = jnp.einsum("...a,va->...v", narrow, values, preferred_element_type=jnp.float32)
-    pulled, table_gradient = b.pull([weights * (own - common[..., None])], table)
-    values_gradient = _outer(weights.astype(values.dtype), narrow)
-    table_gradient = None if table is None else table_gradient.astype(table.dtype)
-    return _add(inputs, (pulled.hidden, pulled.evidence)), (values_gradient.astype(values.dtype), table_gradient, pulled.codes_VxM)
+    (values, table), (_, bias, codes) = part
+    values, scatter = jax.vjp(functools.partial(_gather, rules), values)
+    table = _gather(rules, table)
+    pulled, values_gradient = [], 0.0
+    for i, (b, c, g) in enumerate(zip(beliefs, codes, cotangents)):
+      b = b.replace(codes_VxM=c)
+      logits = b.logits(table, bias)[0] if kept is None else kept[i][0]
+      weights = jnp.exp(logits - total[i][..., None])
+      own = jnp.einsum("...a,va->...v", g, values, preferred_element_type=jnp.float32)
+      pulled.append(b.replace(hidden=None).pull([weights * (own - common[i])], None)[0])
+      values_gradient += _outer(weights.astype(values.dtype), g)
+    (values_gradient,) = scatter(values_gradient.astype(values.dtype))
+    return _add(inputs, tuple(p.evidence for p in pulled)), (values_gradient, tuple(p.codes_VxM for p in pulled))
 
-  (hidden, evidence), gradients = _over_chunks(step, _zeros((belief.hidden, belief.evidence)),
-                                               (_tables((belief,), table_VxD, bias_V), values_VxA), chunk)
-  values, table, codes = jax.tree.map(_together, gradients)
-  return _like(Beliefs(hidden, evidence, codes), belief), values, table, jnp.zeros_like(bias_V)
+  evidence, (values, codes) = _over_chunks(step, _zeros(tuple(b.evidence for b in beliefs)), (values_VxA, table_VxD),
+                                           _wholes(beliefs, bias_V), chunk, rules)
+  still = lambda x: None if x is None else jnp.zeros_like(x)
+  beliefs = tuple(_like(Beliefs(still(b.hidden), y, c), b) for b, y, c in zip(beliefs, evidence, _together(codes, _blocks(rules))))
+  return beliefs, _together(values, _blocks(rules, own=True)), still(table_VxD), jnp.zeros_like(bias_V)
 
 
-mean.defvjp(_mean, _mean_gradient)
+means.defvjp(_means, _means_gradient)
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -165,37 +182,49 @@ def _is(ids_V: jax.Array, token: jax.Array) -> jax.Array:
   return ids_V == token[..., None]
 
 
-def _tables(beliefs, table_VxD, bias_V):
-  """What is cut into chunks: numbers of the rows, bias, table, and the codes of each of the beliefs."""
-  return jnp.arange(bias_V.shape[-1]), bias_V, table_VxD, tuple(b.codes_VxM for b in beliefs)
+def _wholes(beliefs, bias_V):
+  """What every device has all rows of: their numbers, the bias, and the codes of each of the beliefs."""
+  return jnp.arange(bias_V.shape[-1]), bias_V, tuple(b.codes_VxM for b in beliefs)
 
 
-def chunks_of(rows: int, chunk: int) -> int:
-  """Into how many chunks tables of so many rows are cut: as few as divide them into no more than `chunk` (0: one)."""
-  parts = sharding.axis_size("tensor")
-  return next(n for n in range(1, rows + 1) if rows % (n * parts) == 0 and (not chunk or rows // n <= chunk or n * parts == rows))
+def _gather(rules: ShardingRules, table: jax.Array | None) -> jax.Array | None:
+  return None if table is None else rules.gather(table, _TABLE, table.dtype)
 
 
-def _apart(table: jax.Array, n: int) -> jax.Array:
-  """A table (V, ...) as (n, V / n, ...): chunks of rows, of each device of `tensor` some, so that none is gathered."""
-  parts = sharding.axis_size("tensor")
-  cut = table.reshape(parts, n, -1, *table.shape[1:]).swapaxes(0, 1).reshape(n, -1, *table.shape[1:])
-  return RULES.constrain(cut, None, "vocab", *(None,) * (table.ndim - 1))
+def _blocks(rules: ShardingRules, own: bool = False) -> int:
+  """Of how many blocks a chunk consists, a block of rows from each device over which a table's rows lie; own: of the table itself, where this
+  device has its part alone by hand."""
+  by_hand = sharding.by_hand() and "fsdp" in rules.axes_of(_TABLE, "vocab")
+  return (1 if own else sharding.axis_size("fsdp")) if by_hand else sharding.axis_size("tensor")
 
 
-def _together(cut: jax.Array) -> jax.Array:
-  """The inverse of `_apart`."""
-  parts, n = sharding.axis_size("tensor"), cut.shape[0]
-  return cut.reshape(n, parts, -1, *cut.shape[2:]).swapaxes(0, 1).reshape(-1, *cut.shape[2:])
+def chunks_of(rows: int, chunk: int, blocks: int = 1) -> int:
+  """Into how many chunks of as many `blocks` tables of so many rows are cut: as few as have no more than `chunk` rows (0: one)."""
+  per_block = rows // blocks
+  return next(n for n in range(1, per_block + 1) if per_block % n == 0 and (not chunk or rows // n <= chunk or n == per_block))
 
 
-def _over_chunks(step, carry, tables, chunk: int):
-  """jax.lax.scan of step(carry, chunk of the tables) -> (carry, results) over the chunks; results are stacked, (1, ...) for one chunk."""
-  n = chunks_of(jax.tree.leaves(tables)[0].shape[0], chunk)
+def _apart(rules: ShardingRules, table: jax.Array, n: int, blocks: int) -> jax.Array:
+  """A table (V, ...) as (n, V / n, ...): chunks of rows, of each block some, so that none has to be moved."""
+  cut = table.reshape(blocks, n, -1, *table.shape[1:]).swapaxes(0, 1).reshape(n, -1, *table.shape[1:])
+  return rules.constrain(cut, None, "vocab", *(None,) * (table.ndim - 1))
+
+
+def _together(cut, blocks: int):
+  """The inverse of `_apart`, of a tree."""
+  one = lambda x: x.reshape(len(x), blocks, -1, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+  return jax.tree.map(one, cut)
+
+
+def _over_chunks(step, carry, tables, wholes, chunk: int, rules: ShardingRules):
+  """jax.lax.scan of step(carry, (tables, wholes)) -> (carry, results) over chunks of them; results are stacked, (1, ...) for one chunk."""
+  blocks = _blocks(rules)
+  n = chunks_of(wholes[0].shape[0], chunk, blocks)
   if n == 1:
-    carry, found = step(carry, tables)
+    carry, found = step(carry, (tables, wholes))
     return carry, jax.tree.map(lambda x: x[None], found)
-  return jax.lax.scan(step, carry, jax.tree.map(lambda x: _apart(x, n), tables))
+  cut = lambda tree, blocks: jax.tree.map(lambda x: _apart(rules, x, n, blocks), tree)
+  return jax.lax.scan(step, carry, (cut(tables, _blocks(rules, own=True)), cut(wholes, blocks)))
 
 
 def _add(a, b):

@@ -135,7 +135,7 @@ def test_soft_input_at_the_ends(small):
   """At t = 0 exactly the token's embedding; at t = 1 one vector, whatever the token."""
   net, statistics, config = small
   latent = flow.Latent(jnp.zeros((4, config.model.code_dim)), jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3, 5, 3, 5]))
-  x = net.embed(latent, net.codes(), statistics.log_unigram_V)
+  (x,) = net.embed((latent,), (net.codes(),), statistics.log_unigram_V)
   np.testing.assert_array_equal(x[:2], net.embed_tokens(latent.token[:2]))
   np.testing.assert_array_equal(x[2], x[3])
 

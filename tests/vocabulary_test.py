@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evo_jax import flow, vocabulary
+from evo_jax.sharding import RULES
 from evo_jax.vocabulary import Beliefs
 
 V, D, M, B, N = 24, 6, 4, 2, 5
@@ -37,7 +38,7 @@ def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
 
   def ours(arrays):
     beliefs = Beliefs(arrays["hidden"], arrays["ys"], arrays["codes"]), Beliefs(arrays["hidden"][:, 1:])
-    first, second = vocabulary.log_probs(chunk, beliefs, (token, token[:, 1:]), arrays["table"], bias)
+    first, second = vocabulary.log_probs(chunk, RULES, beliefs, (token, token[:, 1:]), arrays["table"], bias)
     return sum(jnp.sum(w * x) for w, x in zip(weight, first)) + jnp.sum(weight[3, :, 1:] * second[0])
 
   def plain(arrays):
@@ -50,16 +51,21 @@ def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
 @pytest.mark.parametrize("chunk", [0, 8, 1])
 @pytest.mark.parametrize("reads_context", [True, False])
 def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk, reads_context):
+  """The hidden states and the table that they ask are not taught."""
   arrays, bias, _, weight = scene
   weight = jnp.moveaxis(weight[:3], 0, -1)
+  fixed = jax.lax.stop_gradient
 
   def ours(arrays):
     hidden, table = (arrays["hidden"], arrays["table"]) if reads_context else (None, None)
-    return jnp.sum(weight * vocabulary.mean(chunk, Beliefs(hidden, arrays["ys"][:1], arrays["codes"]), arrays["values"], table, bias))
+    beliefs = tuple(Beliefs(hidden, (y,), arrays["codes"]) for y in arrays["ys"])
+    first, second = vocabulary.means(chunk, RULES, beliefs, arrays["values"], table, bias)
+    return jnp.sum(weight * first) + jnp.sum(weight[::-1] * second)
 
   def plain(arrays):
-    arrays = arrays if reads_context else {**arrays, "hidden": jnp.zeros((B, N, D))}
-    return jnp.sum(weight * (jax.nn.softmax(whole(arrays, bias, arrays["ys"][0])) @ arrays["values"]))
+    context = fixed({k: arrays[k] if reads_context else jnp.zeros_like(arrays[k]) for k in ("hidden", "table")})
+    first, second = (jax.nn.softmax(whole(arrays | context, bias, y)) @ arrays["values"] for y in arrays["ys"])
+    return jnp.sum(weight * first) + jnp.sum(weight[::-1] * second)
 
   same(ours, plain, arrays)
 
@@ -68,20 +74,21 @@ def test_beliefs_that_are_nearly_certain_or_far_off_stay_finite(scene):
   arrays, bias, token, _ = scene
   for scale in (1e4, -1e4):
     value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(
-        vocabulary.log_probs(8, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
+        vocabulary.log_probs(8, RULES, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_chunks_divide_the_rows():
   assert [vocabulary.chunks_of(24, chunk) for chunk in (0, 24, 23, 7, 5, 1)] == [1, 1, 2, 4, 6, 24]
-  assert vocabulary.chunks_of(128_256, 8192) == 16
+  assert vocabulary.chunks_of(128_256, 8192) == 16 and vocabulary.chunks_of(129_024, 9216, blocks=64) == 14
+  assert vocabulary.chunks_of(24, 2, blocks=4) == 6  # a row of each block at least
 
 
 def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
   """Of 40,000 rows: the backward pass, too, needs less memory than the logits would take."""
   rows, tokens = 40_000, 500
   loss = lambda hidden, table: jnp.sum(vocabulary.log_probs(
-      1000, (Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows))[0][0])
+      1000, RULES, (Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows))[0][0])
   shapes = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((rows, 8), jnp.float32)
   used = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
   assert used < 0.2 * 4 * rows * tokens
