@@ -59,8 +59,7 @@ def splash_windows(q_BxKxGxNxSxE: jax.Array, past: Keys, stop_BxNxS: jax.Array, 
     before = (place < stop.reshape(-1, 1)) & (place >= start.reshape(-1, 1))
     mask = jnp.pad(jnp.concatenate([before, inside], axis=1), ((0, rows - N * S), (0, keys - L - N * T)))
     mask = mask.at[N * S:, 0].set(True)  # rows that nobody reads see something, too
-    kernel = _kernel(mask[None], _block(rows), _block(keys))  # for one head: it would be made, kept and read for each
-    return jax.vmap(jax.vmap(kernel, (0, None, None)))(q[:, :, None], k, v)[:, :, 0]
+    return jax.vmap(_kernel(mask[None], _block(rows), _block(keys)))(q, k, v)  # of one head, which then all G read
 
   stop = jnp.broadcast_to(stop_BxNxS, (B, N, S))
   start = jnp.zeros_like(stop) if start_BxNxS is None else jnp.broadcast_to(start_BxNxS, (B, N, S))
