@@ -22,7 +22,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|bran
 class Collective:
   """A collective as the program states it.
 
-  axes: of the mesh, over which it goes; empty: over no whole set of axes. bytes: that a device sends in one call, were it done around
+  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device sends in one call, were it done around
   rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that for an all-reduce. count: calls a run. hidden:
   asynchronous, so that computation can hide it.
   """
@@ -82,6 +82,10 @@ def read(text: str, mesh: dict[str, int]) -> Program:
         if len(members) > 1 and not later:
           found.append(Collective(kind, _axes(members, mesh), _sent(kind, op, match["type"], len(members), name), times,
                                   op.endswith("-start") or not timed and not scatters))
+      if op == "send" and (between := re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)):
+        # Between slices a TPU's hosts do it, each device with those in its place in the other slices.
+        kind = between[2].lower().replace("_", "-")
+        found.append(Collective(kind, ("data",), _sent(kind, op, match["type"], between[1].count(",") + 1, name), times, True))
       called = [c for group in _CALLED.findall(line) for c in re.findall(r"%([\w.\-]+)", group)]
       if timed and (estimate := re.search(r'"estimated_cycles":"(\d+)"', line)):
         if int(estimate[1]) < 2**62:
@@ -131,7 +135,7 @@ def _size(type_: str) -> list[float]:
 
 def _sent(kind: str, op: str, type_: str, devices: int, computation: str) -> float:
   sizes = _size(type_)
-  total = max(sizes) if op.endswith("-start") and kind != "all-reduce" else sum(sizes)
+  total = max(sizes) if op == "send" or op.endswith("-start") and kind != "all-reduce" else sum(sizes)
   share = (devices - 1) / devices
   if kind == "collective-permute":
     return total

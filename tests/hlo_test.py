@@ -46,6 +46,19 @@ def test_programs_are_read():
   assert len(moved) == 3
 
 
+def test_what_goes_between_slices_is_read():
+  """TPUs' hosts do it: in the program it is a `send`, here of 2 x 128 float32 that two slices sum."""
+  text = """
+ENTRY %main (p: f32[2,128]) -> token[] {
+  %send.1 = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%p, %token), channel_id=5, is_host_transfer=true, frontend_attributes=\
+{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+  (found,) = hlo.read(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
+  assert found == hlo.Collective("all-reduce", ("data",), 2 * 128 * 4 * 2 * 1 / 2, 1, True)
+
+
 @pytest.mark.parametrize("groups, members", [
     ("replica_groups={{0,2},{1,3}}", [0, 2]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
