@@ -100,7 +100,7 @@ class Loss:
   self_conditioning: float = 0.0  # share of the steps whose windows are read twice; above 0, always so in use
   antithetic: bool = True  # price a step of the bound at its noise and at the opposite
   integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
-  chunk: int = 0  # tokens of a sequence whose logits over the vocabulary are in memory at a time; 0: all. Changes no value
+  chunk: int = 0  # rows of the vocabulary whose logits are in memory at a time; 0: all. Changes no value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -535,19 +535,19 @@ def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array, key: jax.Array,
                   policy: policies.Policy | None = None, size: int = 0,
-                  self_conditioned: bool = False) -> tuple[jax.Array, jax.Array]:
+                  self_conditioned: bool = False, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
   """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only; and the passes (B,) taken.
 
   policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read after
   the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A learned clock's
-  delays, drawn from what the clean text proposes, pay their KL.
+  delays, drawn from what the clean text proposes, pay their KL. chunk: as loss.chunk, for the clean stream.
   """
   B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
   hidden, cache = None, None
   if policy is None or size < L:  # a window of the whole sequence has no past
     hidden, cache = net.clean(sequence_BxT[:, :-1])
   if policy is None:
-    return token_nats(net, hidden, sequence_BxT), jnp.full(B, L)
+    return token_nats(net, hidden, sequence_BxT, chunk), jnp.full(B, L)
   anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size))
   tokens = gather_windows(sequence_BxT, anchor_BxN, size)
   codes, prior = net.codes(), statistics.log_unigram_V
@@ -560,7 +560,7 @@ def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
       return nats.reshape(B, L), jnp.sum(passes, axis=1)
     policy = policy.replace(rank=random_rank(start_key, token.shape))
   if isinstance(policy, policies.Learned):
-    delay, sharpness, kl = infer_clock(net, hidden, token_nats(net, hidden, sequence_BxT), token, anchor_BxN,
+    delay, sharpness, kl = infer_clock(net, hidden, token_nats(net, hidden, sequence_BxT, chunk), token, anchor_BxN,
                                        jnp.broadcast_to(policy.passes, anchor_BxN.shape),
                                        jax.random.normal(start_key, token.shape))
     policy = policy.replace(delay=delay, sharpness=sharpness)

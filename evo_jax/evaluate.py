@@ -64,7 +64,7 @@ class Evaluator:
     @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     def cost(params, statistics, sequence_BxT, key, policy):
       return elbo.sequence_cost(model.bind({"params": params}), statistics, sequence_BxT, key, policy, self.window,
-                                self_conditioned)
+                                self_conditioned, config.loss.chunk)
 
     self._cost = cost
 

@@ -1,6 +1,6 @@
-"""What logits over a large vocabulary cost in memory and time, whole and some tokens at a time (loss.chunk).
+"""What logits over a large vocabulary cost in memory and time, whole and in chunks of the vocabulary (loss.chunk).
 
-  python -m experiments.vocabulary_cost [--vocab_size=32768] [--chunks=0,128] [--repeats=3]
+  python -m experiments.vocabulary_cost [--vocab_size=32768] [--chunks=0,4096,1024] [--repeats=3]
 
 A training step of a narrow model whose vocabulary outweighs the rest, of the clean stream alone (cross-entropy) and with windows (soft
 input, and two softmaxes for each slot). Temporary memory is the compiler's; steps of all kinds alternate, and medians are compared.
@@ -64,6 +64,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_integer("vocab_size", 32_768, "Tokens.")
-  flags.DEFINE_list("chunks", ["0", "128"], "Values of loss.chunk; the first is compared with.")
+  flags.DEFINE_list("chunks", ["0", "4096", "1024"], "Values of loss.chunk; the first is compared with.")
   flags.DEFINE_integer("repeats", 3, "Steps of each kind.")
   cli.run(main)
