@@ -165,15 +165,17 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
 
 
 _FUSION, _SPARSE_CORE = "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_sparse_core_collective_offload_"
-_LARGE = {"xla_tpu_scoped_vmem_limit_kib": 65536}
-# By beginnings of `device_kind`, the first that fits. Half of a core's fast memory for one product: with the compiler's 16 MiB, products of
-# a large model take 1.4 times as long. Parameters are gathered and gradients scattered while products run: within their loops on v5e,
-# by SparseCores on v5p and v6e, where newer compilers refuse the former.
+# By beginnings of `device_kind`, the first that fits. Half of a core's fast memory, on v6e three quarters, for one product: with the
+# compiler's 16 MiB, products of a large model take 1.4 times as long, on v6e twice. Parameters are gathered and gradients scattered while
+# products run: within their loops on v5e, by SparseCores on v5p and v6e, where newer compilers refuse the former.
+_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+_BESIDE = {_FUSION + "_fuse_all_gather": False} | {_SPARSE_CORE + part: True for part in (
+    "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")}
 _COMPILER_OPTIONS = {
-    "TPU v5 lite": _LARGE | {_FUSION: True, _FUSION + "_fuse_all_gather": True, _FUSION + "_multiple_steps": True,
-                             "xla_enable_async_all_gather": True},
-    **dict.fromkeys(("TPU v5", "TPU v6"), _LARGE | {_FUSION + "_fuse_all_gather": False} | {_SPARSE_CORE + part: True for part in (
-        "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")})}
+    "TPU v5 lite": {_VMEM: 65536, _FUSION: True, _FUSION + "_fuse_all_gather": True, _FUSION + "_multiple_steps": True,
+                    "xla_enable_async_all_gather": True},
+    "TPU v5": _BESIDE | {_VMEM: 65536},
+    "TPU v6": _BESIDE | {_VMEM: 98304}}
 
 
 def make_step(model: Evo, config: config_lib.Config, places: Any, device_kind: str):
