@@ -7,6 +7,7 @@ L clean positions, H heads, K heads for keys and values, G = H / K, E elements o
 import math
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from evo_jax import config as config_lib
@@ -65,7 +66,8 @@ def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxGxN
               causal: bool = False) -> jax.Array:
   """`attend`, by the kernel that config.attention names, where it takes these shapes; by `attend_in_blocks` elsewhere.
 
-  causal: the slots are the clean stream; slot s sees the positions from `start` to s.
+  causal: the slots are the clean stream; slot s sees the positions from `start` to s. The result is named "attention" for `remat`;
+  splash attention names it itself, and what it keeps beside.
   """
   kind = config.attention
   if kind == "auto":
@@ -76,11 +78,11 @@ def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxGxN
     return rules.by_device(kernels.splash_clean, (heads, heads, heads, rows), heads)(
         q[:, :, :, 0], *past, start)[:, :, :, None]
   if causal and kind == "cudnn" and start_BxNxS is None:
-    return rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, :, 0], *past)[:, :, :, None]
+    return checkpoint_name(rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, :, 0], *past)[:, :, :, None], "attention")
   if kind == "splash" and past is not None and own is not None and visible_NxSxT.ndim < 4:  # windows, and not one text's slots
     return rules.by_device(kernels.splash_windows, (heads, heads, rows, rows, heads, ()), heads)(
         q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
-  return attend_in_blocks(config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal)
+  return checkpoint_name(attend_in_blocks(config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal), "attention")
 
 
 def attend_in_blocks(block: int, q_BxKxGxNxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,

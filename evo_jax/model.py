@@ -152,7 +152,7 @@ class Block(nn.Module):
       own = (by_run(k), by_run(v))
     kept = past if own is None or write is not None else None
     y_BxKxGxNxSxE = attention.attend_by(c, self.rules, by_run(q), past, *span, own, visible, causal=is_clean)
-    y = checkpoint_name(y_BxKxGxNxSxE.reshape(q.shape), "attention").transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
+    y = y_BxKxGxNxSxE.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
     x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
     h = enter(x, self.mlp_norm, shift2, scale2)
     gate, up = self._gate_and_up(h)

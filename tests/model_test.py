@@ -258,3 +258,16 @@ def test_attention_in_blocks_saves_memory():
     loss = jax.jit(jax.grad(lambda p, t: jnp.sum(model.apply({"params": p}, t) ** 2)))
     memory[block] = loss.lower(net.variables["params"], jnp.ones((2, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
   assert memory[32] < 0.5 * memory[0], memory
+
+
+@pytest.mark.parametrize("kernel", ["splash", "xla"])
+def test_attention_is_kept_once_for_the_backward_pass(kernel):
+  """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the keys and values."""
+  config = small_config(model__attention=kernel, model__context=128, model__remat="save:attention", model__layers=1)
+  net = Evo(config.model, V)
+  params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+  tokens = jnp.zeros((2, 128), jnp.int32)
+  program = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(net.apply(params, tokens))))(nn.unbox(params))
+  forward = next(eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "scan")
+  of_heads = [v.aval.shape for v in forward.outvars if v.aval.ndim > 4 and v.aval.size == 2 * 128 * config.model.width]
+  assert len(of_heads) == 1, of_heads
