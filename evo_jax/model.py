@@ -14,6 +14,7 @@ H heads, K heads for keys and values, G = H / K queries that share them, J = G +
 F hidden, M code elements, R rank of the time conditioning.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -208,10 +209,13 @@ class Evo(nn.Module):
       return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, dtype)
 
     normal = nn.initializers.normal
-    # By hand, a device's part: what reads all rows gathers them some at a time.
-    self.embedding_VxD = param("embedding", (V, D), ("vocab", "embed"), normal(D**-0.5), None)
-    self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D), None)
-    self.lookup_VxD = self.rules.gather(self.embedding_VxD, ("vocab", "embed"), c.dtype)
+    # By hand, a device's part: what reads all rows gathers them some at a time. Or the whole, which is gathered and scattered once.
+    in_parts = sharding.keeps_order()
+    self.table_rules = self.rules if in_parts else dataclasses.replace(self.rules, embed=None)
+    dtype = None if in_parts else c.dtype
+    self.embedding_VxD = param("embedding", (V, D), ("vocab", "embed"), normal(D**-0.5), dtype)
+    self.head_VxD = None if c.tie_embeddings else param("head", (V, D), ("vocab", "embed"), normal(1.0 / D), dtype)
+    self.lookup_VxD = self.table_rules.gather(self.embedding_VxD, ("vocab", "embed"), c.dtype)
     self.codes_VxM = param("codes", (V, M), ("vocab", "code"), normal(M**-0.5))
     self.final_norm = param("final_norm", (D,), ("norm",), nn.initializers.ones)
     self.time_in = param("time_in", (_FREQUENCIES, R), (None, "time"), normal(_FREQUENCIES**-0.5))
@@ -306,14 +310,14 @@ class Evo(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
-    table = self.rules.gather(self._head(), ("vocab", "embed"), self.config.dtype)
+    table = self.table_rules.gather(self._head(), ("vocab", "embed"), self.config.dtype)
     return vocabulary.Beliefs(self._normed(hidden)).logits(table, self._ruled_out())[0]
 
   def log_probs(self, beliefs: tuple[vocabulary.Beliefs, ...], tokens: tuple[jax.Array, ...],
                 chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]:
     """What beliefs say of tokens in nats: `vocabulary.log_probs`, by hidden states as the streams leave them."""
     beliefs = tuple(b.replace(hidden=self._normed(b.hidden)) for b in beliefs)
-    return vocabulary.log_probs(chunk, self.rules, beliefs, tokens, self._head(), self._ruled_out())
+    return vocabulary.log_probs(chunk, self.table_rules, beliefs, tokens, self._head(), self._ruled_out())
 
   def _normed(self, hidden: jax.Array) -> jax.Array:
     return rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
@@ -347,7 +351,7 @@ class Evo(nn.Module):
     if before is not None:
       hidden, head = jax.lax.stop_gradient((tuple(self._normed(x) for x in before), self._head()))
     beliefs = tuple(vocabulary.Beliefs(h, (latent.y,), c) for h, latent, c in zip(hidden, latents, codes))
-    soft = vocabulary.means(chunk, self.rules, beliefs, self._whole(self.embedding_VxD), head, prior_logits + self._ruled_out())
+    soft = vocabulary.means(chunk, self.table_rules, beliefs, self._whole(self.embedding_VxD), head, prior_logits + self._ruled_out())
     own = tuple(self.embed_tokens(latent.token) for latent in latents) if own is None else own
     return tuple(jnp.where(latent.known[..., None], x, y.astype(x.dtype)) for latent, x, y in zip(latents, own, soft))
 

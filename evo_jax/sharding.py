@@ -149,6 +149,12 @@ def platform() -> str:
   return "tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu"
 
 
+def keeps_order() -> bool:
+  """Whether processes run collectives that do not wait for each other's results in one order. Those of CPUs do not: where one is inside a
+  loop and one is not, each process may begin with another, and all wait without end (jaxlib 0.10.2, Gloo)."""
+  return jax.process_count() == 1 or platform() != "cpu"
+
+
 def specs(boxed: Any, rules: ShardingRules = RULES) -> Any:
   """PartitionSpecs of a tree whose parameters carry logical axes (linen's boxes); of what carries none, the empty one."""
   return jax.tree.map(lambda x: rules.spec(x.names) if _is_boxed(x) else PartitionSpec(), boxed, is_leaf=_is_boxed)
