@@ -214,8 +214,8 @@ def test_grouped_queries_share_keys():
 
 
 # Llama-3-8B has 8,030,261,248 parameters; beside them stand the codes and the time conditioning.
-COUNTS = {"tiny": 978_816, "evo150m": 156_612_352, "evo1b": 1_256_610_816,
-          "evo8b": 8_030_261_248 + 128_256 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64}
+COUNTS = {"tiny": 978_816, "evo150m": 156_612_352, "evo1b": 1_258_232_832,
+          "evo8b": 8_030_261_248 + 768 * 2 * 4096 + 129_024 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (pathlib.Path(ROOT) / "configs").glob("*.py")))

@@ -10,7 +10,7 @@ from conftest import run, train_flags
 from evo_jax import cli, flops, plan
 from evo_jax import config as config_lib
 
-PARAMETERS = 8_097_014_784
+PARAMETERS = 8_103_404_544
 
 
 def test_shapes_alone_say_what_a_pod_holds(tmp_path):
