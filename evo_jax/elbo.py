@@ -37,6 +37,7 @@ class Network(Protocol):
   def codes(self): ...
   def clean(self, tokens_BxL, x_BxLxD=None): ...
   def window(self, cache, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
+  def clean_and_window(self, tokens_BxL, x_BxLxD, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
   def slots(self, past, read_B, x_BxSxD, time_BxS, position_BxS, visible_BxSxS): ...
   def embed(self, latents, codes, prior_logits, own=None, before=None, chunk=0): ...
   def logits(self, hidden): ...
@@ -323,9 +324,11 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   L = sequence_BxT.shape[1] - 1
   # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
   alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
-  cache, metrics = None, {}
+  # Where windows need nothing of the clean stream but its keys and values, one pass reads both.
+  together = draw is not None and not (alone or learned or config.self_conditioning or config.clean_gradient != 1.0)
+  hidden, cache, metrics = None, None, {}
   x_BxTxD = net.embed_tokens(sequence_BxT)  # looked up once for both streams: the gradient of a lookup is as large as the table
-  if not alone:
+  if not (alone or together):
     hidden, cache = net.clean(sequence_BxT[:, :-1], x_BxTxD[:, :-1])
   if draw is None:
     nats_BxL, none = token_nats(net, hidden, sequence_BxT, config.chunk), jnp.zeros((0,))
@@ -367,27 +370,32 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   slots = with_anchor(latent_b, anchor_b), with_anchor(latent_c, anchor_c)
   own = gather_windows(x_BxTxD, draw.anchor, W)
 
-  def read(before, prior):
-    """The windows' hidden states (B, N, W, D), behind the pass that left `before` (None: the first)."""
+  def embedded(before, prior):
+    """The windows' slots (B, N, S, D), behind the pass that left hidden states `before` (B, N, W, D; None: the first)."""
     if before is not None:
       before = jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
       before = tuple(before[:, some] for some in parts)
-    x = net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before, config.chunk)
-    return net.window(cache, draw.anchor, jnp.concatenate(x, axis=1), with_anchor(latent, anchor_token).time)[:, :, :-1]
+    return jnp.concatenate(net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before, config.chunk), axis=1)
 
-  before, prior = None, statistics.log_unigram_V
-  if config.self_conditioning:
-    twice = draw.coin[0] < config.self_conditioning
-    first = lambda: jax.lax.stop_gradient(read(None, prior))
-    before = jax.lax.cond(twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
-  hidden_w = read(before, prior if before is None else jnp.where(twice, 0.0, prior))
+  prior, slot_time = statistics.log_unigram_V, with_anchor(latent, anchor_token).time
+  if together:
+    hidden, hidden_w = net.clean_and_window(sequence_BxT[:, :-1], x_BxTxD[:, :-1], draw.anchor, embedded(None, prior), slot_time)
+    hidden_w = hidden_w[:, :, :-1]
+  else:
+    read = lambda before, prior: net.window(cache, draw.anchor, embedded(before, prior), slot_time)[:, :, :-1]
+    before = None
+    if config.self_conditioning:
+      twice = draw.coin[0] < config.self_conditioning
+      first = lambda: jax.lax.stop_gradient(read(None, prior))
+      before = jax.lax.cond(twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
+    hidden_w = read(before, prior if before is None else jnp.where(twice, 0.0, prior))
 
   # All that is asked of the vocabulary's logits, in one reading of them.
   step = Step.of(codes, warp, latent_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, config.antithetic)
   ends = step.ends if config.integrand == "step" else ()
   bound = Beliefs(hidden_w[:, :bound_windows], (latent_b.y, *ends), codes)
   beliefs = [(bound, token[:, :bound_windows]), (Beliefs(hidden_w[:, bound_windows:], (latent_c.y,), fixed), token[:, bound_windows:])]
-  if cache is not None and nats_BxL is None:
+  if hidden is not None and nats_BxL is None:
     beliefs.append((Beliefs(hidden), sequence_BxT[:, 1:]))
   (of_bound, (of_rest,), *of_clean) = net.log_probs(*zip(*beliefs), config.chunk)
   if of_clean:

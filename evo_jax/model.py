@@ -23,6 +23,7 @@ import flax.struct
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
 from evo_jax import attention
 from evo_jax import config as config_lib
@@ -49,6 +50,30 @@ class Cache:
   k: jax.Array | tuple[jax.Array, ...]
   v: jax.Array | tuple[jax.Array, ...]
   start: jax.Array | None
+
+
+@flax.struct.dataclass
+class Stream:
+  """How the slots of a stream read: N runs of S slots; the clean stream is one run.
+
+  angles: `attention.angles` of their places, whose shape tells N and S; stop, start: the clean positions that slots see, as
+  `attention.attend` takes them; visible: which slots of its run each sees, (B, N, S, T) or broadcastable to it; None: there is nothing
+  but clean slots; time_BxTxR: the time conditioning, T = N S; None: t is 0.
+  """
+
+  angles: tuple[jax.Array, jax.Array]
+  stop_BxNxS: jax.Array | None
+  start_BxNxS: jax.Array | None
+  visible_NxSxT: jax.Array | None
+  time_BxTxR: jax.Array | None
+
+  @property
+  def runs(self) -> int:
+    return self.angles[0].shape[3]
+
+  @property
+  def slots(self) -> int:
+    return self.angles[0].shape[4]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -109,57 +134,72 @@ class Block(nn.Module):
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
 
-  def __call__(self, x_BxTxD, past, time_BxTxR, angles, span, visible, write):
+  def __call__(self, x_BxTxD, past, streams, write):
     """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
 
-    T = N S: the slots of N runs one after another, in one axis, since TPUs pad the last two. angles: `attention.angles`, whose shape
-    tells N and S. past: keys and values of the clean stream, of which slots see the `span` (start, stop); None: there are none, or,
-    where `visible` is None, the slots themselves are the clean stream. visible: which slots of its run each sees. write: (first_B,
-    fresh): the first `fresh` slots, of one run, are clean and enter `past` at these places before it is read.
+    x_BxTxD: the slots of all streams, one after another; the slots of a stream's runs, too, lie in one axis, since TPUs pad the last two.
+    past: keys and values of the clean stream; None: there are none, or the first of two streams is the clean one, which the second reads:
+    then none are kept. streams: tuple of `Stream`. write: (first_B, fresh): the first `fresh` slots, of one run, are clean and enter `past`
+    at these places before it is read.
     """
     c = self.config
-    shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
-    if time_BxTxR is not None:
-      modulation = linear(time_BxTxR, self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width))
-      shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-
-    def enter(x, norm, shift, scale):
-      x = rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon)
-      return x if shift is None else x * (1 + scale) + shift
-
-    def leave(x, y, gate):
-      return x + y if gate is None else x + y * (1 + gate)
-
     x = x_BxTxD
     B, T, _ = x.shape
-    N, S = angles[0].shape[3:5]
-    angles = tuple(a.reshape(*a.shape[:3], T, -1) for a in angles)
-    by_run = lambda x: x.reshape(*x.shape[:-2], -1, S, x.shape[-1])
-    h = enter(x, self.attention_norm, shift1, scale1)
+    ends = np.cumsum([s.runs * s.slots for s in streams])
+    cut = lambda x, axis: jnp.split(x, ends[:-1], axis)
+    join = lambda parts, axis: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+    w_time_RxA = self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width)
+    conditioned = [(end, jnp.split(linear(s.time_BxTxR, w_time_RxA), 6, axis=-1))
+                   for s, end in zip(streams, ends) if s.time_BxTxR is not None]
+
+    def add(x, change):
+      """x and, of slots that time conditions, change(x, modulation). Added in zeros, since cutting clean slots out costs TPUs a copy."""
+      for end, modulation in conditioned:
+        begin = end - modulation[0].shape[1]
+        x = x + jnp.pad(change(x[:, begin:end], modulation), ((0, 0), (begin, T - end), (0, 0)))
+      return x
+
+    def enter(x, norm, shift, scale):
+      return add(rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon), lambda x, m: x * m[scale] + m[shift])
+
+    def leave(x, y, gate):
+      return x + add(y, lambda y, m: y * m[gate])
+
+    def of_slots(parts):
+      """Something (B or 1, 1, 1, T, E / 2) of all slots, from what each stream has (B or 1, 1, 1, N, S, E / 2)."""
+      parts = [a.reshape(*a.shape[:3], -1, a.shape[-1]) for a in parts]
+      batch = max(len(a) for a in parts)  # places may be shared by the batch
+      return join([jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in parts], 3)
+
+    angles = tuple(map(of_slots, zip(*(s.angles for s in streams))))
+    h = enter(x, self.attention_norm, 0, 1)
     qkv = self.rules.constrain(linear(h, self.w_qkv_DxKxJxE), "batch", "slots", "kv_heads", None, "head_dim")
     # Heads to the front, so that attention's products are plain batches of matrix products.
     qkv_BxKxJxTxE = qkv.transpose(0, 2, 3, 1, 4)
     qk, v = attention.rotate(qkv_BxKxJxTxE[:, :, :-1], angles), qkv_BxKxJxTxE[:, :, -1]
     qk, v = checkpoint_name(qk, "qkv"), checkpoint_name(v, "qkv")
-    q, k = qk[:, :, :-1], qk[:, :, -1]
-    own, is_clean = None, visible is None and past is None
-    if is_clean:
-      past = (k, v)
-    elif write is not None:
-      first, fresh = write
-      past = tuple(attention.enter(old, first, new[:, :, :fresh]) for old, new in zip(past, (k, v)))
-      own = (k[:, :, None, fresh:], v[:, :, None, fresh:]) if visible is not None else None
-    else:
-      own = (by_run(k), by_run(v))
-    kept = past if own is None or write is not None else None
-    y_BxKxGxNxSxE = attention.attend_by(c, self.rules, by_run(q), past, *span, own, visible, causal=is_clean)
-    y = y_BxKxGxNxSxE.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
-    x = leave(x, linear(y, self.w_o_HxExD, 2), gate1)
-    h = enter(x, self.mlp_norm, shift2, scale2)
+    found, kept = [], None
+    for stream, q, k, v in zip(streams, cut(qk[:, :, :-1], 3), cut(qk[:, :, -1], 2), cut(v, 2)):
+      by_run = lambda x, shape=(stream.runs, stream.slots): x.reshape(*x.shape[:-2], *shape, x.shape[-1])
+      own, is_clean = None, stream.visible_NxSxT is None and past is None
+      if is_clean:
+        past = kept = (k, v)
+      elif write is not None:
+        first, fresh = write
+        past = kept = tuple(attention.enter(old, first, new[:, :, :fresh]) for old, new in zip(past, (k, v)))
+        own = (k[:, :, None, fresh:], v[:, :, None, fresh:]) if stream.visible_NxSxT is not None else None
+      else:
+        own = (by_run(k), by_run(v))
+      y_BxKxGxNxSxE = attention.attend_by(c, self.rules, by_run(q), past, stream.stop_BxNxS, stream.start_BxNxS, own,
+                                          stream.visible_NxSxT, causal=is_clean)
+      found.append(y_BxKxGxNxSxE.reshape(q.shape))
+    y = join(found, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
+    x = leave(x, linear(y, self.w_o_HxExD, 2), 2)
+    h = enter(x, self.mlp_norm, 3, 4)
     gate, up = self._gate_and_up(h)
     h = nn.silu(gate) * up
-    x = leave(x, linear(h, self.w_down_FxD), gate2)
-    return self.rules.constrain(x, "batch", "slots", "width"), kept
+    x = leave(x, linear(h, self.w_down_FxD), 5)
+    return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
 
   def _gate_and_up(self, h):
     D, F = self.config.width, self.config.hidden
@@ -237,7 +277,7 @@ class Evo(nn.Module):
       return
     self.blocks = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, unroll=min(c.unroll, c.layers),
-        in_axes=(0, *(nn.broadcast,) * 5),
+        in_axes=(0, *(nn.broadcast,) * 2),
         metadata_params={nn.PARTITION_NAME: "layers"})(c, self.rules)
 
   def codes(self) -> jax.Array:
@@ -249,14 +289,9 @@ class Evo(nn.Module):
 
     Positions count from 0. Nothing but the tokens up to j enters number j. x_BxLxD: the tokens' embeddings, if they are at hand.
     """
-    position = jnp.arange(tokens_BxL.shape[1])
-    start_BxL = None
-    if self.config.isolate_documents:
-      start_BxL = jax.lax.cummax(jnp.where(tokens_BxL == DOCUMENT, position, 0), axis=1)
-    span = (position[None, None] + 1, None if start_BxL is None else start_BxL[:, None])
-    x_BxLxD = self.embed_tokens(tokens_BxL) if x_BxLxD is None else x_BxLxD
-    x, (k, v) = self._layers(x_BxLxD[:, None], None, None, position, span)
-    return x[:, 0], Cache(k, v, start_BxL)
+    stream = self._clean_stream(tokens_BxL)
+    x, (k, v) = self._layers(self.embed_tokens(tokens_BxL) if x_BxLxD is None else x_BxLxD, None, (stream,))
+    return x, Cache(k, v, _starts(stream))
 
   def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array) -> jax.Array:
     """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1.
@@ -267,14 +302,21 @@ class Evo(nn.Module):
       x_BxNxSxD: embedded slots, from `embed`.
       time_BxNxS: progressions t of the slots; 0 for the anchor and other known tokens.
     """
-    S = x_BxNxSxD.shape[2]
-    position_BxNxS = anchor_BxN[..., None] + jnp.arange(S)
-    past, span = None, (None, None)
-    if cache is not None:
-      # An anchor that begins a document sees nothing before it.
-      start = None if cache.start is None else jnp.take_along_axis(cache.start, anchor_BxN, axis=1)[..., None]
-      past, span = (cache.k, cache.v), (anchor_BxN[..., None], start)
-    return self._layers(x_BxNxSxD, past, self._time(time_BxNxS), position_BxNxS, span, jnp.ones((S, S), bool))[0]
+    past = None if cache is None else (cache.k, cache.v)
+    stream = self._window_stream(anchor_BxN, time_BxNxS, cache is not None, None if cache is None else cache.start)
+    return self._layers(_flat(x_BxNxSxD), past, (stream,))[0].reshape(x_BxNxSxD.shape)
+
+  def clean_and_window(self, tokens_BxL: jax.Array, x_BxLxD: jax.Array, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array,
+                       time_BxNxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`clean` and the `window`s that read it, layer by layer: hidden states (B, L, D) and (B, N, S, D).
+
+    A layer's parameters are read once for both, and its products are over all slots at once.
+    """
+    clean = self._clean_stream(tokens_BxL)
+    window = self._window_stream(anchor_BxN, time_BxNxS, True, _starts(clean))
+    x, _ = self._layers(jnp.concatenate([x_BxLxD, _flat(x_BxNxSxD)], axis=1), None, (clean, window))
+    L = tokens_BxL.shape[1]
+    return x[:, :L], x[:, L:].reshape(x_BxNxSxD.shape)
 
   def slots(self, past: tuple, first_B: jax.Array, fresh: int, x_BxSxD: jax.Array, time_BxS: jax.Array | None,
             position_BxS: jax.Array, stop_BxS: jax.Array | None, visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
@@ -287,26 +329,40 @@ class Evo(nn.Module):
       stop_BxS: a slot sees the past before this place.
       visible_BxSxT: which of the slots behind the fresh ones a slot sees; None: there are none.
     """
-    time = None if time_BxS is None else self._time(time_BxS[:, None])
-    visible = None if visible_BxSxT is None else visible_BxSxT[:, None]
-    x, kept = self._layers(x_BxSxD[:, None], past, time, position_BxS[:, None],
-                           (None if stop_BxS is None else stop_BxS[:, None], None), visible, (first_B, fresh) if fresh else None)
-    return x[:, 0], kept if fresh else past
+    one_run = lambda x: None if x is None else x[:, None]
+    stream = Stream(self._angles(position_BxS[:, None]), one_run(stop_BxS), None, one_run(visible_BxSxT),
+                    None if time_BxS is None else self._time(time_BxS))
+    x, kept = self._layers(x_BxSxD, past, (stream,), (first_B, fresh) if fresh else None)
+    return x, kept if fresh else past
 
-  def _layers(self, x, past, time, positions, span, visible=None, write=None):
-    """x (B, N, S, D), time (B, N, S, R): the new x and what is kept of clean slots."""
-    B, N, S, D = x.shape
-    angles = attention.angles(positions, D // self.config.heads, self.config.rope_base)
-    x = self.rules.constrain(x.reshape(B, N * S, D), "batch", "slots", "width")
-    time = None if time is None else time.reshape(B, N * S, -1)
+  def _clean_stream(self, tokens_BxL: jax.Array) -> Stream:
+    position = jnp.arange(tokens_BxL.shape[1])
+    start = None
+    if self.config.isolate_documents:
+      start = jax.lax.cummax(jnp.where(tokens_BxL == DOCUMENT, position, 0), axis=1)[:, None]
+    return Stream(self._angles(position), position[None, None] + 1, start, None, None)
+
+  def _window_stream(self, anchor_BxN: jax.Array, time_BxNxS: jax.Array, reads: bool, start_BxL: jax.Array | None) -> Stream:
+    """reads: whether there is a clean stream to read, from `start` on."""
+    S = time_BxNxS.shape[2]
+    # An anchor that begins a document sees nothing before it.
+    start = None if start_BxL is None else jnp.take_along_axis(start_BxL, anchor_BxN, axis=1)[..., None]
+    return Stream(self._angles(anchor_BxN[..., None] + jnp.arange(S)), anchor_BxN[..., None] if reads else None, start,
+                  jnp.ones((S, S), bool), _flat(self._time(time_BxNxS)))
+
+  def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return attention.angles(positions, self.config.width // self.config.heads, self.config.rope_base)
+
+  def _layers(self, x_BxTxD, past, streams, write=None):
+    """The new x and what is kept of clean slots; see `Block`."""
+    x = self.rules.constrain(x_BxTxD, "batch", "slots", "width")
     if self.stacked:
-      x, kept = self.blocks(x, past, time, angles, span, visible, write)
-      return x.reshape(B, N, S, D), kept
+      return self.blocks(x, past, streams, write)
     found = []
     for i, layer in enumerate(self.layer):
-      x, kept = layer(x, None if past is None else (past[0][i], past[1][i]), time, angles, span, visible, write)
+      x, kept = layer(x, None if past is None else (past[0][i], past[1][i]), streams, write)
       found.append(kept)
-    return x.reshape(B, N, S, D), None if kept is None else tuple(zip(*found))
+    return x, None if kept is None else tuple(zip(*found))
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Context logits c (..., V) float32 of hidden states (..., D); rows beyond the vocabulary are ruled out."""
@@ -415,6 +471,16 @@ def _slot_features(size: int, passes: jax.Array) -> jax.Array:
   shape = (*counts.shape[:-2], size)
   return jnp.concatenate([jnp.broadcast_to(place, (*shape, 8)), jnp.log(phase / (1.0 - phase))[..., None],
                           jnp.broadcast_to(counts, (*shape, 3))], axis=-1)
+
+
+def _flat(x_BxNxSxD: jax.Array) -> jax.Array:
+  """The slots of all runs one after another: (B, N S, D)."""
+  return x_BxNxSxD.reshape(x_BxNxSxD.shape[0], -1, x_BxNxSxD.shape[-1])
+
+
+def _starts(clean: Stream) -> jax.Array | None:
+  """(B, L) int32: of each position of a clean stream the first that it sees."""
+  return None if clean.start_BxNxS is None else clean.start_BxNxS[:, 0]
 
 
 def unstacked(params: dict) -> dict:

@@ -303,8 +303,8 @@ def test_diffusion_alone_decodes_whole_texts():
   def believes(params, statistics):
     net = r.model.bind({"params": params})
     (x,) = net.embed((flow.Latent(jnp.zeros((1, 33, 8)), time, tokens),), (net.codes(),), statistics.log_unigram_V)
-    x, none = x[:, None, :19], (None, None)  # places behind the text are not there
-    hidden, _ = net._layers(x, None, net._time(time[:, None, :19]), jnp.arange(19), none, jnp.ones((19, 19), bool))
+    # Places behind the text are not there.
+    hidden = net.window(None, jnp.zeros((1, 1), jnp.int32), x[:, None, :19], time[:, None, :19])
     return net.logits(hidden[0, 0, 4:18]).at[:, 0].set(-jnp.inf)
 
   p = jax.nn.softmax(believes(r.params, r.statistics))

@@ -69,8 +69,8 @@ def test_groups_of_devices_are_read(groups, members):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, capfd):
-  """To the byte: a layer's weights four times (clean stream and windows, forward and backward) and their gradients twice; over `data`
-  gradients are summed in shards; over `tensor` no parameter ever moves."""
+  """To the byte: a layer's weights twice (forward and backward, for clean stream and windows at once) and their gradients once; over
+  `data` gradients are summed in shards; over `tensor` no parameter ever moves."""
   text, mesh, params = compiled_step(sizes)
   assert "rematerialization" not in capfd.readouterr().err
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -80,9 +80,8 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
       continue
     name = jax.tree_util.keystr(path)
     here = math.prod(p.sharding.shard_shape(p.shape)) * 4.0
-    uses = 1 if "w_time" in name or "blocks" not in name else 2  # time conditions windows alone; a table is gathered once for all
-    gathered += (fsdp - 1) * here * uses * (2 if "blocks" in name else 1)
-    scattered += (fsdp - 1) * here * (2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
+    gathered += (fsdp - 1) * here * (2 if "blocks" in name else 1)  # a table is gathered once for all
+    scattered += (fsdp - 1) * here * (2 if "embedding" in name else 1)  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
   program = hlo.read(text, dict(mesh.shape))
   moved = program.moved()

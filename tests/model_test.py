@@ -125,6 +125,32 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
       np.testing.assert_allclose(v[layer][b, :, :a + 9], cache.v[layer, b, :, :a + 9], atol=2e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"model__isolate_documents": True}, {"model__remat": "full", "model__attention_block": 8}], ids=str)
+def test_one_pass_reads_both_streams(tokens, changes):
+  """`clean_and_window` gives what `clean`, and then `window`, give, and their gradients."""
+  net, _, config = build(**changes)
+  tokens = tokens.at[:, 7].set(model_lib.DOCUMENT)
+  anchor = jnp.array([[0, 7], [5, 20]])
+  time = jax.random.uniform(jax.random.key(1), (2, 2, 9)).at[..., 0].set(0.0)
+  x_windows = jax.random.normal(jax.random.key(2), (2, 2, 9, config.model.width))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def read(together, params, x_windows):
+    def loss(params, x_windows):
+      net_ = net.clone().bind({"params": params})
+      x = net_.embed_tokens(tokens[:, :-1])
+      if together:
+        found = net_.clean_and_window(tokens[:, :-1], x, anchor, x_windows, time)
+      else:
+        hidden, cache = net_.clean(tokens[:, :-1], x)
+        found = hidden, net_.window(cache, anchor, x_windows, time)
+      return sum(jnp.mean(jnp.sin(h)) for h in found), found
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_windows)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+               read(True, net.variables["params"], x_windows), read(False, net.variables["params"], x_windows))
+
+
 def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
   net, _, _ = small
   assert (np.asarray(net._time(jnp.zeros(3))) == 0).all()
