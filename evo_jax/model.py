@@ -162,9 +162,6 @@ class Block(nn.Module):
     def enter(x, norm, shift, scale):
       return add(rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon), lambda x, m: x * m[scale] + m[shift])
 
-    def leave(x, y, gate):
-      return x + add(y, lambda y, m: y * m[gate])
-
     def of_slots(parts):
       """Something (B or 1, 1, 1, T, E / 2) of all slots, from what each stream has (B or 1, 1, 1, N, S, E / 2)."""
       parts = [a.reshape(*a.shape[:3], -1, a.shape[-1]) for a in parts]
@@ -194,11 +191,12 @@ class Block(nn.Module):
                                           stream.visible_NxSxT, causal=is_clean)
       found.append(y_BxKxGxNxSxE.reshape(q.shape))
     y = join(found, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
-    x = leave(x, linear(y, self.w_o_HxExD, 2), 2)
+    x = x + add(linear(y, self.w_o_HxExD, 2), lambda y, m: y * m[2])
     h = enter(x, self.mlp_norm, 3, 4)
     gate, up = self._gate_and_up(h)
     h = nn.silu(gate) * up
-    x = leave(x, linear(h, self.w_down_FxD), 5)
+    # The gate's gradient asks for what it scales. Kept where anything is: for it the product of all slots would be computed anew.
+    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "gated") * m[5])
     return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
 
   def _gate_and_up(self, h):
@@ -219,7 +217,7 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
 def kept(remat: str):
   """The policy of `jax.checkpoint` that config.remat names."""
   if remat.startswith("save:"):
-    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","))
+    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "gated")
   return {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
 
 

@@ -106,3 +106,22 @@ def test_traced_operations_are_the_formula_with_what_is_computed_again(changes):
   formula = flops.train_step(config, V)
   assert kernels == 0 and 0.9 < plain / formula < 1.1
   assert 1.15 < full / plain < 1.4
+
+
+def test_what_is_kept_is_not_computed_again():
+  """Beside what is named, the backward pass makes anew what its own products read: attention within, its way out, and the modulation. Not
+  the hidden units' way out, of which windows' gates want the result."""
+  c = small_config(model__context=64, model__remat="save:qkv,attention,mlp")
+  found = {}
+  for remat in ("none", c.model.remat):
+    config = small_config(model__context=64, model__remat=remat)
+    state, _ = train.abstract_state(Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
+    step = lambda s, b, config=config: train.train_step(s, b, model=Evo(config.model, V), config=config)
+    found[remat], _ = flops.traced(step, state, jax.ShapeDtypeStruct((c.data.batch_size, 65), jnp.int32))
+  D, L = c.model.width, c.model.context
+  S = c.window.size + 1
+  windows = c.window.count * S
+  out = (L + windows) * D * D
+  modulation = windows * c.model.time_dim * 6 * D
+  attention = 2 * D * (L * L + windows * (L + S))
+  assert found[c.model.remat] - found["none"] == 2 * c.data.batch_size * c.model.layers * (out + modulation + attention)
