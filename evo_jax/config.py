@@ -101,6 +101,7 @@ class Loss:
   antithetic: bool = True  # price a step of the bound at its noise and at the opposite
   integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
   chunk: int = 0  # rows of the vocabulary whose logits are in memory at a time; 0: all. Changes no value
+  one_pass: bool = True  # over the layers for both streams, where windows do not wait for what the clean one says. Changes no value
 
 
 @dataclasses.dataclass(frozen=True)

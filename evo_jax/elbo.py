@@ -324,8 +324,9 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   L = sequence_BxT.shape[1] - 1
   # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
   alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
-  # Where windows need nothing of the clean stream but its keys and values, one pass reads both.
-  together = draw is not None and not (alone or learned or config.self_conditioning or config.clean_gradient != 1.0)
+  # Where windows need nothing of the clean stream but its keys and values, one pass can read both.
+  waits = alone or learned or config.self_conditioning or config.clean_gradient != 1.0
+  together = config.one_pass and draw is not None and not waits
   hidden, cache, metrics = None, None, {}
   x_BxTxD = net.embed_tokens(sequence_BxT)  # looked up once for both streams: the gradient of a lookup is as large as the table
   if not (alone or together):

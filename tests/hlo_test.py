@@ -15,9 +15,9 @@ from evo_jax.model import Evo
 V = 24
 
 
-def compiled_step(mesh_sizes):
+def compiled_step(mesh_sizes, **changes):
   """A training step's program as text, the mesh, and the parameters with their shardings."""
-  config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,mlp")
+  config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,mlp", **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh_sizes))
   model = Evo(config.model, V)
   with jax.set_mesh(mesh):
@@ -67,11 +67,11 @@ def test_groups_of_devices_are_read(groups, members):
   assert hlo._group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, capfd):
-  """To the byte: a layer's weights twice (forward and backward, for clean stream and windows at once) and their gradients once; over
-  `data` gradients are summed in shards; over `tensor` no parameter ever moves."""
-  text, mesh, params = compiled_step(sizes)
+@pytest.mark.parametrize("sizes, passes", [((1, 8, 1), 1), ((2, 4, 1), 1), ((2, 2, 2), 1), ((2, 4, 1), 2)], ids=str)
+def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, capfd):
+  """To the byte: a layer's weights forward and backward, and their gradients, once for clean stream and windows together, or once for each;
+  over `data` gradients are summed in shards; over `tensor` no parameter ever moves."""
+  text, mesh, params = compiled_step(sizes, loss__one_pass=passes == 1)
   assert "rematerialization" not in capfd.readouterr().err
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   gathered, scattered, summed = 0.0, 0.0, 0.0
@@ -80,8 +80,9 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
       continue
     name = jax.tree_util.keystr(path)
     here = math.prod(p.sharding.shard_shape(p.shape)) * 4.0
-    gathered += (fsdp - 1) * here * (2 if "blocks" in name else 1)  # a table is gathered once for all
-    scattered += (fsdp - 1) * here * (2 if "embedding" in name else 1)  # embeddings are looked up, and averaged to soft inputs
+    uses = 1 if "w_time" in name or "blocks" not in name else passes  # time conditions windows alone; a table is gathered once for all
+    gathered += (fsdp - 1) * here * uses * (2 if "blocks" in name else 1)
+    scattered += (fsdp - 1) * here * (2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
   program = hlo.read(text, dict(mesh.shape))
   moved = program.moved()

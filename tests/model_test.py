@@ -151,6 +151,14 @@ def test_one_pass_reads_both_streams(tokens, changes):
                read(True, net.variables["params"], x_windows), read(False, net.variables["params"], x_windows))
 
 
+def test_one_pass_is_a_configuration_and_changes_no_value(small, tokens):
+  net, statistics, config = small
+  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, config.loss.bound_windows)
+  one, two = (_losses(dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)), 2, net.variables["params"],
+                      statistics, tokens, draw) for together in (True, False))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, two)
+
+
 def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
   net, _, _ = small
   assert (np.asarray(net._time(jnp.zeros(3))) == 0).all()
