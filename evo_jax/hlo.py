@@ -6,9 +6,10 @@ once and runs as often as the loop says. Everything is counted for one device.
 
 import collections
 import dataclasses
+import functools
 import math
 import re
-from typing import Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,73 +36,178 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+  """An instruction that computes: the compiler's estimate of its cycles (TPUs only), 0 where it has none. product: a matrix product, or
+  fused with one; kernel: a custom one."""
+
+  cycles: float
+  product: bool = False
+  kernel: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Begin:
+  """A collective begins."""
+
+  collective: Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+  """What began is waited for."""
+
+  begin: Begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """A schedule that runs so many times."""
+
+  times: int
+  schedule: tuple["Event", ...]
+
+
+Event = Work | Begin | End | Loop
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program, for one device. Cycles are the compiler's own estimates (TPUs only): of what has matrix products, and of the
-  rest; unpriced: calls of instructions for which it has none, of which kernels: calls of custom kernels."""
+  """A compiled program, for one device: what it does, in the order in which it does it."""
 
-  collectives: tuple[Collective, ...]
-  matrix_cycles: float
-  other_cycles: float
-  unpriced: int
-  kernels: int
+  schedule: tuple[Event, ...]
 
-  def moved(self, hidden: bool | None = None) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Bytes that a device sends in a run, by kind and axes; of all collectives, or of those that are `hidden` or not."""
+  @functools.cached_property
+  def collectives(self) -> tuple[Collective, ...]:
+    return tuple(dataclasses.replace(e.collective, count=times) for e, times in _flat(self.schedule) if isinstance(e, Begin))
+
+  @functools.cached_property
+  def cycles(self) -> dict[bool, float]:
+    """Estimated cycles of a run: of what has matrix products (True), and of the rest."""
+    found = {True: 0.0, False: 0.0}
+    for e, times in _flat(self.schedule):
+      if isinstance(e, Work):
+        found[e.product] += times * e.cycles
+    return found
+
+  @functools.cached_property
+  def kernels(self) -> int:
+    """Calls of custom kernels."""
+    return sum(times for e, times in _flat(self.schedule) if isinstance(e, Work) and e.kernel)
+
+  def moved(self) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a device sends in a run, by kind and axes."""
     total = collections.Counter()
     for c in self.collectives:
-      if hidden is None or c.hidden == hidden:
-        total[c.kind, c.axes] += c.bytes * c.count
+      total[c.kind, c.axes] += c.bytes * c.count
     return dict(total)
+
+  def waits(self, cycle: float, kernel: float, took: Callable[[Collective], float]) -> float:
+    """Seconds of a run in which nothing is computed, since a collective is waited for.
+
+    A collective runs from its beginning on beside what the schedule has until its end, or after those over the same axes that are still
+    under way. cycle, kernel: seconds of one, and of a custom kernel's call; took: of one call of a collective.
+    """
+    return _waits(self.schedule, cycle, kernel, took)[1]
+
+
+def _flat(schedule: tuple[Event, ...], times: int = 1) -> Iterator[tuple[Event, int]]:
+  for e in schedule:
+    if isinstance(e, Loop):
+      yield from _flat(e.schedule, times * e.times)
+    else:
+      yield e, times
+
+
+def _waits(schedule, cycle, kernel, took) -> tuple[float, float]:
+  """Seconds that a schedule takes, and those of them that it waits."""
+  now, waited, free, ready = 0.0, 0.0, collections.Counter(), {}
+  for e in schedule:
+    if isinstance(e, Work):
+      now += kernel if e.kernel else e.cycles * cycle
+    elif isinstance(e, Loop):
+      took_once, waited_once = _waits(e.schedule, cycle, kernel, took)
+      now, waited = now + e.times * took_once, waited + e.times * waited_once
+    elif isinstance(e, Begin):
+      axes = e.collective.axes
+      ready[e] = free[axes] = max(now, free[axes]) + took(e.collective)
+    else:
+      wait = max(ready[e.begin] - now, 0.0)
+      now, waited = now + wait, waited + wait
+  return now, waited
 
 
 def read(text: str, mesh: dict[str, int]) -> Program:
-  """Reads a compiled program. mesh: sizes of the axes by name, in the order of the devices."""
+  """Reads a compiled program, whose instructions stand in the order in which they run. mesh: sizes of the axes by name, in the order of
+  the devices."""
   computations, entry = _split(text)
-  found, cycles, unpriced, kernels = [], {True: 0.0, False: 0.0}, 0, 0
-  has_product = lambda name: any(" convolution(" in line or " dot(" in line for line in computations.get(name, ()))
+  has = lambda names, what: any(what in line for name in names for line in computations.get(name, ()))
 
-  def walk(name: str, times: int, timed: bool, aside: bool = False) -> None:
-    """timed: the instructions run one after another; within a fusion, the fusion has the estimate. aside: they run beside others."""
-    nonlocal unpriced, kernels
+  def inside(names: list[str]) -> list[Collective]:
+    """What is asked for in computations and in those that they call, apart from loops."""
+    found = []
+    for name in names:
+      for line in computations.get(name, ()):
+        if match := _INSTRUCTION.match(line):
+          found += own if (own := of(match, line, name, True)) else inside(_calls(line))
+    return found
+
+  def of(match: re.Match, line: str, name: str, hidden: bool) -> list[Collective]:
+    """The collective that an instruction is, if it is one, and not over single devices."""
+    op, type_ = match["op"], match["type"]
+    if op == "send" and (between := re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)):
+      # Between slices a TPU's hosts do it, each device with those in its place in the other slices.
+      kind = between[2].lower().replace("_", "-")
+      return [Collective(kind, ("data",), _sent(kind, op, type_, between[1].count(",") + 1, name), 1, True)]
+    kind = next((k for k in KINDS if op in (k, k + "-start")), None)
+    members = _group(line, mesh) if kind else []
+    if len(members) < 2:
+      return []
+    scatters = name.startswith("all-reduce-scatter")
+    kind = "reduce-scatter" if scatters else kind
+    return [Collective(kind, _axes(members, mesh), _sent(kind, op, type_, len(members), name), 1, hidden and not scatters)]
+
+  @functools.cache
+  def schedule(name: str) -> tuple[Event, ...]:
+    events, under_way = [], {}
+
+    def begin(collective: Collective, line_name: str) -> None:
+      events.append(Begin(collective))
+      if collective.hidden:
+        under_way.setdefault(line_name, []).append(events[-1])
+      else:
+        events.append(End(events[-1]))
+
     for line in computations[name]:
       match = _INSTRUCTION.match(line)
       if not match:
         continue
-      op = match["op"]
+      op, own, called = match["op"], match["name"], _calls(line)
       if op == "while":
         condition, body = (re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body"))
-        walk(body, times * _trips(line, computations[condition]), timed)
+        events.append(Loop(_trips(line, computations[condition]), schedule(body)))
         continue
-      if kind := next((k for k in KINDS if op in (k, k + "-start")), None):
-        scatters = name.startswith("all-reduce-scatter")
-        kind = "reduce-scatter" if scatters else kind
-        members = _group(line, mesh)
-        # An asynchronous one on TPUs stands in several fusions: its beginning, its steps and its end.
-        later = not timed and not scatters and not aside and not any(
-            "AsyncCollectiveStart" in l and f"%{match['name']}" in l for l in computations[name])
-        if len(members) > 1 and not later:
-          found.append(Collective(kind, _axes(members, mesh), _sent(kind, op, match["type"], len(members), name), times,
-                                  op.endswith("-start") or not timed and not scatters))
-      if op == "send" and (between := re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)):
-        # Between slices a TPU's hosts do it, each device with those in its place in the other slices.
-        kind = between[2].lower().replace("_", "-")
-        found.append(Collective(kind, ("data",), _sent(kind, op, match["type"], between[1].count(",") + 1, name), times, True))
-      called = [c for group in _CALLED.findall(line) for c in re.findall(r"%([\w.\-]+)", group)]
-      if timed and (estimate := re.search(r'"estimated_cycles":"(\d+)"', line)):
-        if int(estimate[1]) < 2**62:
-          product = op in ("convolution", "dot") or any(has_product(c) for c in called)
-          cycles[product] += times * int(estimate[1])
-        else:
-          unpriced += times
-      if 'custom_call_target="tpu_custom_call"' in line:
-        kernels += times
-        unpriced += times
-      if op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "reduce-window", "map", "select-and-scatter"):
-        for c in called:
-          walk(c, times, timed and op in ("call", "conditional", "async-start"), op == "call-start")  # a TPU's SparseCores
+      if op in ("call", "conditional", "async-start"):
+        events += [e for c in called for e in schedule(c)]
+        continue
+      # Of an asynchronous one on TPUs that is fused with what hides it, the beginning, the steps and the end are fusions.
+      ends = "-start".join(own.rsplit("-done", 1)) if op == "fusion" and has(called, '"AsyncCollectiveDone"') else (
+          re.search(r"\(%?([\w.\-]+)", line[match.end() - 1:])[1] if op.endswith("-done") else None)
+      events += [End(e) for e in under_way.pop(ends, ())]
+      steps = op == "fusion" and not has(called, '"AsyncCollectiveStart"') and not any(c.startswith("all-reduce-scatter") for c in called)
+      for c in of(match, line, name, op.endswith("-start")) or (inside(called) if op in ("fusion", "call-start") and not steps else []):
+        begin(c, own)
+      kernel = 'custom_call_target="tpu_custom_call"' in line
+      estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+      if kernel or estimate and int(estimate[1]) < 2**62:  # which stands for none
+        product = op in ("convolution", "dot") or has(called, " convolution(") or has(called, " dot(")
+        events.append(Work(0.0 if kernel else float(estimate[1]), product, kernel))
+    return (*events, *(End(e) for some in under_way.values() for e in some))
 
-  walk(entry, 1, True)
-  return Program(tuple(found), cycles[True], cycles[False], unpriced, kernels)
+  return Program(schedule(entry))
+
+
+def _calls(line: str) -> list[str]:
+  return [c for group in _CALLED.findall(line) for c in re.findall(r"%([\w.\-]+)", group)]
 
 
 def _split(text: str) -> tuple[dict[str, list[str]], str]:

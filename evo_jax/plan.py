@@ -66,7 +66,8 @@ ASSUMPTIONS = (
     f"Attention kernels, for which it has none, reach {KERNEL_SHARE:.0%} of the peak on the blocks that their masks do not leave out.",
     "Collectives go around rings at the links' full speed, both ways where a torus's axis is closed (v5p from 4, v5e and v6e at 16 chips), over "
     "all physical axes that a mesh axis covers; latency is not counted.",
-    "Asynchronous collectives are hidden as far as there are matrix products to hide them; the others add to the step.",
+    "An asynchronous collective runs beside what the compiler's schedule has between its beginning and its end, after those over the same axes; "
+    "what is left is waited for, as are all others. All calls of attention kernels take equally long.",
     f"Between slices {DCN / 1e9:.2f} GB a second and chip.",
     "The input, checkpoints and evaluation cost nothing.",
     "Model operations are the formula's (flops.train_step): forward and backward once, keys that masks let through.")
@@ -205,13 +206,12 @@ def _time(found: Plan, program: hlo.Program, kernels: float, chip: Chip, mesh: j
   """The roofline of a step, by ASSUMPTIONS."""
   blocks = max(config.model.context // 512, 1)
   kernels *= (blocks + 1) / (2 * blocks)  # of a triangle of blocks, those on and below the diagonal
-  matrix = program.matrix_cycles / chip.clock
+  kernels /= found.chips * KERNEL_SHARE * chip.peak
   kind = lambda item: item[0] + (" over " + " and ".join(item[1]) if item[1] else "")
-  took = lambda hidden: sum(size / _bandwidth(item[1], mesh, chip, slices) for item, size in program.moved(hidden).items())
   found.traffic = {kind(item): size for item, size in sorted(program.moved().items(), key=lambda x: -x[1])}
-  found.seconds = {"matrix products": matrix, "attention kernels": kernels / found.chips / (KERNEL_SHARE * chip.peak),
-                   "vectors and memory": program.other_cycles / chip.clock, "collectives that are waited for": took(False),
-                   "collectives beyond what hides them": max(took(True) - matrix, 0.0)}
+  waits = program.waits(1 / chip.clock, kernels / max(program.kernels, 1), lambda c: c.bytes / _bandwidth(c.axes, mesh, chip, slices))
+  found.seconds = {"matrix products": program.cycles[True] / chip.clock, "attention kernels": kernels,
+                   "vectors and memory": program.cycles[False] / chip.clock, "collectives that are waited for": waits}
   found.step_seconds = sum(found.seconds.values())
   found.bottleneck = max(found.seconds, key=found.seconds.get)
   found.tokens_per_second = config.data.batch_size * config.model.context / found.step_seconds
@@ -287,7 +287,7 @@ def report(found: Plan, config: config_lib.Config) -> str:
   mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
   lines = [f"{found.topology}: {found.chips} chips, mesh {mesh}; {found.sequences} sequences of {config.model.context} tokens a step, in "
            f"{found.microbatches} microbatches; remat {found.remat}"]
-  row = lambda name, text: lines.append(f"  {name:<36}{text}")
+  row = lambda name, text: lines.append(f"  {name:<44}{text}")
   for name, size in found.bytes.items():
     row(f"{name}, GiB a chip", _gib(size))
   spare = 1 - found.needed / found.hbm

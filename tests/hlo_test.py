@@ -59,6 +59,35 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
   assert found == hlo.Collective("all-reduce", ("data",), 2 * 128 * 4 * 2 * 1 / 2, 1, True)
 
 
+def test_collectives_are_waited_for_as_the_schedule_has_them():
+  """Five times: a gather of 96 bytes behind 60 cycles, another over the same axis behind 10 more; then a sum for which nothing was begun."""
+  text = """
+%body (p: f32[8]) -> f32[8] {
+  %first = (f32[8], f32[32]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+  %second = (f32[8], f32[32]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+  %work.1 = f32[8] fusion(%p), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"60"}
+  %first.done = f32[32] all-gather-done(%first)
+  %work.2 = f32[8] fusion(%first.done), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"10"}
+  %second.done = f32[32] all-gather-done(%second)
+  ROOT %sum = f32[8] all-reduce(%second.done), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+}
+
+%condition (p: f32[8]) -> pred[] {
+  ROOT %always = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %loop = f32[8] while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+  program = hlo.read(text, {"data": 2, "fsdp": 4, "tensor": 1})
+  assert program.moved() == {("all-gather", ("fsdp",)): 5 * 2 * 96.0, ("all-reduce", ("data",)): 5 * 32.0}
+  assert program.cycles == {True: 0.0, False: 5 * 70.0}
+  # A byte a cycle: of the first 36 are left; the second ends at 192, 86 behind what had been done at 106.
+  assert program.waits(1.0, 0.0, lambda c: c.bytes) == 5 * (36 + 86 + 32)
+  assert program.waits(2.0, 0.0, lambda c: c.bytes) == 5 * (52 + 32)  # of slower work more is hidden: 192 - (120 + 20)
+
+
 @pytest.mark.parametrize("groups, members", [
     ("replica_groups={{0,2},{1,3}}", [0, 2]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
@@ -95,34 +124,31 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
   assert all(c.bytes < smallest for c in others), others
 
 
+def traced_step(**changes):
+  """Operations of a training step on one device with context 64, outside of kernels and inside; and its configuration."""
+  config = small_config(model__context=64, **changes)
+  state, _ = train.abstract_state(Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
+  step = lambda s, b: train.train_step(s, b, model=Evo(config.model, V), config=config)
+  return *flops.traced(step, state, jax.ShapeDtypeStruct((config.data.batch_size, 65), jnp.int32)), config
+
+
 @pytest.mark.parametrize("changes", [{}, {"window__count": 0}], ids=str)
 def test_traced_operations_are_the_formula_with_what_is_computed_again(changes):
   """The trace counts what the backward pass computes anew, the formula does not."""
-  config = small_config(model__context=64, **changes)
-  state, _ = train.abstract_state(Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
-  batch = jax.ShapeDtypeStruct((config.data.batch_size, 65), jnp.int32)
-  step = lambda config: lambda s, b: train.train_step(s, b, model=Evo(config.model, V), config=config)
-  plain, kernels = flops.traced(step(config), state, batch)
-  full, _ = flops.traced(step(small_config(model__context=64, model__remat="full", **changes)), state, batch)
-  formula = flops.train_step(config, V)
-  assert kernels == 0 and 0.9 < plain / formula < 1.1
+  plain, kernels, config = traced_step(**changes)
+  full, *_ = traced_step(model__remat="full", **changes)
+  assert kernels == 0 and 0.9 < plain / flops.train_step(config, V) < 1.1
   assert 1.15 < full / plain < 1.4
 
 
 def test_what_is_kept_is_not_computed_again():
   """Beside what is named, the backward pass makes anew what its own products read: attention within, its way out, and the modulation. Not
   the hidden units' way out, of which windows' gates want the result."""
-  c = small_config(model__context=64, model__remat="save:qkv,attention,mlp")
-  found = {}
-  for remat in ("none", c.model.remat):
-    config = small_config(model__context=64, model__remat=remat)
-    state, _ = train.abstract_state(Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
-    step = lambda s, b, config=config: train.train_step(s, b, model=Evo(config.model, V), config=config)
-    found[remat], _ = flops.traced(step, state, jax.ShapeDtypeStruct((c.data.batch_size, 65), jnp.int32))
+  (plain, *_), (kept, _, c) = traced_step(), traced_step(model__remat="save:qkv,attention,mlp")
   D, L = c.model.width, c.model.context
   S = c.window.size + 1
   windows = c.window.count * S
   out = (L + windows) * D * D
   modulation = windows * c.model.time_dim * 6 * D
   attention = 2 * D * (L * L + windows * (L + S))
-  assert found[c.model.remat] - found["none"] == 2 * c.data.batch_size * c.model.layers * (out + modulation + attention)
+  assert kept - plain == 2 * c.data.batch_size * c.model.layers * (out + modulation + attention)
