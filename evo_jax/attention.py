@@ -9,6 +9,7 @@ import math
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
 from evo_jax import config as config_lib
 from evo_jax import kernels
@@ -140,6 +141,24 @@ def angles(positions: jax.Array, size: int, base: float) -> tuple[jax.Array, jax
 def rotate(x: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Rotary position embedding (Su et al., 2021) of x (..., E), first half against second half, as in Llama; by `angles`, whose leading
   axes broadcast with x's, in float32. The result has x's dtype."""
+  if sharding.platform() == "tpu":
+    return rotate_by_product(x, *angles_)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = angles_
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """`rotate`, where the halves change places by a product with a matrix of 0, 1 and -1, which is exact. For TPUs, which cut and join rows of
+  128 elements by way of arrays of 64, padded to 128: with gradients, all around it takes them 1.7 times as long. Angles are not taught.
+  """
+  half = x.shape[-1] // 2
+  swap = np.kron([[0.0, 1.0], [-1.0, 0.0]], np.eye(half))  # (a, b) -> (-b, a)
+  swapped = jnp.einsum("...e,ef->...f", x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  twice = lambda a: jnp.concatenate([a, a], axis=-1)
+  return (x.astype(jnp.float32) * twice(cos) + swapped * twice(sin)).astype(x.dtype)
+
+
+rotate_by_product.defvjp(lambda x, cos, sin: (rotate_by_product(x, cos, sin), (cos, sin)),
+                         lambda angles_, g: (rotate_by_product(g, angles_[0], -angles_[1]), None, None))

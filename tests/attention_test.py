@@ -62,3 +62,11 @@ def test_blocks_change_nothing(causal):
   stop = jnp.arange(L)[None, None] + 1
   run = lambda block: lambda q, k, v: attention.attend_in_blocks(block, q, (k, v), stop, None, None, None, causal=causal)
   close(run(64), run(0), (q, *past))
+
+
+def test_turning_by_a_product_is_turning_by_halves():
+  x, where = draw(0, 2, K, G, 3, 5, E), attention.angles(jnp.arange(15).reshape(3, 5) * 7, E, 100.0)
+  by_product, by_halves = lambda x: attention.rotate_by_product(x, *where), lambda x: attention.rotate(x, where)
+  close(by_product, by_halves, (x,))
+  x = x.astype(jnp.bfloat16)  # which the product loses nothing of
+  np.testing.assert_allclose(by_product(x).astype(jnp.float32), by_halves(x).astype(jnp.float32), rtol=2**-7)
