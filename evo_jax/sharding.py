@@ -85,15 +85,20 @@ class ShardingRules:
     return jax.shard_map(function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(result), axis_names=rest,
                          check_vma=False)
 
+  def gathered(self, names: tuple[str | None, ...]) -> int | None:
+    """Which axis of a parameter lies over `fsdp`, where a shard computes by hand; None: none, or elsewhere."""
+    if not by_hand() or axis_size("fsdp") == 1:
+      return None
+    return next((i for i, axis in enumerate(self.spec(names)) if "fsdp" in _axes(axis)), None)
+
   def gather(self, x: jax.Array, names: tuple[str | None, ...], dtype: Any) -> jax.Array:
-    """A parameter whole along the axes that lie over `fsdp`, where a shard computes by hand; elsewhere as it is.
+    """A parameter whole along the axis that is `gathered`; as it is where there is none.
 
     It travels in `dtype`, and so does its gradient on its way back, which is summed over the shards and scattered.
     """
-    axes = [i for i, axis in enumerate(self.spec(names)) if "fsdp" in _axes(axis)]
-    if not by_hand() or axis_size("fsdp") == 1 or not axes:
+    i = self.gathered(names)
+    if i is None:
       return x
-    (i,) = axes
 
     def whole(x):
       flat = x.astype(dtype).reshape(_flat(x.shape, i))

@@ -10,6 +10,7 @@ Letters in names: V vocabulary (rows of the tables), D width, M code elements. `
 """
 
 import functools
+from typing import Callable
 
 import flax.struct
 import jax
@@ -21,6 +22,7 @@ from evo_jax.sharding import ShardingRules
 
 FORBIDDEN = -1e9  # the logit of rows beyond the vocabulary
 _TABLE = ("vocab", "embed")  # logical axes of the tables
+_FAR = 40.0  # nats; exp(40) times as many rows as there ever are is less than float32's largest, exp(88)
 
 
 @flax.struct.dataclass
@@ -69,26 +71,44 @@ def log_probs(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], to
 
 
 def _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V):
-  def step(_, part):
-    table, (ids, bias, codes) = part
-    table = _gather(rules, table)
-    logits = [b.replace(codes_VxM=c).logits(table, bias) for b, c in zip(beliefs, codes)]
-    sums = tuple(tuple((jax.nn.logsumexp(x, axis=-1), jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1)) for x in some)
-                 for some, token in zip(logits, tokens))
-    return None, (sums, None if chunk else logits)
+  def step(carry, table, part):
+    ids, bias, codes = part
+    beliefs_here = [b.replace(codes_VxM=c) for b, c in zip(beliefs, codes)]
+    logits = [b.logits(table, bias) for b in beliefs_here]
+    # Where evidence may put a token far above all others, and where logits are kept, the largest is found first.
+    add = lambda b, x, total: jnp.logaddexp(total, jax.nn.logsumexp(x, axis=-1)) if b.evidence or not chunk else _add_up(
+        x, total, lambda: b.logits(table, bias)[0])
+    after = tuple(tuple((add(b, x, total), own + jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1)) for x, (total, own) in zip(some, sums))
+                  for b, some, token, sums in zip(beliefs_here, logits, tokens, carry))
+    return after, None if chunk else logits
 
-  _, (sums, logits) = _over_chunks(step, None, table_VxD, _wholes(beliefs, bias_V), chunk, rules)
-  total = tuple(tuple(jax.nn.logsumexp(t, axis=0) for t, _ in some) for some in sums)
-  found = tuple(tuple(jnp.sum(own, axis=0) - t for (_, own), t in zip(some, ts)) for some, ts in zip(sums, total))
-  return found, (beliefs, tokens, table_VxD, bias_V, total, logits)
+  start = lambda token: (jnp.full(token.shape, -jnp.inf), jnp.zeros(token.shape))
+  carry = tuple(tuple(start(token) for _ in b.evidence or (None,)) for b, token in zip(beliefs, tokens))
+  sums, logits = _over_chunks(step, carry, table_VxD, _wholes(beliefs, bias_V), chunk, rules)
+  found = tuple(tuple(own - total for total, own in some) for some in sums)
+  return found, (beliefs, tokens, table_VxD, bias_V, tuple(tuple(total for total, _ in some) for some in sums), logits)
+
+
+def _add_up(logits: jax.Array, total: jax.Array, again: Callable[[], jax.Array]) -> jax.Array:
+  """log(exp(total) + sum_v exp(logits[v])) (...), where logits (..., V) follow `total` (...), the same of those before; -inf: there are none.
+
+  In one reading, which a compiler fuses with the product that makes them, so that they are never written: what was summed so far stands
+  for the largest logit, from which it is seldom far. Where it is, the sum would overflow or vanish: then all logits are made anew, by
+  `again`, and their largest is found first.
+  """
+  begun = total > -jnp.inf
+  near = jnp.where(begun, total, 0.0)
+  top, found = jnp.max(logits, axis=-1), jnp.sum(jnp.exp(logits - near[..., None]), axis=-1)
+  fits = (top < near + _FAR) & (begun | (top > near - _FAR))
+  found = jax.lax.cond(jnp.all(fits), lambda: near + jnp.log(found), lambda: jax.nn.logsumexp(again(), axis=-1))
+  return jnp.logaddexp(total, found)
 
 
 def _log_probs_gradient(chunk, rules, saved, cotangents):
   beliefs, tokens, table_VxD, bias_V, total, kept = saved
 
-  def step(inputs, part):
-    table, (ids, bias, codes) = part
-    table, scatter = jax.vjp(functools.partial(_gather, rules), table)
+  def step(inputs, table, part):
+    ids, bias, codes = part
     pulled = []
     for i, (b, c) in enumerate(zip(beliefs, codes)):
       b = b.replace(codes_VxM=c)
@@ -97,7 +117,7 @@ def _log_probs_gradient(chunk, rules, saved, cotangents):
       pulled.append(b.pull([g[..., None] * (_is(ids, tokens[i]) - jnp.exp(x - t[..., None]))
                             for x, t, g in zip(logits, total[i], cotangents[i])], table))
     inputs = _add(inputs, tuple((p.hidden, p.evidence) for p, _ in pulled))
-    (table_gradient,) = scatter(sum(t for _, t in pulled).astype(table.dtype))
+    table_gradient = _scatter(rules, sum(t for _, t in pulled).astype(table.dtype), table_VxD)
     return inputs, (table_gradient, tuple(p.codes_VxM for p, _ in pulled))
 
   inputs, (table, codes) = _over_chunks(step, _zeros(tuple((b.hidden, b.evidence) for b in beliefs)), table_VxD,
@@ -121,9 +141,8 @@ def means(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], values
 
 
 def _means(chunk, rules, beliefs, values_VxA, table_VxD, bias_V):
-  def step(carry, part):
-    (values, table), (_, bias, codes) = part
-    values, table = _gather(rules, values), _gather(rules, table)
+  def step(carry, tables, part):
+    (values, table), (_, bias, codes) = tables, part
     after, kept = [], []
     for b, c, (top, total, mean) in zip(beliefs, codes, carry):
       (logits,) = b.replace(codes_VxM=c).logits(table, bias)
@@ -147,10 +166,8 @@ def _means_gradient(chunk, rules, saved, cotangents):
   common = [jnp.sum(g * f, axis=-1, keepdims=True) for g, f in zip(cotangents, found)]
   cotangents = [g.astype(values_VxA.dtype) for g in cotangents]
 
-  def step(inputs, part):
-    (values, table), (_, bias, codes) = part
-    values, scatter = jax.vjp(functools.partial(_gather, rules), values)
-    table = _gather(rules, table)
+  def step(inputs, tables, part):
+    (values, table), (_, bias, codes) = tables, part
     pulled, values_gradient = [], 0.0
     for i, (b, c, g) in enumerate(zip(beliefs, codes, cotangents)):
       b = b.replace(codes_VxM=c)
@@ -159,7 +176,7 @@ def _means_gradient(chunk, rules, saved, cotangents):
       own = jnp.einsum("...a,va->...v", g, values, preferred_element_type=jnp.float32)
       pulled.append(b.replace(hidden=None).pull([weights * (own - common[i])], None)[0])
       values_gradient += _outer(weights.astype(values.dtype), g)
-    (values_gradient,) = scatter(values_gradient.astype(values.dtype))
+    values_gradient = _scatter(rules, values_gradient.astype(values.dtype), values_VxA)
     return _add(inputs, tuple(p.evidence for p in pulled)), (values_gradient, tuple(p.codes_VxM for p in pulled))
 
   evidence, (values, codes) = _over_chunks(step, _zeros(tuple(b.evidence for b in beliefs)), (values_VxA, table_VxD),
@@ -187,8 +204,15 @@ def _wholes(beliefs, bias_V):
   return jnp.arange(bias_V.shape[-1]), bias_V, tuple(b.codes_VxM for b in beliefs)
 
 
-def _gather(rules: ShardingRules, table: jax.Array | None) -> jax.Array | None:
-  return None if table is None else rules.gather(table, _TABLE, table.dtype)
+def _gather(rules: ShardingRules, table: jax.Array) -> jax.Array:
+  return rules.gather(table, _TABLE, table.dtype)
+
+
+def _scatter(rules: ShardingRules, gradient: jax.Array, table: jax.Array) -> jax.Array:
+  """The gradient of this device's part of a chunk of `table`, from that of the whole chunk."""
+  rows = gradient.shape[0] * _blocks(rules, own=True) // _blocks(rules)
+  (part,) = jax.linear_transpose(functools.partial(_gather, rules), jax.ShapeDtypeStruct((rows, table.shape[1]), gradient.dtype))(gradient)
+  return part
 
 
 def _blocks(rules: ShardingRules, own: bool = False) -> int:
@@ -217,14 +241,31 @@ def _together(cut, blocks: int):
 
 
 def _over_chunks(step, carry, tables, wholes, chunk: int, rules: ShardingRules):
-  """jax.lax.scan of step(carry, (tables, wholes)) -> (carry, results) over chunks of them; results are stacked, (1, ...) for one chunk."""
+  """step(carry, tables, wholes) -> (carry, results) for one chunk of them after another, as jax.lax.scan; the tables' are gathered.
+
+  Results are stacked, (1, ...) for one chunk.
+  """
   blocks = _blocks(rules)
   n = chunks_of(wholes[0].shape[0], chunk, blocks)
+  gather = lambda tree: jax.tree.map(functools.partial(_gather, rules), tree)
   if n == 1:
-    carry, found = step(carry, (tables, wholes))
+    carry, found = step(carry, gather(tables), wholes)
     return carry, jax.tree.map(lambda x: x[None], found)
   cut = lambda tree, blocks: jax.tree.map(lambda x: _apart(rules, x, n, blocks), tree)
-  return jax.lax.scan(step, carry, (cut(tables, _blocks(rules, own=True)), cut(wholes, blocks)))
+  tables, wholes = cut(tables, _blocks(rules, own=True)), cut(wholes, blocks)
+  if rules.gathered(_TABLE) is None:
+    return jax.lax.scan(lambda carry, part: step(carry, *part), carry, (tables, wholes))
+  some = lambda i: gather(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tables))
+
+  def ahead(state, part):
+    # While one chunk is computed with, the next is gathered; beside the last, the first once more.
+    (carry, here), (i, whole) = state, part
+    following = some((i + 1) % n)
+    carry, found = step(carry, here, whole)
+    return (carry, following), found
+
+  (carry, _), found = jax.lax.scan(ahead, (carry, some(0)), (jnp.arange(n), wholes))
+  return carry, found
 
 
 def _add(a, b):

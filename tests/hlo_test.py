@@ -96,11 +96,13 @@ def test_groups_of_devices_are_read(groups, members):
   assert hlo._group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
 
 
-@pytest.mark.parametrize("sizes, passes", [((1, 8, 1), 1), ((2, 4, 1), 1), ((2, 2, 2), 1), ((2, 4, 1), 2)], ids=str)
-def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, capfd):
+@pytest.mark.parametrize("sizes, passes, chunk", [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0), ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)],
+                         ids=str)
+def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, chunk, capfd):
   """To the byte: a layer's weights forward and backward, and their gradients, once for clean stream and windows together, or once for each;
-  over `data` gradients are summed in shards; over `tensor` no parameter ever moves."""
-  text, mesh, params = compiled_step(sizes, loss__one_pass=passes == 1)
+  over `data` gradients are summed in shards; over `tensor` no parameter ever moves. In chunks a table is gathered where it is read, forward
+  and backward, and the first chunk once more, since the last step of a loop gathers ahead, too."""
+  text, mesh, params = compiled_step(sizes, loss__one_pass=passes == 1, loss__chunk=chunk)
   assert "rematerialization" not in capfd.readouterr().err
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   gathered, scattered, summed = 0.0, 0.0, 0.0
@@ -111,6 +113,8 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
     here = math.prod(p.sharding.shard_shape(p.shape)) * 4.0
     uses = 1 if "w_time" in name or "blocks" not in name else passes  # time conditions windows alone; a table is gathered once for all
     gathered += (fsdp - 1) * here * uses * (2 if "blocks" in name else 1)
+    if chunk and "blocks" not in name:
+      gathered += (fsdp - 1) * here * (2 + chunk / V - (0 if "embedding" in name else 1))  # embeddings are looked up besides
     scattered += (fsdp - 1) * here * (2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
   program = hlo.read(text, dict(mesh.shape))

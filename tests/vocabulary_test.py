@@ -48,6 +48,18 @@ def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
   same(ours, plain, arrays)
 
 
+@pytest.mark.parametrize("rise", [[0, 90, 0], [90, 0, -90], [-90, -45, -90], [-30, 25, 50], [30, -30, -60]], ids=str)
+def test_logits_far_from_those_before_are_summed_as_well(scene, rise):
+  """Three chunks of eight rows, each raised by some nats."""
+  arrays, _, token, weight = scene
+  bias = jnp.repeat(jnp.array(rise, jnp.float32), 8)
+
+  def ours(arrays):
+    return jnp.sum(weight[0] * vocabulary.log_probs(8, RULES, (Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias)[0][0])
+
+  same(ours, lambda arrays: jnp.sum(weight[0] * flow.pick(jax.nn.log_softmax(whole(arrays, bias)), token)), arrays)
+
+
 @pytest.mark.parametrize("chunk", [0, 8, 1])
 @pytest.mark.parametrize("reads_context", [True, False])
 def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk, reads_context):
