@@ -17,6 +17,8 @@ from evo_jax import config as config_lib
 PEAK = {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU v4": 275e12,
         "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
 
+SELDOM = "seldom"  # the name scope (jax.named_scope) of a branch that runs next to never: it is in no estimate
+
 
 def peak(device_kind: str) -> float | None:
   """Operations a second of a device of this kind; None where they are not known (a CPU)."""
@@ -67,8 +69,8 @@ def traced(function: Callable, *args: Any) -> tuple[float, float]:
   """Operations of the matrix products that function(*args) does, all devices together: outside of Pallas kernels, and inside.
 
   What a backward pass computes again counts again. args: arrays or their shapes. Loops count with their length, of a condition's
-  branches the dearest; of a kernel all blocks, also those that a mask leaves out when it runs; loops whose length is not known
-  (`while`) count once.
+  branches the dearest, without what is named SELDOM; of a kernel all blocks, also those that a mask leaves out when it runs; loops whose
+  length is not known (`while`) count once.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   outside = _of_jaxpr(jaxpr, kernels=False)
@@ -79,6 +81,8 @@ def _of_jaxpr(jaxpr: core.Jaxpr, kernels: bool) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params
+    if SELDOM in str(eqn.source_info.name_stack).split("/"):
+      continue
     if name == "dot_general":
       (contracted, _), _ = params["dimension_numbers"]
       inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)

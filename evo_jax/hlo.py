@@ -13,6 +13,8 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
+from evo_jax import flops
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5}
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)\(")
@@ -187,7 +189,7 @@ def read(text: str, mesh: dict[str, int]) -> Program:
         events.append(Loop(_trips(line, computations[condition]), schedule(body)))
         continue
       if op in ("call", "conditional", "async-start"):
-        events += [e for c in called for e in schedule(c)]
+        events += [e for c in called if not has([c], f"/{flops.SELDOM}/") for e in schedule(c)]
         continue
       # Of an asynchronous one on TPUs that is fused with what hides it, the beginning, the steps and the end are fusions.
       ends = "-start".join(own.rsplit("-done", 1)) if op == "fusion" and has(called, '"AsyncCollectiveDone"') else (

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from evo_jax import flops
 from evo_jax import flow
 from evo_jax import sharding
 from evo_jax.sharding import ShardingRules
@@ -100,7 +101,8 @@ def _add_up(logits: jax.Array, total: jax.Array, again: Callable[[], jax.Array])
   near = jnp.where(begun, total, 0.0)
   top, found = jnp.max(logits, axis=-1), jnp.sum(jnp.exp(logits - near[..., None]), axis=-1)
   fits = (top < near + _FAR) & (begun | (top > near - _FAR))
-  found = jax.lax.cond(jnp.all(fits), lambda: near + jnp.log(found), lambda: jax.nn.logsumexp(again(), axis=-1))
+  anew = jax.named_scope(flops.SELDOM)(lambda: jax.nn.logsumexp(again(), axis=-1))
+  found = jax.lax.cond(jnp.all(fits), lambda: near + jnp.log(found), anew)
   return jnp.logaddexp(total, found)
 
 

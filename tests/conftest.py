@@ -6,7 +6,13 @@ import subprocess
 import sys
 import tempfile
 
-_FLAGS = "--xla_backend_optimization_level=0"  # compiles twice as fast; nothing here runs long
+# Nothing here runs long: what counts is how fast it compiles. The second flag halves that again; a jaxlib that does not know it would end.
+_FLAGS, _MORE = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
+if "EVO_JAX_TEST_FLAGS" not in os.environ:  # workers share it
+  _known = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, check=False,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _MORE}).returncode == 0
+  os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_MORE}" if _known else _FLAGS
+_FLAGS = os.environ["EVO_JAX_TEST_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _SCRATCH = os.environ.setdefault("EVO_JAX_TEST_SCRATCH", tempfile.mkdtemp(prefix="evo_jax_tests_"))  # workers share it

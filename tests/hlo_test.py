@@ -88,6 +88,29 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   assert program.waits(2.0, 0.0, lambda c: c.bytes) == 5 * (52 + 32)  # of slower work more is hidden: 192 - (120 + 20)
 
 
+def test_what_seldom_runs_is_in_no_estimate():
+  """Neither traced nor compiled; the other branch is."""
+  def function(x):
+    return jax.lax.cond(x[0, 0] > 0, jax.named_scope(flops.SELDOM)(lambda: x @ x @ x), lambda: x @ x)
+
+  x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+  assert flops.traced(function, x) == (2 * 16**3, 0)
+  text = """
+%often (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_1_fun/add"}, backend_config={"estimated_cycles":"7"}
+}
+
+%dear (p: f32[8]) -> f32[8] {
+  ROOT %b = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/seldom/add"}, backend_config={"estimated_cycles":"500"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %c = f32[8] conditional(%which, %p, %p), branch_computations={%dear, %often}
+}
+"""
+  assert hlo.read(text, {"data": 1}).cycles == {True: 0.0, False: 7.0}
+
+
 @pytest.mark.parametrize("groups, members", [
     ("replica_groups={{0,2},{1,3}}", [0, 2]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
