@@ -3,8 +3,8 @@
 Sums over the vocabulary are gathered chunk by chunk, as attention's are over keys (FlashAttention, Dao et al., 2022), so that logits are in
 memory for one chunk of the vocabulary alone; the backward pass computes them anew. In chunks of the vocabulary, and not of the tokens, each
 row of the tables is read once, and its gradient is written once, not added up. Where a shard of the batch computes by hand, a chunk of the
-table is gathered when it is read, and its gradient scattered at once: no device has the whole. One chunk is the plain computation, which keeps
-its logits.
+table is gathered while the one before is read, and its gradient scattered at once: no device has the whole. One chunk is the plain
+computation, which keeps its logits.
 
 Letters in names: V vocabulary (rows of the tables), D width, M code elements. `...` are the axes of the tokens that are read.
 """
@@ -74,13 +74,16 @@ def log_probs(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], to
 def _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V):
   def step(carry, table, part):
     ids, bias, codes = part
-    beliefs_here = [b.replace(codes_VxM=c) for b, c in zip(beliefs, codes)]
-    logits = [b.logits(table, bias) for b in beliefs_here]
-    # Where evidence may put a token far above all others, and where logits are kept, the largest is found first.
-    add = lambda b, x, total: jnp.logaddexp(total, jax.nn.logsumexp(x, axis=-1)) if b.evidence or not chunk else _add_up(
-        x, total, lambda: b.logits(table, bias)[0])
+    here = [b.replace(codes_VxM=c) for b, c in zip(beliefs, codes)]
+    logits = [b.logits(table, bias) for b in here]
+
+    def add(b, x, total):
+      if b.evidence or not chunk:  # evidence may put a token far above all others; logits that are kept are written anyway
+        return jnp.logaddexp(total, jax.nn.logsumexp(x, axis=-1))
+      return _add_up(x, total, lambda: b.logits(table, bias)[0])
+
     after = tuple(tuple((add(b, x, total), own + jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1)) for x, (total, own) in zip(some, sums))
-                  for b, some, token, sums in zip(beliefs_here, logits, tokens, carry))
+                  for b, some, token, sums in zip(here, logits, tokens, carry))
     return after, None if chunk else logits
 
   start = lambda token: (jnp.full(token.shape, -jnp.inf), jnp.zeros(token.shape))
