@@ -25,8 +25,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|bran
 class Collective:
   """A collective as the program states it.
 
-  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device sends in one call, were it done around
-  rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that for an all-reduce. count: calls a run. hidden:
+  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device sends in one call, were
+  it done around rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that for an all-reduce. count: calls a run. hidden:
   asynchronous, so that computation can hide it.
   """
 
@@ -168,22 +168,30 @@ def read(text: str, mesh: dict[str, int]) -> Program:
     kind = "reduce-scatter" if scatters else kind
     return [Collective(kind, _axes(members, mesh), _sent(kind, op, type_, len(members), name), 1, hidden and not scatters)]
 
+  def begins(match: re.Match, line: str, name: str) -> list[Collective]:
+    """Collectives that begin with an instruction."""
+    op, called = match["op"], _calls(line)
+    if op == "call-start":  # a TPU's SparseCores
+      return inside(called)
+    if op == "fusion":  # an asynchronous one on TPUs, with what hides it, stands in several: its beginning, its steps and its end
+      return inside(called) if has(called, '"AsyncCollectiveStart"') or any(c.startswith("all-reduce-scatter") for c in called) else []
+    return of(match, line, name, op.endswith("-start"))
+
+  def ends(match: re.Match, line: str) -> str | None:
+    """The instruction with which began what ends with this one."""
+    if match["op"] == "fusion" and has(_calls(line), '"AsyncCollectiveDone"'):
+      return "-start".join(match["name"].rsplit("-done", 1))
+    operand = re.search(r"\(%?([\w.\-]+)", line[match.end() - 1:]) if match["op"].endswith("-done") else None
+    return operand and operand[1]
+
   @functools.cache
   def schedule(name: str) -> tuple[Event, ...]:
     events, under_way = [], {}
-
-    def begin(collective: Collective, line_name: str) -> None:
-      events.append(Begin(collective))
-      if collective.hidden:
-        under_way.setdefault(line_name, []).append(events[-1])
-      else:
-        events.append(End(events[-1]))
-
     for line in computations[name]:
       match = _INSTRUCTION.match(line)
       if not match:
         continue
-      op, own, called = match["op"], match["name"], _calls(line)
+      op, called = match["op"], _calls(line)
       if op == "while":
         condition, body = (re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body"))
         events.append(Loop(_trips(line, computations[condition]), schedule(body)))
@@ -191,13 +199,13 @@ def read(text: str, mesh: dict[str, int]) -> Program:
       if op in ("call", "conditional", "async-start"):
         events += [e for c in called if not has([c], f"/{flops.SELDOM}/") for e in schedule(c)]
         continue
-      # Of an asynchronous one on TPUs that is fused with what hides it, the beginning, the steps and the end are fusions.
-      ends = "-start".join(own.rsplit("-done", 1)) if op == "fusion" and has(called, '"AsyncCollectiveDone"') else (
-          re.search(r"\(%?([\w.\-]+)", line[match.end() - 1:])[1] if op.endswith("-done") else None)
-      events += [End(e) for e in under_way.pop(ends, ())]
-      steps = op == "fusion" and not has(called, '"AsyncCollectiveStart"') and not any(c.startswith("all-reduce-scatter") for c in called)
-      for c in of(match, line, name, op.endswith("-start")) or (inside(called) if op in ("fusion", "call-start") and not steps else []):
-        begin(c, own)
+      events += [End(e) for e in under_way.pop(ends(match, line), ())]
+      for begin in map(Begin, begins(match, line, name)):
+        events.append(begin)
+        if begin.collective.hidden:
+          under_way.setdefault(match["name"], []).append(begin)
+        else:
+          events.append(End(begin))
       kernel = 'custom_call_target="tpu_custom_call"' in line
       estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
       if kernel or estimate and int(estimate[1]) < 2**62:  # which stands for none
