@@ -151,7 +151,8 @@ def rotate(x: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
 @jax.custom_vjp
 def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """`rotate`, where the halves change places by a product with a matrix of 0, 1 and -1, which is exact. For TPUs, which cut and join rows of
-  128 elements by way of arrays of 64, padded to 128: with gradients, all around it takes them 1.7 times as long. Angles are not taught.
+  128 elements by way of arrays of 64 that are padded to 128: from the product that makes heads to attention and back took them 1.7 times as
+  long. Angles are not taught.
   """
   half = x.shape[-1] // 2
   swap = np.kron([[0.0, 1.0], [-1.0, 0.0]], np.eye(half))  # (a, b) -> (-b, a)
