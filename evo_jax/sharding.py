@@ -60,10 +60,6 @@ class ShardingRules:
       raise ValueError(f"logical axes {names} use a mesh axis twice: {axes}")
     return PartitionSpec(*axes)
 
-  def axes_of(self, names: tuple[str | None, ...], name: str) -> tuple[str, ...]:
-    """The mesh's axes over which axis `name` of an array with these logical axes lies."""
-    return _axes(self.spec(names)[names.index(name)])
-
   def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
     """Pins the layout of an activation, on axes that are not laid out by hand; outside a mesh (`jax.set_mesh`) it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -223,8 +223,9 @@ def _scatter(rules: ShardingRules, gradient: jax.Array, table: jax.Array) -> jax
 def _blocks(rules: ShardingRules, own: bool = False) -> int:
   """Of how many blocks a chunk consists, a block of rows from each device over which a table's rows lie; own: of the table itself, where this
   device has its part alone by hand."""
-  by_hand = sharding.by_hand() and "fsdp" in rules.axes_of(_TABLE, "vocab")
-  return (1 if own else sharding.axis_size("fsdp")) if by_hand else sharding.axis_size("tensor")
+  if rules.gathered(_TABLE) == 0:
+    return 1 if own else sharding.axis_size("fsdp")
+  return sharding.axis_size("tensor")
 
 
 def chunks_of(rows: int, chunk: int, blocks: int = 1) -> int:
