@@ -8,6 +8,7 @@ restores into any mesh, any number of processes, and other dtypes.
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from typing import Any
@@ -115,8 +116,10 @@ def _all_well(well: bool) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+  """What an error says first, and the arrays, a line `NAME:` each, that Orbax finds on one side alone."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return lines[0][:300] if lines else type(error).__name__
+  names = [line[:-1] for line in lines[1:] if re.fullmatch(r"[\w.]+:", line)]
+  return " ".join([lines[0][:300], ", ".join(names)]).strip() if lines else type(error).__name__
 
 
 def _resolve(workdir: str) -> epath.Path:

@@ -130,7 +130,8 @@ class Block(nn.Module):
     self.w_qkv_DxKxJxE = weight("w_qkv", (D, K, J, E), ("embed", "kv_heads", None, "head_dim"), D)
     self.w_o_HxExD = weight("w_o", (H, E, D), ("heads", "head_dim", "embed"), D, out)
     self.mlp_norm = norm("mlp_norm")
-    self.w_in_Dx2xF = weight("w_in", (D, 2, F), ("embed", None, "mlp"), D)  # gate and up
+    self.w_gate_DxF = weight("w_gate", (D, F), ("embed", "mlp"), D)
+    self.w_up_DxF = weight("w_up", (D, F), ("embed", "mlp"), D)
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
 
@@ -193,20 +194,12 @@ class Block(nn.Module):
     y = join(found, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
     x = x + add(linear(y, self.w_o_HxExD, 2), lambda y, m: y * m[2])
     h = enter(x, self.mlp_norm, 3, 4)
-    gate, up = self._gate_and_up(h)
+    gate, up = (checkpoint_name(self.rules.constrain(linear(h, w), "batch", "slots", "mlp"), "mlp")
+                for w in (self.w_gate_DxF, self.w_up_DxF))
     h = nn.silu(gate) * up
     # The gate's gradient asks for what it scales. Kept where anything is: for it the product of all slots would be computed anew.
     x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "gated") * m[5])
     return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
-
-  def _gate_and_up(self, h):
-    D, F = self.config.width, self.config.hidden
-    if sharding.axis_size("tensor") == 1:  # one array of two axes: an axis of two elements costs TPUs copies
-      return jnp.split(checkpoint_name(linear(h, self.w_in_Dx2xF.reshape(D, 2 * F)), "mlp"), 2, axis=-1)
-    # The hidden units are in shards: made one axis with the two, they would have to be gathered.
-    h = jnp.einsum("btd,dgf->btgf", h, self.w_in_Dx2xF.astype(h.dtype))
-    h = checkpoint_name(self.rules.constrain(h, "batch", "slots", None, "mlp"), "mlp")
-    return h[..., 0, :], h[..., 1, :]
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:

@@ -5,7 +5,7 @@ import optax
 
 from evo_jax import config as config_lib
 
-_DECAYED = ("w_qkv", "w_o", "w_in", "w_down", "head")
+_DECAYED = ("w_qkv", "w_o", "w_gate", "w_up", "w_down", "head")
 
 
 def schedule(config: config_lib.Optim, steps: int) -> optax.Schedule:

@@ -82,7 +82,7 @@ def alone(tmp_path_factory, text):
   return workdir
 
 
-GOLDEN = {1: 8.08281, 10: 6.88885, 20: 5.09200}
+GOLDEN = {1: 8.06745, 10: 6.79318, 20: 5.06009}
 
 
 def test_golden_run(alone):
@@ -227,6 +227,15 @@ def test_a_full_disk_is_seen_before_it_is_written_to(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 39))
   with pytest.raises(cli.UserError, match="needs 40 bytes, 39 are free"):
     found.save(1, {"params": {"a": jnp.zeros(10)}})
+  found.close()
+
+
+def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
+  found = checkpoint.Checkpoints(checkpoint.make_workdir(str(tmp_path)), 1)
+  found.save(1, {"params": {"blocks": {"w_in": jnp.zeros(3), "w_o": jnp.zeros(3)}}})
+  found.wait()
+  with pytest.raises(cli.UserError, match=r"checkpoints/1: cannot be restored: [^\n]*: blocks.w_gate, blocks.w_in$"):
+    found.restore(1, {"params": {"blocks": {"w_gate": jnp.zeros(3), "w_o": jnp.zeros(3)}}})
   found.close()
 
 
