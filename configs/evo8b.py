@@ -31,7 +31,8 @@ def get_config():
   c.window.count = 32
   c.loss.bound_windows = 8
   c.loss.chunk = 9216
-  c.loss.one_pass = False  # planned: what moves is hidden behind products, and arrays of both streams do not stay in fast memory
+  # Planned: what moves is hidden behind products, and arrays of both streams do not stay in fast memory.
+  c.loss.one_pass = False
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"
   c.data.batch_size = 1024

@@ -1,7 +1,8 @@
-"""Attention over the keys of the clean stream and of a run of slots. One `attend()`, and what stands for it where it is faster.
+"""Attention over the keys of the clean stream and of a run of slots. One `attend()`, and what stands for it where
+it is faster.
 
-Letters in names: B batch, N runs of slots (windows; 1 for the clean stream), S slots of a run, T those of them that are keys,
-L clean positions, H heads, K heads for keys and values, G = H / K, E elements of a head.
+Letters in names: B batch, N runs of slots (windows; 1 for the clean stream), S slots of a run, T those of them that
+are keys, L clean positions, H heads, K heads for keys and values, G = H / K, E elements of a head.
 """
 
 import math
@@ -30,8 +31,8 @@ def attend(q_BxKxGxNxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
     own: keys and values (B, K, N, T, E) of the run itself.
     visible_NxSxT: bool, broadcastable to (B, N, S, T): which of them a slot sees.
 
-  `past` or `own` may be None; every slot sees something in what is there. One softmax spans both parts, computed in float32. The
-  result has q's dtype.
+  `past` or `own` may be None; every slot sees something in what is there. One softmax spans both parts, computed in
+  float32. The result has q's dtype.
   """
   B, K, G, N, S, E = q_BxKxGxNxSxE.shape
   q = q_BxKxGxNxSxE * E**-0.5
@@ -45,10 +46,12 @@ def attend(q_BxKxGxNxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
     if start_BxNxS is not None:
       visible &= position >= start_BxNxS[..., None]
     parts.append((jnp.where(visible[:, None, None], scores, -jnp.inf),
-                  lambda w, v=v: jnp.einsum("bkml,bkle->bkme", w.reshape(B, K, G * N * S, -1), v, **f32).reshape(q.shape)))
+                  lambda w, v=v: jnp.einsum(
+                      "bkml,bkle->bkme", w.reshape(B, K, G * N * S, -1), v, **f32).reshape(q.shape)))
   if own is not None:
     k, v = own
-    together = lambda x: x.swapaxes(2, 3).reshape(B, K, N, G * S, x.shape[-1])  # the queries of a run, which share its keys
+    together = lambda x: x.swapaxes(2, 3).reshape(
+        B, K, N, G * S, x.shape[-1])  # the queries of a run, which share its keys
     apart = lambda x: x.reshape(B, K, N, G, S, x.shape[-1]).swapaxes(2, 3)
     scores = apart(jnp.einsum("bknme,bknte->bknmt", together(q), k, **f32))
     visible = jnp.broadcast_to(visible_NxSxT, (B, N, S, k.shape[3]))
@@ -63,12 +66,12 @@ def attend(q_BxKxGxNxSxE: jax.Array, past: Keys | None = None, stop_BxNxS: jax.A
 
 
 def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxGxNxSxE: jax.Array, past: Keys | None,
-              stop_BxNxS: jax.Array | None, start_BxNxS: jax.Array | None, own: Keys | None, visible_NxSxT: jax.Array | None,
-              causal: bool = False) -> jax.Array:
+              stop_BxNxS: jax.Array | None, start_BxNxS: jax.Array | None, own: Keys | None,
+              visible_NxSxT: jax.Array | None, causal: bool = False) -> jax.Array:
   """`attend`, by the kernel that config.attention names, where it takes these shapes; by `attend_in_blocks` elsewhere.
 
-  causal: the slots are the clean stream; slot s sees the positions from `start` to s. The result is named "attention" for `remat`;
-  splash attention names it itself, and what it keeps beside.
+  causal: the slots are the clean stream; slot s sees the positions from `start` to s. The result is named "attention"
+  for `remat`; splash attention names it itself, and what it keeps beside.
   """
   kind = config.attention
   if kind == "auto":
@@ -79,11 +82,14 @@ def attend_by(config: config_lib.Model, rules: sharding.ShardingRules, q_BxKxGxN
     return rules.by_device(kernels.splash_clean, (heads, heads, heads, rows), heads)(
         q[:, :, :, 0], *past, start)[:, :, :, None]
   if causal and kind == "cudnn" and start_BxNxS is None:
-    return checkpoint_name(rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, :, 0], *past)[:, :, :, None], "attention")
-  if kind == "splash" and past is not None and own is not None and visible_NxSxT.ndim < 4:  # windows, and not one text's slots
+    return checkpoint_name(
+        rules.by_device(kernels.library_clean, (heads,) * 3, heads)(q[:, :, :, 0], *past)[:, :, :, None], "attention")
+  if (kind == "splash" and past is not None and own is not None
+      and visible_NxSxT.ndim < 4):  # windows, and not one text's slots
     return rules.by_device(kernels.splash_windows, (heads, heads, rows, rows, heads, ()), heads)(
         q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT)
-  return checkpoint_name(attend_in_blocks(config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal), "attention")
+  return checkpoint_name(attend_in_blocks(
+      config.attention_block, q, past, stop_BxNxS, start_BxNxS, own, visible_NxSxT, causal), "attention")
 
 
 def attend_in_blocks(block: int, q_BxKxGxNxSxE: jax.Array, past: Keys | None, stop_BxNxS: jax.Array | None,
@@ -91,8 +97,8 @@ def attend_in_blocks(block: int, q_BxKxGxNxSxE: jax.Array, past: Keys | None, st
                      causal: bool = False) -> jax.Array:
   """`attend`, with the scores of about `block` queries of a sequence and head in memory at a time (0: of all).
 
-  The backward pass computes a block's scores anew. causal: slot s sees no clean position behind s, so that a block reads only the
-  keys up to its end: half of all products. Runs are read some at a time otherwise.
+  The backward pass computes a block's scores anew. causal: slot s sees no clean position behind s, so that a block
+  reads only the keys up to its end: half of all products. Runs are read some at a time otherwise.
   """
   _, _, _, N, S, _ = q_BxKxGxNxSxE.shape
   if not block or N * S <= block:
@@ -113,8 +119,9 @@ def attend_in_blocks(block: int, q_BxKxGxNxSxE: jax.Array, past: Keys | None, st
 def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
   """Keys or values of a text with new ones at the places first[b], first[b] + 1, ...
 
-  The two leading axes of the old ones, and of the result, may be one, (B K, L, E): then XLA's CPU backend writes in place, for
-  `attend` reads what is written as it is. In two axes it copies the whole, since it writes once for the reader and once for the text.
+  The two leading axes of the old ones, and of the result, may be one, (B K, L, E): then XLA's CPU backend writes in
+  place, for `attend` reads what is written as it is. In two axes it copies the whole, since it writes once for the
+  reader and once for the text.
   """
   *lead, _, _ = keys_BxKxLxE.shape
   *_, T, E = new_BxKxTxE.shape
@@ -129,8 +136,8 @@ def enter(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -
 
 
 def angles(positions: jax.Array, size: int, base: float) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine (B, 1, 1, N, S, E / 2) float32 by which `rotate` turns heads of `size` = E elements at positions (B, N, S), or
-  (N, S) or (S,) where they are the same for all.
+  """Cosine and sine (B, 1, 1, N, S, E / 2) float32 by which `rotate` turns heads of `size` = E elements at positions
+  (B, N, S), or (N, S) or (S,) where they are the same for all.
   """
   frequency = base ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
   positions = positions.reshape((1,) * (3 - positions.ndim) + positions.shape)  # B N S
@@ -139,8 +146,8 @@ def angles(positions: jax.Array, size: int, base: float) -> tuple[jax.Array, jax
 
 
 def rotate(x: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary position embedding (Su et al., 2021) of x (..., E), first half against second half, as in Llama; by `angles`, whose leading
-  axes broadcast with x's, in float32. The result has x's dtype."""
+  """Rotary position embedding (Su et al., 2021) of x (..., E), first half against second half, as in Llama; by
+  `angles`, whose leading axes broadcast with x's, in float32. The result has x's dtype."""
   if sharding.platform() == "tpu":
     return rotate_by_product(x, *angles_)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -150,13 +157,14 @@ def rotate(x: jax.Array, angles_: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 @jax.custom_vjp
 def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """`rotate`, where the halves change places by a product with a matrix of 0, 1 and -1, which is exact. For TPUs, which cut and join rows of
-  128 elements by way of arrays of 64 that are padded to 128: from the product that makes heads to attention and back took them 1.7 times as
-  long. Angles are not taught.
+  """`rotate`, where the halves change places by a product with a matrix of 0, 1 and -1, which is exact. For TPUs,
+  which cut and join rows of 128 elements by way of arrays of 64 that are padded to 128: from the product that makes
+  heads to attention and back took them 1.7 times as long. Angles are not taught.
   """
   half = x.shape[-1] // 2
   swap = np.kron([[0.0, 1.0], [-1.0, 0.0]], np.eye(half))  # (a, b) -> (-b, a)
-  swapped = jnp.einsum("...e,ef->...f", x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  swapped = jnp.einsum("...e,ef->...f", x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST,
+                       preferred_element_type=jnp.float32)
   twice = lambda a: jnp.concatenate([a, a], axis=-1)
   return (x.astype(jnp.float32) * twice(cos) + swapped * twice(sin)).astype(x.dtype)
 

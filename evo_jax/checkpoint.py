@@ -1,9 +1,9 @@
 """Checkpoints: the training state, and what a finished run leaves to readers.
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The place in the data is the
-step. Orbax writes a checkpoint aside and renames it when it is whole, so that a killed run leaves none that is half-written; it
-restores into any mesh, any number of processes, and other dtypes.
+`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The place in the data
+is the step. Orbax writes a checkpoint aside and renames it when it is whole, so that a killed run leaves none that is
+half-written; it restores into any mesh, any number of processes, and other dtypes.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ class Checkpoints:
     self._guarded(self.manager.wait_until_finished)
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The items as arrays of the shapes, dtypes and shardings in `abstract`. Raises UserError, in all processes if in one."""
+    """The items as arrays of the shapes, dtypes and shardings in `abstract`. Raises UserError, in all
+    processes if in one."""
     wanted = {name: args.StandardRestore(item) for name, item in abstract.items()}
     found, problem = {}, None
     try:
@@ -68,8 +69,9 @@ class Checkpoints:
     return found
 
   def restore_latest(self, abstract: dict[str, Any], set_aside: bool = True) -> tuple[int, dict[str, Any]]:
-    """The last checkpoint that can be read, and its step. One that cannot is passed over with a warning and, with `set_aside`,
-    moved to `damaged/STEP`, so that its step can be saved anew. Raises UserError if there are some, and none can be read."""
+    """The last checkpoint that can be read, and its step. One that cannot is passed over with a warning and, with
+    `set_aside`, moved to `damaged/STEP`, so that its step can be saved anew. Raises UserError if there are some, and
+    none can be read."""
     problems = []
     for step in sorted(self.manager.all_steps(), reverse=True):
       try:
@@ -222,7 +224,8 @@ def load_run(workdir: str, step: int | None = None) -> Run:
       raise UserError(f"{folder}: holds no checkpoint" + ("" if step is None else f" of step {step}"))
     model = train.make_model(config, tokenizer)
     which = "ema" if config.optim.ema else "params"
-    abstract = {name: item for name, item in train.abstract_items(model, config).items() if name in (which, "statistics")}
+    abstract = {name: item for name, item in train.abstract_items(model, config).items()
+                if name in (which, "statistics")}
     if step is None:
       found, items = checkpoints.restore_latest(abstract, set_aside=False)
     else:

@@ -43,8 +43,8 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _show_unraisable(problem) -> None:
-  """Prints what a thread could not raise, but for the writers of a checkpoint that failed: Orbax closes its loop at the first failure,
-  and each of TensorStore's threads that has another to report then fails on the closed loop."""
+  """Prints what a thread could not raise, but for the writers of a checkpoint that failed: Orbax closes its loop at
+  the first failure, and each of TensorStore's threads that has another to report then fails on the closed loop."""
   if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
     sys.__unraisablehook__(problem)
 

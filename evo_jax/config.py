@@ -51,10 +51,11 @@ class Model:
   progression: str = pinned("shared")  # shared | learned: one clock for a window's tokens, or one for each, inferred
   dtype: str = "float32"  # of computation
   param_dtype: str = pinned("float32")
-  attention: str = "auto"  # auto | xla | splash | cudnn: auto is splash on TPUs, xla elsewhere. Changes rounding at most
+  attention: str = "auto"  # auto | xla | splash | cudnn: auto is splash on TPUs, xla elsewhere.
+  # Changes rounding at most
   attention_block: int = 0  # of xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
-  remat: str = "none"  # none | full | dots | save:NAME,...: the backward pass computes nothing again; a layer; what is no matrix
-  # product; all but what is named: qkv, attention (its outcome), mlp (gate and up)
+  remat: str = "none"  # none | full | dots | save:NAME,...: the backward pass computes nothing again; a layer;
+  # what is no matrix product; all but what is named: qkv, attention (its outcome), mlp (gate and up)
   unroll: int = 1  # layers unrolled in the scan over layers
 
 
@@ -81,7 +82,8 @@ class Paths:
   ragged: float = 0.0  # all known up to somewhere, and some beyond: the states that adaptive policies meet
   rolling_width: float = 0.5  # share of the clock that one token's way takes on rolling and independent paths
   stream_counts: tuple[int, ...] = (2, 4, 8)  # n of a window on the path of streams
-  erasure_range: tuple[float, ...] = (0.0, 1.0)  # of the share of unknown tokens that is drawn (BD3-LM's clipped schedule)
+  erasure_range: tuple[float, ...] = (0.0, 1.0)  # of the share of unknown tokens that is drawn
+  # (BD3-LM's clipped schedule)
   steps: tuple[int, ...] = (4, 8, 16, 32, 64)  # K of the discretizations that the bound is trained on
   learned_steps: tuple[int, ...] = (2, 4, 8, 16)  # K of the learned clock's
   step_sampling: str = "even"  # even | importance: steps of the bound alike, or in proportion to their root mean square
@@ -101,7 +103,8 @@ class Loss:
   antithetic: bool = True  # price a step of the bound at its noise and at the opposite
   integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
   chunk: int = 0  # rows of the vocabulary whose logits are in memory at a time; 0: all. Changes no value
-  one_pass: bool = True  # over the layers for both streams, where windows do not wait for what the clean one says. Changes no value
+  one_pass: bool = True  # over the layers for both streams, where windows do not wait for what the clean one says.
+  # Changes no value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +284,8 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
   for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
                 "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
-                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "model.attention_block", "paths.ragged", "window.start", "loss.self_conditioning",
+                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "model.attention_block",
+                "paths.ragged", "window.start", "loss.self_conditioning",
                 "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
                 "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
                 "data.seed"):

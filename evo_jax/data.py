@@ -202,8 +202,8 @@ def training_stream(corpora: list[Corpus], config: config_lib.Data, length: int,
                     start: int = 0) -> grain.IterDataset:
   """Batches without end, from global batch number `start` on: of each the `rows` (None: all), (rows, length + 1) int32.
 
-  What batch number n holds depends on the seed alone: a run that has made n steps goes on with start = n, on any number of
-  processes, whichever rows each of them needs, and nothing is read twice or left out.
+  What batch number n holds depends on the seed alone: a run that has made n steps goes on with start = n, on any
+  number of processes, whichever rows each of them needs, and nothing is read twice or left out.
   """
   rows = range(config.batch_size) if rows is None else rows
   sources = []
@@ -224,8 +224,8 @@ def training_stream(corpora: list[Corpus], config: config_lib.Data, length: int,
 
 
 def held_out(corpora: list[Corpus], split: str, length: int, count: int = 0) -> np.ndarray:
-  """(n, length + 1) int32: consecutive sequences of a split, the remainder dropped; `count` > 0: so many at most, evenly
-  spread over it. Raises UserError where there is not even one."""
+  """(n, length + 1) int32: consecutive sequences of a split, the remainder dropped; `count` > 0: so many at most,
+  evenly spread over it. Raises UserError where there is not even one."""
   places = [(corpus.tokens[split], start) for corpus in corpora
             for start in range(0, len(corpus.tokens[split]) - length + 1, length)]
   if not places:

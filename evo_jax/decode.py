@@ -2,13 +2,14 @@
 
   ar        the staircase: one token a pass
   flow      windows of tokens, one after another, each down the flow along any path (`policies.make`)
-  adaptive  a window that slides with what is settled: its first token is autoregression's, others jump ahead as a policy says
+  adaptive  a window that slides with what is settled: its first token is autoregression's, others jump ahead as a
+            policy says
   verify    tokens that the windows propose and the next causal pass accepts or corrects: autoregression's distribution
 
 One pass of the network reads some *fresh* slots, known tokens whose keys and values are not final yet, and beside them
 window slots that see the fresh ones before their anchor: a finished window enters the cache in the same pass that
-begins the next one. Everything a row does depends on the row alone, its draws on its own key, so a text comes out the same
-alone and in any batch.
+begins the next one. Everything a row does depends on the row alone, its draws on its own key, so a text comes out the
+same alone and in any batch.
 
 Letters in names: B sequences, C places of the buffers, R fresh slots, T tokens of a window, S slots of a pass,
 D width, V vocabulary, M code elements.
@@ -31,7 +32,8 @@ _START, _TOKEN, _PASS, _POLICY, _DRAFT = range(5)  # what a row's key is folded 
 
 
 def fresh_slots(window: int) -> int:
-  """Slots for fresh tokens in a pass of `adaptive`: as many tokens as it can settle in a row a pass, over long texts."""
+  """Slots for fresh tokens in a pass of `adaptive`: as many tokens as it can settle in a row a pass,
+  over long texts."""
   return max(16, window // 4)
 
 
@@ -39,8 +41,8 @@ def fresh_slots(window: int) -> int:
 class Shaping:
   """How beliefs are made sharper before a token is drawn: greedy, or temperature, then top-k, then top-p.
 
-  temperature, top_p: float32 scalars; top_k: 0 keeps all; nucleus: whether top_p is read at all; endless: the document token,
-  which ends a text, is ruled out.
+  temperature, top_p: float32 scalars; top_k: 0 keeps all; nucleus: whether top_p is read at all; endless: the
+  document token, which ends a text, is ruled out.
   """
 
   temperature: jax.Array
@@ -74,8 +76,8 @@ class Shaping:
 @flax.struct.dataclass
 class Draft:
   """Tokens proposed for the places after the known ones: token (B, T) int32, log_q (B, T, V) that they were drawn from,
-  count (B,), how many of them are there; most (B,), how many a row proposes; accepted, refused (B,) float32, their numbers of
-  late, by which `most` is chosen."""
+  count (B,), how many of them are there; most (B,), how many a row proposes; accepted, refused (B,) float32, their
+  numbers of late, by which `most` is chosen."""
 
   token: jax.Array
   log_q: jax.Array
@@ -95,13 +97,13 @@ class Draft:
 class Texts:
   """Texts on their way, by absolute place; place 0 holds the document token.
 
-  token (B, C) int32 and time (B, C): tokens and their progressions, 0 where known. length (B,): the first place that is not
-  known. read (B,): places before it have final keys and values, k and v by layer (B, K, C, E) or (B K, C, E). begin, limit (B,): the places
-  where what is written begins, and where it must end. fixed (B, C) bool: tokens that were given. settled (B, C): the number of
-  the pass that settled a token, from 1. passes (B,); done (B,) bool; key (B,) of each row's draws. motion: latents of unknown
-  tokens, where windows are used; context: the last pass's context logits (B, T, V) of the window behind `anchor` (B,), for models
-  that condition themselves; draft: of `verify`. guess (B, C) int32: the token believed most when it was read last; kept where
-  a trace is wanted.
+  token (B, C) int32 and time (B, C): tokens and their progressions, 0 where known. length (B,): the first place that
+  is not known. read (B,): places before it have final keys and values, k and v by layer (B, K, C, E) or (B K, C, E).
+  begin, limit (B,): the places where what is written begins, and where it must end. fixed (B, C) bool: tokens that
+  were given. settled (B, C): the number of the pass that settled a token, from 1. passes (B,); done (B,) bool; key
+  (B,) of each row's draws. motion: latents of unknown tokens, where windows are used; context: the last pass's
+  context logits (B, T, V) of the window behind `anchor` (B,), for models that condition themselves; draft: of
+  `verify`. guess (B, C) int32: the token believed most when it was read last; kept where a trace is wanted.
   """
 
   token: jax.Array
@@ -128,9 +130,10 @@ def start(net: elbo.Network, token_BxC: jax.Array, known_BxC: jax.Array, prefix_
           limit: jax.Array, key: jax.Array, trace: bool = False, flat: bool = False) -> Texts:
   """Reads the tokens before the first gap.
 
-  token_BxC, known_BxC: the buffers; C must leave room behind the limits for a pass's slots. prefix_BxP: the first places of the
-  buffers, at least all before any row's first gap. key: (B,). `limit` is at least the first unknown place. flat: keys and values keep batch and heads in
-  one axis (see `attention.enter`); for a single device, since one axis cannot be laid out as two.
+  token_BxC, known_BxC: the buffers; C must leave room behind the limits for a pass's slots. prefix_BxP: the first
+  places of the buffers, at least all before any row's first gap. key: (B,). `limit` is at least the first unknown
+  place. flat: keys and values keep batch and heads in one axis (see `attention.enter`); for a single device, since
+  one axis cannot be laid out as two.
   """
   C, P = token_BxC.shape[1], prefix_BxP.shape[1]
   _, cache = net.clean(prefix_BxP)
@@ -141,13 +144,14 @@ def start(net: elbo.Network, token_BxC: jax.Array, known_BxC: jax.Array, prefix_
   zeros = jnp.zeros(token_BxC.shape[:1], jnp.int32)
   length = jnp.argmin(known_BxC, axis=1)
   texts = Texts(token_BxC, jnp.where(known_BxC, 0.0, 1.0), length, length - 1, tuple(map(pad, cache.k)),
-                tuple(map(pad, cache.v)), begin, limit, known_BxC, jnp.zeros_like(token_BxC), zeros, length >= limit, key)
+                tuple(map(pad, cache.v)), begin, limit, known_BxC, jnp.zeros_like(token_BxC), zeros, length >= limit,
+                key)
   return texts.replace(guess=jnp.zeros_like(token_BxC)) if trace else texts
 
 
 def with_motion(texts: Texts, codes_VxM: jax.Array, prior_logits: jax.Array | None = None, tokens: int = 0) -> Texts:
-  """Texts with the noise that every place's flow starts from; for models that condition themselves with what a window of
-  `tokens` tokens gets before its first pass, prior_logits (V,)."""
+  """Texts with the noise that every place's flow starts from; for models that condition themselves with what a window
+  of `tokens` tokens gets before its first pass, prior_logits (V,)."""
   C, M = texts.token.shape[1], codes_VxM.shape[1]
   noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, _START), (C, M), codes_VxM.dtype))(texts.key)
   texts = texts.replace(motion=flow.Motion.start(noise), anchor=texts.length - 1)
@@ -191,13 +195,14 @@ def draws(texts: Texts, shaping: Shaping, logits_BxTxV: jax.Array, place_BxT: ja
 
 def pass_keys(texts: Texts, purpose: int = _PASS) -> jax.Array:
   """(B,) keys of each row's pass."""
-  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(texts.key, texts.passes)
+  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(
+      texts.key, texts.passes)
 
 
 @flax.struct.dataclass
 class Slots:
-  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it, None: none; sees_slot
-  (B, S, S) bool, or broadcast to it: which of each other they see."""
+  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it,
+  None: none; sees_slot (B, S, S) bool, or broadcast to it: which of each other they see."""
 
   x: jax.Array
   time: jax.Array
@@ -230,8 +235,8 @@ def read(net: elbo.Network, texts: Texts, fresh: int, count_B: jax.Array,
 
 
 def finish(texts: Texts, token: jax.Array, time: jax.Array, active_B: jax.Array | None = None) -> Texts:
-  """Texts after a pass that gave `token` and `time` (B, C): counts it for rows that are `active` (all that are not done), and
-  ends rows that are full or have ended."""
+  """Texts after a pass that gave `token` and `time` (B, C): counts it for rows that are `active` (all that are not
+  done), and ends rows that are full or have ended."""
   active_B = ~texts.done if active_B is None else active_B & ~texts.done
   token = jnp.where(active_B[:, None], token, texts.token)
   time = jnp.where(active_B[:, None], time, texts.time)
@@ -254,8 +259,8 @@ def ar(net: elbo.Network, texts: Texts, shaping: Shaping) -> Texts:
 
 @flax.struct.dataclass
 class Walk:
-  """How windows are walked: a policy, and what does not change from call to call. whole: there is one window, the whole text
-  from the document token on with what is known of it, and no clean stream: for models of diffusion alone."""
+  """How windows are walked: a policy, and what does not change from call to call. whole: there is one window, the whole
+  text from the document token on with what is known of it, and no clean stream: for models of diffusion alone."""
 
   policy: policies.Policy
   tokens: int = flax.struct.field(pytree_node=False)
@@ -278,29 +283,34 @@ def window_slots(net: elbo.Network, prior_logits: jax.Array, texts: Texts, ancho
   return Slots(x, time, place, stop, sees_slot), latent, place[:, 1:]
 
 
-def believe(net: elbo.Network, after: Texts, hidden: jax.Array, latent: flow.Latent, walk: Walk) -> tuple[Texts, jax.Array]:
-  """The log beliefs (B, T, V) that a pass's hidden states (B, T + 1, D) give; texts remember the context where the walk wants it."""
+def believe(net: elbo.Network, after: Texts, hidden: jax.Array, latent: flow.Latent,
+            walk: Walk) -> tuple[Texts, jax.Array]:
+  """The log beliefs (B, T, V) that a pass's hidden states (B, T + 1, D) give; texts remember the context where the
+  walk wants it."""
   context = net.logits(hidden[:, :-1])
   after = after.replace(context=context) if walk.self_conditioned else after
   return after, flow.log_belief(context, net.codes(), latent.y)
 
 
-def move(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, after: Texts, latent: flow.Latent, place: jax.Array,
-         log_belief: jax.Array, walk: Walk, index: jax.Array, shaping: Shaping) -> Texts:
+def move(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, after: Texts, latent: flow.Latent,
+         place: jax.Array, log_belief: jax.Array, walk: Walk, index: jax.Array, shaping: Shaping) -> Texts:
   """What the beliefs (B, T, V) that a pass of `texts` gave do to its window at `place` (B, T)."""
   codes, first = net.codes(), place[:, 0]
   motion = jax.tree.map(lambda a: at(a, place), texts.motion)
-  reading = policies.Reading(index, latent.time, log_belief, statistics.warp.entropy()[0], motion, codes, statistics.warp)
+  reading = policies.Reading(index, latent.time, log_belief, statistics.warp.entropy()[0], motion, codes,
+                             statistics.warp)
   time_next = jnp.minimum(walk.policy(reading), latent.time).astype(latent.time.dtype)
   jumps = (time_next <= 0.0) & ~latent.known
   token = jnp.where(jumps, draws(texts, shaping, log_belief, place), latent.token)
-  motion = sample.move(motion, latent.time, time_next, log_belief, codes, statistics.warp, sample.STEPPERS[walk.stepper],
-                       pass_keys(texts))
+  motion = sample.move(motion, latent.time, time_next, log_belief, codes, statistics.warp,
+                       sample.STEPPERS[walk.stepper], pass_keys(texts))
   after = after.replace(motion=jax.tree.map(lambda old, new: put(old, first, new), texts.motion, motion))
   if texts.guess is not None:
-    after = after.replace(guess=put(texts.guess, first, jnp.where(latent.known, latent.token, jnp.argmax(log_belief, axis=-1))))
+    after = after.replace(guess=put(texts.guess, first,
+                                    jnp.where(latent.known, latent.token, jnp.argmax(log_belief, axis=-1))))
   inside = place < texts.limit[:, None]
-  return finish(after, put(texts.token, first, token), put(texts.time, first, jnp.where(inside, time_next, at(texts.time, place))),
+  return finish(after, put(texts.token, first, token),
+                put(texts.time, first, jnp.where(inside, time_next, at(texts.time, place))),
                 jnp.any(~latent.known, axis=1))
 
 
@@ -370,8 +380,8 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
              infill: bool = False) -> Texts:
   """One pass of a window that slides: it begins behind the tokens that are known without a gap and read.
 
-  The leftmost unknown token always jumps, and its belief is autoregression's where all before it is read, unless `infill`:
-  text behind a gap has its say. What else jumps or gathers evidence is the policy's.
+  The leftmost unknown token always jumps, and its belief is autoregression's where all before it is read, unless
+  `infill`: text behind a gap has its say. What else jumps or gathers evidence is the policy's.
   """
   T, prior = walk.tokens, statistics.log_unigram_V
   unread, fresh = texts.length - texts.read, fresh_slots(T)
@@ -394,16 +404,19 @@ def adaptive(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, walk:
 
 def verify(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int,
            draft_passes: int = 1) -> Texts:
-  """One round of proposals and judgement, up to `tokens` tokens, no fewer than any row's `most`: `draft_passes` passes."""
+  """One round of proposals and judgement, up to `tokens` tokens, no fewer than any row's `most`:
+  `draft_passes` passes."""
   if draft_passes == 1:
     return judge(net, statistics, texts, shaping, tokens)
-  return judge(net, statistics, propose(net, statistics, texts, shaping, tokens, draft_passes - 1), shaping, tokens, False)
+  return judge(net, statistics, propose(net, statistics, texts, shaping, tokens, draft_passes - 1), shaping, tokens,
+               False)
 
 
-def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, anchor_BxN: jax.Array, token_BxNxT: jax.Array,
-                 known: int) -> Slots:
+def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, anchor_BxN: jax.Array,
+                 token_BxNxT: jax.Array, known: int) -> Slots:
   """Slots of N windows a row, S = T + 1 each, flat over N S. The anchor's and `known` tokens
-  behind it are known, of the others nothing. A row's windows are as wide as it proposes tokens, whatever the batch's widest is."""
+  behind it are known, of the others nothing. A row's windows are as wide as it proposes tokens, whatever the
+  batch's widest is."""
   B, N, S = *anchor_BxN.shape, token_BxNxT.shape[2] + 1
   codes, slot = net.codes(), jnp.arange(S)
   time = jnp.broadcast_to((slot > known).astype(jnp.float32), (B, N, S))
@@ -416,8 +429,10 @@ def unread_slots(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, a
   return Slots(flat(x), flat(time), flat(anchor_BxN[..., None] + slot), jnp.repeat(anchor_BxN, S, axis=1), sees)
 
 
-def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, passes: int) -> Texts:
-  """Proposes `tokens` tokens behind the known ones in `passes` passes of a window, each pass the next few from the left."""
+def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int,
+            passes: int) -> Texts:
+  """Proposes `tokens` tokens behind the known ones in `passes` passes of a window, each pass the next few
+  from the left."""
   T, draft = tokens, texts.draft
   B, anchor = texts.token.shape[0], texts.length - 1
   token, log_q = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T, draft.log_q.shape[2]))
@@ -432,14 +447,16 @@ def propose(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shapin
   return texts.replace(draft=draft.holding(token, log_q), passes=texts.passes + passes * ~texts.done)
 
 
-def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int, ahead: bool = True) -> Texts:
+def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping: Shaping, tokens: int,
+          ahead: bool = True) -> Texts:
   """One pass that judges what was proposed before and, with `ahead`, proposes anew.
 
-  Speculative rejection sampling (Leviathan et al., 2023; Chen et al., 2023): a proposed token d is accepted with probability
-  min(1, p(d) / q(d)); the first that is not is drawn from max(p - q, 0), and behind accepted ones one more token from p, so
-  that every token has autoregression's distribution p. Which tokens will be accepted is not known when the pass begins, so
-  it has a window for every outcome: number k follows the k-th proposal, and proposes for the places from the second on
-  behind it (the first is the token that p gives). All for the price of one pass over (T + 1) (T + 2) slots.
+  Speculative rejection sampling (Leviathan et al., 2023; Chen et al., 2023): a proposed token d is accepted with
+  probability min(1, p(d) / q(d)); the first that is not is drawn from max(p - q, 0), and behind accepted ones one
+  more token from p, so that every token has autoregression's distribution p. Which tokens will be accepted is not
+  known when the pass begins, so it has a window for every outcome: number k follows the k-th proposal, and proposes
+  for the places from the second on behind it (the first is the token that p gives). All for the price of one pass
+  over (T + 1) (T + 2) slots.
   """
   T, draft = tokens, texts.draft
   B = draft.log_q.shape[0]
@@ -462,13 +479,15 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
   at_end = at(log_p, accepted[:, None])[:, 0]
   refused = at(log_q, jnp.minimum(accepted, T - 1)[:, None])[:, 0]  # read only where a proposal was refused
   rest = jnp.maximum(jnp.exp(at_end) - jnp.exp(refused), 0.0)
-  rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest), at_end)  # p = q to rounding: nothing is left
+  rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0.0, jnp.log(rest),
+                   at_end)  # p = q to rounding: nothing is left
   rest = jnp.where((accepted < count)[:, None], rest, at_end)
   drawn = jax.vmap(jax.random.categorical)(keys[:, 1], rest).astype(jnp.int32)
 
   settled = jnp.where(jnp.arange(N) < accepted[:, None], jnp.pad(proposal, [(0, 0), (0, 1)]), drawn[:, None])
   known = (jnp.arange(N) <= accepted[:, None]) & (texts.length[:, None] + jnp.arange(N) < texts.limit[:, None])
-  draft = draft.replace(count=jnp.zeros_like(count), accepted=draft.accepted + accepted, refused=draft.refused + (accepted < count))
+  draft = draft.replace(count=jnp.zeros_like(count), accepted=draft.accepted + accepted,
+                        refused=draft.refused + (accepted < count))
   if ahead:
     chosen = at(hidden.reshape(B, N, N, -1), accepted[:, None])[:, 0]
     new_log_q = shaping(net.logits(chosen[:, 1:]))
@@ -480,7 +499,8 @@ def judge(net: elbo.Network, statistics: elbo.Statistics, texts: Texts, shaping:
 
 
 def fit_draft(texts: Texts) -> Texts:
-  """Lets every row propose as many tokens as are each accepted, together with those before, with a chance above a tenth."""
+  """Lets every row propose as many tokens as are each accepted, together with those before, with a chance
+  above a tenth."""
   draft = texts.draft
   chance = (draft.accepted + 1.0) / (draft.accepted + draft.refused + 2.0)
   most = jnp.floor(jnp.log(0.1) / jnp.log(chance)).astype(jnp.int32)

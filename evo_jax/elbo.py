@@ -83,8 +83,8 @@ class Statistics:
 
 @flax.struct.dataclass
 class Measurement:
-  """A step's clean tokens (any shape); cross-entropies `nats` at `precision` with `weight` (all one shape); and whole-path
-  costs in nats that the bound's steps stood for, with the clock where they began (both one shape)."""
+  """A step's clean tokens (any shape); cross-entropies `nats` at `precision` with `weight` (all one shape); and
+  whole-path costs in nats that the bound's steps stood for, with the clock where they began (both one shape)."""
 
   token: jax.Array
   precision: jax.Array
@@ -223,7 +223,8 @@ def draw_windows(key: jax.Array, batch: int, length: int, code_dim: int, window:
       front=in_stream == reached,
       time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
       noise=noise[:, :N], step_noise=noise[:, N:],
-      delay_noise=jax.random.normal(keys[4], (batch, N, W)), coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)))
+      delay_noise=jax.random.normal(keys[4], (batch, N, W)),
+      coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)))
 
 
 def _snap(time: jax.Array) -> jax.Array:
@@ -250,7 +251,8 @@ def with_anchor(latent: flow.Latent, anchor_token: jax.Array) -> flow.Latent:
 
 
 def gather_windows(sequence_BxT: jax.Array, anchor_BxN: jax.Array, size: int) -> jax.Array:
-  """Slots (B, N, size + 1, ...): the anchor's token and the `size` tokens after it, out of the sequence (B, L + 1, ...)."""
+  """Slots (B, N, size + 1, ...): the anchor's token and the `size` tokens after it, out of the sequence
+  (B, L + 1, ...)."""
   index = anchor_BxN[..., None] + jnp.arange(size + 1)
   rest = sequence_BxT.shape[2:]
   flat = index.reshape(index.shape[0], -1, *(1,) * len(rest))
@@ -270,7 +272,8 @@ def window_logits(net: Network, cache, anchor_BxN: jax.Array, anchor_token_BxN: 
 
 
 def for_slots(logits: jax.Array) -> jax.Array:
-  """Logits (..., W, V) of a window's tokens as those of its slots (..., W + 1, V); the anchor's are not read. (V,) stays."""
+  """Logits (..., W, V) of a window's tokens as those of its slots (..., W + 1, V); the anchor's are not
+  read. (V,) stays."""
   return logits if logits.ndim == 1 else jnp.pad(logits, [*[(0, 0)] * (logits.ndim - 2), (1, 0), (0, 0)])
 
 
@@ -283,11 +286,11 @@ def gaussian_kl(q: tuple[jax.Array, jax.Array], p: tuple[jax.Array, jax.Array]) 
 def infer_clock(net: Network, hidden_BxLxD: jax.Array, nats_BxL: jax.Array, token_BxNxW: jax.Array,
                 anchor_BxN: jax.Array, passes_BxN: jax.Array,
                 noise_BxNxW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """A learned clock for windows: delays, drawn from what the clean text proposes; sharpnesses, which the past alone tells;
-  and what the delays cost in nats, KL(q || p): each (B, N, W).
+  """A learned clock for windows: delays, drawn from what the clean text proposes; sharpnesses, which the past alone
+  tells; and what the delays cost in nats, KL(q || p): each (B, N, W).
 
-  hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads learn from them and do not teach
-  them.
+  hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads learn from them and do
+  not teach them.
   """
   hidden_BxLxD, nats_BxL = jax.lax.stop_gradient((hidden_BxLxD, nats_BxL))
   anchor_hidden = jnp.take_along_axis(hidden_BxLxD, anchor_BxN[..., None], axis=1)
@@ -318,8 +321,8 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
 
   Returns:
     (ar, window): weighted losses in nats a token, to be added up or clipped apart; a Measurement; and a dict of `Mean`s
-    in bits a token, unweighted: `bits` (autoregression; where nothing reads the clean stream, the windows' cross-entropy),
-    `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the windows of each path.
+    in bits a token, unweighted: `bits` (autoregression; where nothing reads the clean stream, the windows'
+    cross-entropy), `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the windows of each path.
   """
   L = sequence_BxT.shape[1] - 1
   # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
@@ -328,13 +331,15 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   waits = alone or learned or config.self_conditioning or config.clean_gradient != 1.0
   together = config.one_pass and draw is not None and not waits
   hidden, cache, metrics = None, None, {}
-  x_BxTxD = net.embed_tokens(sequence_BxT)  # looked up once for both streams: the gradient of a lookup is as large as the table
+  # Looked up once for both streams: the gradient of a lookup is as large as the table.
+  x_BxTxD = net.embed_tokens(sequence_BxT)
   if not (alone or together):
     hidden, cache = net.clean(sequence_BxT[:, :-1], x_BxTxD[:, :-1])
   if draw is None:
     nats_BxL, none = token_nats(net, hidden, sequence_BxT, config.chunk), jnp.zeros((0,))
     metrics["bits"] = Mean.of(jax.lax.stop_gradient(nats_BxL) * BITS)
-    return (config.ar_weight * jnp.mean(nats_BxL), jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5), metrics
+    return ((config.ar_weight * jnp.mean(nats_BxL), jnp.zeros(())), Measurement(sequence_BxT[:, 1:], *[none] * 5),
+            metrics)
 
   codes = net.codes() if config.codes != "frozen" else jax.lax.stop_gradient(net.codes())
   W, bound_windows = draw.time.shape[-1], draw.step_noise.shape[1]
@@ -367,20 +372,24 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
     cache = cache.replace(k=through(cache.k), v=through(cache.v))
 
-  parts = slice(None, bound_windows), slice(bound_windows, None)  # the windows taught by the bound, and by cross-entropy
+  # The windows taught by the bound, and by cross-entropy.
+  parts = slice(None, bound_windows), slice(bound_windows, None)
   slots = with_anchor(latent_b, anchor_b), with_anchor(latent_c, anchor_c)
   own = gather_windows(x_BxTxD, draw.anchor, W)
 
   def embedded(before, prior):
-    """The windows' slots (B, N, S, D), behind the pass that left hidden states `before` (B, N, W, D; None: the first)."""
+    """The windows' slots (B, N, S, D), behind the pass that left hidden states `before` (B, N, W, D;
+    None: the first)."""
     if before is not None:
       before = jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
       before = tuple(before[:, some] for some in parts)
-    return jnp.concatenate(net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before, config.chunk), axis=1)
+    return jnp.concatenate(net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before,
+                                     config.chunk), axis=1)
 
   prior, slot_time = statistics.log_unigram_V, with_anchor(latent, anchor_token).time
   if together:
-    hidden, hidden_w = net.clean_and_window(sequence_BxT[:, :-1], x_BxTxD[:, :-1], draw.anchor, embedded(None, prior), slot_time)
+    hidden, hidden_w = net.clean_and_window(sequence_BxT[:, :-1], x_BxTxD[:, :-1], draw.anchor, embedded(None, prior),
+                                            slot_time)
     hidden_w = hidden_w[:, :, :-1]
   else:
     read = lambda before, prior: net.window(cache, draw.anchor, embedded(before, prior), slot_time)[:, :, :-1]
@@ -388,14 +397,17 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
     if config.self_conditioning:
       twice = draw.coin[0] < config.self_conditioning
       first = lambda: jax.lax.stop_gradient(read(None, prior))
-      before = jax.lax.cond(twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
+      before = jax.lax.cond(
+          twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first)))
     hidden_w = read(before, prior if before is None else jnp.where(twice, 0.0, prior))
 
   # All that is asked of the vocabulary's logits, in one reading of them.
-  step = Step.of(codes, warp, latent_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, config.antithetic)
+  step = Step.of(codes, warp, latent_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise,
+                 config.antithetic)
   ends = step.ends if config.integrand == "step" else ()
   bound = Beliefs(hidden_w[:, :bound_windows], (latent_b.y, *ends), codes)
-  beliefs = [(bound, token[:, :bound_windows]), (Beliefs(hidden_w[:, bound_windows:], (latent_c.y,), fixed), token[:, bound_windows:])]
+  beliefs = [(bound, token[:, :bound_windows]),
+             (Beliefs(hidden_w[:, bound_windows:], (latent_c.y,), fixed), token[:, bound_windows:])]
   if hidden is not None and nats_BxL is None:
     beliefs.append((Beliefs(hidden), sequence_BxT[:, 1:]))
   (of_bound, (of_rest,), *of_clean) = net.log_probs(*zip(*beliefs), config.chunk)
@@ -416,7 +428,8 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
   # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
   among = (draw.path == _ERASURE) | (draw.path == _RAGGED) | (draw.path == _STREAMS)
   share = jnp.where(among[..., None], unknown / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1), 1.0 / W)
-  # Of streams the bound asks only for what the next pass makes known; half of the weight stays with all, for more signal.
+  # Of streams the bound asks only for what the next pass makes known; half of the weight stays with all, for
+  # more signal.
   front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
   share = jnp.where((draw.path == _STREAMS)[..., None], 0.5 * (share + front), share)
   ce_BxN = jnp.sum(nats * share, axis=-1)[:, bound_windows:]
@@ -444,8 +457,8 @@ def training_loss(net: Network, statistics: Statistics, sequence_BxT: jax.Array,
 class Step:
   """A step of the true tokens from latents (..., T) to the next progressions, before it is priced.
 
-  Fields: codes (V, M); `before` and `after`, latents; d (...): the step in precision; ends: latents' vectors y (..., T, M) under the
-  step's noise, the first of which is `after`'s.
+  Fields: codes (V, M); `before` and `after`, latents; d (...): the step in precision; ends: latents' vectors y
+  (..., T, M) under the step's noise, the first of which is `after`'s.
   """
 
   codes_VxM: jax.Array
@@ -455,20 +468,22 @@ class Step:
   ends: tuple[jax.Array, ...]
 
   @classmethod
-  def of(cls, codes_VxM: jax.Array, warp: paths.Warp, latent: flow.Latent, token: jax.Array, time_next: jax.Array, noise: jax.Array,
-         antithetic: bool = True) -> "Step":
-    """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M), and, `antithetic`, with -`noise`, too."""
+  def of(cls, codes_VxM: jax.Array, warp: paths.Warp, latent: flow.Latent, token: jax.Array, time_next: jax.Array,
+         noise: jax.Array, antithetic: bool = True) -> "Step":
+    """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M), and, `antithetic`,
+    with -`noise`, too."""
     d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
     ends = tuple(latent.y + flow.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise]))
     return cls(codes_VxM, latent, flow.Latent(ends[0], time_next, token), d, ends)
 
   def price(self, log_probs: tuple[jax.Array, ...], expected_code: jax.Array | None = None) -> jax.Array:
-    """Costs in nats (..., T): a known token costs nothing, one that becomes known pays for a jump, any other for its Gaussian increment.
+    """Costs in nats (..., T): a known token costs nothing, one that becomes known pays for a jump, any other for its
+    Gaussian increment.
 
-    log_probs: of the token in nats under the belief before, and with each of the `ends` as evidence. The mean over antithetic ends has
-    the expectation of one without the parts odd in the noise, of which the linear one is nearly all of the variance of a short step
-    that stands for its whole path. expected_code (..., T, M): of the belief before; the increment is then priced by its limit for short
-    steps, without noise, and `log_probs` need not have the ends'.
+    log_probs: of the token in nats under the belief before, and with each of the `ends` as evidence. The mean over
+    antithetic ends has the expectation of one without the parts odd in the noise, of which the linear one is nearly all
+    of the variance of a short step that stands for its whole path. expected_code (..., T, M): of the belief before; the
+    increment is then priced by its limit for short steps, without noise, and `log_probs` need not have the ends'.
     """
     before, *after = log_probs
     if expected_code is None:
@@ -483,9 +498,9 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
   """One draw of a path's whole price in nats for every token (..., T), and the passes (...) that it took.
 
   The price's mean bounds -log p from above. Steps are priced plainly, not in antithetic pairs: along one trajectory the
-  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of what is
-  read. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's; None: the
-  field is asked by the latents alone.
+  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of
+  what is read. prior_logits (V,): what the field gets as the context logits before the first pass; later the last
+  pass's; None: the field is asked by the latents alone.
   """
   shape = (*token.shape, codes_VxM.shape[1])
   start = flow.Latent(jnp.zeros(shape, codes_VxM.dtype), jnp.ones(token.shape, codes_VxM.dtype), token)
@@ -506,15 +521,16 @@ def path_cost(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, token: 
     motion = motion.after(after.y, precision, flow.expected_code(log_belief, codes_VxM))
     return after, motion, None if context is None else found, total + cost, passes + jnp.any(~latent.known, axis=-1)
 
-  carry = (start, flow.Motion.start(jnp.zeros(shape, codes_VxM.dtype)), context, jnp.zeros(token.shape, codes_VxM.dtype),
-           jnp.zeros(token.shape[:-1], jnp.int32))
+  carry = (start, flow.Motion.start(jnp.zeros(shape, codes_VxM.dtype)), context,
+           jnp.zeros(token.shape, codes_VxM.dtype), jnp.zeros(token.shape[:-1], jnp.int32))
   *_, total, passes = policies.until_known(step, carry, lambda carry: jnp.any(~carry[0].known))
   return total, passes
 
 
 def erasure_cost(field: flow.Field, codes_VxM: jax.Array, token: jax.Array, policy: policies.RandomOrder,
                  key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """A random order's price in nats for every token (..., T), and its passes (...): `path_cost` of the same policy in mean.
+  """A random order's price in nats for every token (..., T), and its passes (...): `path_cost` of the same
+  policy in mean.
 
   Which tokens are known does not depend on what was read before, so each pass is priced by itself, over all tokens that
   it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
@@ -545,11 +561,13 @@ def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def sequence_cost(net: Network, statistics: Statistics, sequence_BxT: jax.Array, key: jax.Array,
                   policy: policies.Policy | None = None, size: int = 0,
                   self_conditioned: bool = False, chunk: int = 0) -> tuple[jax.Array, jax.Array]:
-  """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only; and the passes (B,) taken.
+  """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only; and the
+  passes (B,) taken.
 
-  policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read after
-  the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A learned clock's
-  delays, drawn from what the clean text proposes, pay their KL. chunk: as loss.chunk, for the clean stream.
+  policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read
+  after the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A
+  learned clock's delays, drawn from what the clean text proposes, pay their KL. chunk: as loss.chunk, for the
+  clean stream.
   """
   B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
   hidden, cache = None, None

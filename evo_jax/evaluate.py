@@ -49,7 +49,8 @@ GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "ra
 
 
 class Evaluator:
-  """Measures sequences on paths; compiles once for `ar`, once for grids of up to `most` passes, once a kind of policy."""
+  """Measures sequences on paths; compiles once for `ar`, once for grids of up to `most` passes, once a
+  kind of policy."""
 
   def __init__(self, model: Evo, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer,
                mesh: jax.sharding.Mesh, seed: int = 0, most: int = 64, window: int = 0):
@@ -76,7 +77,8 @@ class Evaluator:
 
   def nats(self, params: Any, statistics: elbo.Statistics, sequences: np.ndarray,
            path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n, L) prices in nats of the tokens of sequences (n, L + 1), and the passes (n,); the noise is the same at every call."""
+    """(n, L) prices in nats of the tokens of sequences (n, L + 1), and the passes (n,); the noise is the same
+    at every call."""
     policy = policies.make(path, self.window, self.config.paths.rolling_width, self.most)
     place = jax.sharding.NamedSharding(self.mesh, sharding.RULES.spec(("batch",)))
     found = []
@@ -113,8 +115,8 @@ class Evaluator:
 
 def path_gap(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """What each path pays above `ar`, which for an exact field is nothing once passes are many: `path`, `gap` in the
-  table's unit. Of the two longest diagonals it extrapolates to infinitely many passes, where the excess of finite steps, which
-  falls as 1 / K, is gone: "diagonal:inf". Empty where the table has no `ar` or only one diagonal.
+  table's unit. Of the two longest diagonals it extrapolates to infinitely many passes, where the excess of finite
+  steps, which falls as 1 / K, is gone: "diagonal:inf". Empty where the table has no `ar` or only one diagonal.
   """
   bits = {entry["path"]: entry["bits"] for entry in table}
   diagonals = sorted(int(number) for name, number in map(paths_lib.parse, bits) if name == "diagonal")
@@ -150,9 +152,10 @@ def format_gap(gap: list[dict[str, Any]], unit: str) -> str:
 
 
 def progression(run: checkpoint.Run, sequence: np.ndarray, window: int, passes: int) -> list[dict[str, Any]]:
-  """What a model with a learned clock infers about one sequence (L + 1,), for each token after the first: `token`, `nats`
-  (autoregression's), `half` and `expected`, the clock's time in [0, 1] at which its t is 1/2, by the posterior's mean and
-  by the prior's (from the past alone), and `times`, its t before each pass. Raises UserError for a model with a shared clock.
+  """What a model with a learned clock infers about one sequence (L + 1,), for each token after the first: `token`,
+  `nats` (autoregression's), `half` and `expected`, the clock's time in [0, 1] at which its t is 1/2, by the
+  posterior's mean and by the prior's (from the past alone), and `times`, its t before each pass. Raises UserError for
+  a model with a shared clock.
   """
   if run.config.model.progression != "learned":
     raise UserError("--show_progression: the model has a shared clock (config.model.progression), it infers no times")
@@ -169,7 +172,8 @@ def progression(run: checkpoint.Run, sequence: np.ndarray, window: int, passes: 
     delay, sharpness, _ = elbo.infer_clock(net, hidden, nats, token, anchor, count, jnp.zeros(token.shape))
     expected, _, _ = net.clock_prior(hidden[:, ::window], window, count)
     times = paths_lib.learned_clock(delay, sharpness, (jnp.arange(passes + 1) / passes)[:, None, None, None])
-    return nats[0], jax.nn.sigmoid(delay).reshape(L), jax.nn.sigmoid(expected).reshape(L), times.reshape(passes + 1, L).T
+    return (nats[0], jax.nn.sigmoid(delay).reshape(L), jax.nn.sigmoid(expected).reshape(L),
+            times.reshape(passes + 1, L).T)
 
   found = (np.asarray(x).tolist() for x in infer(run.params, sequence[None]))
   return [{"token": int(token), "nats": nats, "half": half, "expected": expected, "times": times}
@@ -242,7 +246,8 @@ if __name__ == "__main__":
   flags.DEFINE_integer("window", 0, "Tokens of a window; 0: as in training.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
   flags.DEFINE_integer("seed", 0, "Of the latents' noise.")
-  flags.DEFINE_bool("show_progression", False, "Print a passage's tokens with the times that the model infers for them.")
+  flags.DEFINE_bool("show_progression", False,
+                    "Print a passage's tokens with the times that the model infers for them.")
   flags.DEFINE_integer("passes", 8, "For --show_progression: the passes a window.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
   cli.run(main)

@@ -14,8 +14,8 @@ from jax.extend import core
 from evo_jax import config as config_lib
 
 # Dense bfloat16 operations a second of one device, by the makers' data sheets; keys are beginnings of `device_kind`.
-PEAK = {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU v4": 275e12,
-        "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+PEAK = {"TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12,
+        "TPU v4": 275e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
 
 SELDOM = "seldom"  # the name scope (jax.named_scope) of a branch that runs next to never: it is in no estimate
 
@@ -28,7 +28,8 @@ def peak(device_kind: str) -> float | None:
 def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: float, windows: bool) -> float:
   """Operations of one pass over `slots` tokens, each of which attends to `keys` positions.
 
-  windows: True for slots of windows, which pay for soft inputs and time conditioning, too. With the vocabulary's logits.
+  windows: True for slots of windows, which pay for soft inputs and time conditioning, too. With the
+  vocabulary's logits.
   """
   D, E = model.width, model.width // model.heads
   block = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.hidden
@@ -44,9 +45,10 @@ def read(model: config_lib.Model, vocab_rows: int, slots: int, keys: float, wind
 def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
   """Operations of one training step: forward, and backward at twice its price.
 
-  windows: False for a step before the windows start. The windows' second reading under self-conditioning is a forward pass
-  in the share of the steps that have it. visible: count only keys that a mask lets through, in the mean: what a model flops
-  utilization (MFU) is measured by here; else attention counts as if it were computed without savings from masks.
+  windows: False for a step before the windows start. The windows' second reading under self-conditioning is a forward
+  pass in the share of the steps that have it. visible: count only keys that a mask lets through, in the mean: what a
+  model flops utilization (MFU) is measured by here; else attention counts as if it were computed without
+  savings from masks.
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
@@ -66,11 +68,12 @@ def train_run(config: config_lib.Config, vocab_rows: int) -> float:
 
 
 def traced(function: Callable, *args: Any) -> tuple[float, float]:
-  """Operations of the matrix products that function(*args) does, all devices together: outside of Pallas kernels, and inside.
+  """Operations of the matrix products that function(*args) does, all devices together: outside of Pallas
+  kernels, and inside.
 
-  What a backward pass computes again counts again. args: arrays or their shapes. Loops count with their length, of a condition's
-  branches the dearest, without what is named SELDOM; of a kernel all blocks, also those that a mask leaves out when it runs; loops whose
-  length is not known (`while`) count once.
+  What a backward pass computes again counts again. args: arrays or their shapes. Loops count with their length, of a
+  condition's branches the dearest, without what is named SELDOM; of a kernel all blocks, also those that a mask
+  leaves out when it runs; loops whose length is not known (`while`) count once.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   outside = _of_jaxpr(jaxpr, kernels=False)

@@ -41,8 +41,8 @@ class Latent:
     return self.time <= 0.0
 
 
-# A field reads a latent (..., T) and returns context logits (..., T, V): what the context says about each token. One that
-# conditions itself also reads the context logits of the pass before.
+# A field reads a latent (..., T) and returns context logits (..., T, V): what the context says about each token. One
+# that conditions itself also reads the context logits of the pass before.
 Field = Callable[..., jax.Array]
 
 
@@ -94,7 +94,8 @@ def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def step_cost(before: jax.Array, after: jax.Array) -> jax.Array:
-  """Price in nats (...) of a Gaussian step, from the token's log-probabilities (...) with the old and with the new evidence.
+  """Price in nats (...) of a Gaussian step, from the token's log-probabilities (...) with the old and with the
+  new evidence.
 
   The log-ratio between the true increment's density and that of the mixture that the belief predicts: with the same
   context logits in both, log softmax(c + E y')[w] - log softmax(c + E y)[w]. Its mean over the increment's noise is a
@@ -142,7 +143,8 @@ class Motion:
     return cls(PRECISION_MIN**0.5 * noise, precision, jnp.zeros_like(noise), jnp.full_like(precision, -1.0))
 
   def after(self, y: jax.Array, precision: jax.Array, code: jax.Array) -> "Motion":
-    """Having moved to y (..., T, M) at `precision` (..., T) under e_hat `code`; where precision is no higher, nothing moved."""
+    """Having moved to y (..., T, M) at `precision` (..., T) under e_hat `code`; where precision is no higher,
+    nothing moved."""
     moved = precision > self.precision
     put = lambda new, old: jnp.where(moved.reshape(moved.shape + (1,) * (new.ndim - moved.ndim)), new, old)
     return Motion(put(y, self.y), put(precision, self.precision), put(code, self.code),
@@ -152,8 +154,9 @@ class Motion:
 def correction(motion: Motion, code: jax.Array, precision_next: jax.Array) -> jax.Array:
   """What a second-order step to `precision_next` (..., T) adds to `euler_step` (..., T, M), e_hat being `code` now.
 
-  With z = y / sqrt(lambda) the flow is dz / dsqrt(lambda) = e_hat; this is the two-step Adams-Bashforth rule in sqrt(lambda)
-  (DPM-Solver++(2M) in its variables) less Euler's, and an estimate of Euler's error. Zero on a token's first step.
+  With z = y / sqrt(lambda) the flow is dz / dsqrt(lambda) = e_hat; this is the two-step Adams-Bashforth rule in
+  sqrt(lambda) (DPM-Solver++(2M) in its variables) less Euler's, and an estimate of Euler's error. Zero on a
+  token's first step.
   """
   old, new = jnp.sqrt(motion.precision), jnp.sqrt(precision_next)
   before = old - motion.root

@@ -81,8 +81,8 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A text. `tokens`: what was written, by id; `settled`: the number of the pass that settled each; `seconds`: until this text
-  was done, compilation apart. `text`: what was written; of infilling, the whole text with its gaps filled."""
+  """A text. `tokens`: what was written, by id; `settled`: the number of the pass that settled each; `seconds`: until
+  this text was done, compilation apart. `text`: what was written; of infilling, the whole text with its gaps filled."""
 
   prompt: str
   text: str
@@ -106,7 +106,8 @@ class _Row:
     return (self.tokens + [None]).index(None) + 1
 
   def written(self, token: np.ndarray, length: int) -> list[int]:
-    """Of the buffer `token` (C,), of which `length` places are known without a gap: what was written, up to the document's end."""
+    """Of the buffer `token` (C,), of which `length` places are known without a gap: what was written, up to the
+    document's end."""
     tokens = token[self.begin:length].tolist()
     return tokens[:tokens.index(DOCUMENT)] if DOCUMENT in tokens else tokens
 
@@ -114,8 +115,8 @@ class _Row:
 def default_window(sampling: Sampling, config: config_lib.Config) -> int:
   """The tokens of a window where nothing says how many: as in training.
 
-  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: the tokens that jump
-  together are then so many that a window of training has no places for them that are far apart.
+  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: the
+  tokens that jump together are then so many that a window of training has no places for them that are far apart.
   """
   size = config.window.size
   if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
@@ -124,7 +125,8 @@ def default_window(sampling: Sampling, config: config_lib.Config) -> int:
 
 
 class Sampler:
-  """Writes texts with a model. Compiles once for texts of like length in batches of like size; `compile_seconds` sums up."""
+  """Writes texts with a model. Compiles once for texts of like length in batches of like size;
+  `compile_seconds` sums up."""
 
   def __init__(self, run: checkpoint.Run, sampling: Sampling = Sampling(), mesh: jax.sharding.Mesh | None = None):
     """mesh: over which texts and parameters are laid out by the rules of training; None: all devices hold copies of the
@@ -153,11 +155,12 @@ class Sampler:
   def __call__(self, prompts: list[str], num: int = 1, seed: int = 0, infill: bool = False,
                on_text: Callable[[int, str], None] | None = None,
                traces: list[trace_lib.Trace] | None = None) -> list[Generation]:
-    """Texts behind prompts, `num` for each in turn; with `infill`, prompts whose `[...]` (`[...12]`: 12 tokens) are filled.
+    """Texts behind prompts, `num` for each in turn; with `infill`, prompts whose `[...]` (`[...12]`: 12
+    tokens) are filled.
 
-    A text depends on its prompt, its number among those of the same prompt, and the seed, not on the others. on_text gets a
-    text's number and what of it was settled since, from left to right. traces: a list that the first text's is added to.
-    Raises UserError for a prompt that is too long or cannot be encoded.
+    A text depends on its prompt, its number among those of the same prompt, and the seed, not on the others. on_text
+    gets a text's number and what of it was settled since, from left to right. traces: a list that the first text's is
+    added to. Raises UserError for a prompt that is too long or cannot be encoded.
     """
     rows, seen = [], {}
     for prompt in prompts:
@@ -187,7 +190,8 @@ class Sampler:
     if not infill:
       tokens = tokenizer.encode(prompt).tolist()
       if len(tokens) + self.sampling.max_tokens > C:
-        raise UserError(f"{what}: its {len(tokens)} tokens and {self.sampling.max_tokens} more do not fit the context of {C}")
+        raise UserError(
+            f"{what}: its {len(tokens)} tokens and {self.sampling.max_tokens} more do not fit the context of {C}")
       return tokens
     tokens: list[int | None] = []
     for i, piece in enumerate(_GAP.split(prompt)):  # text, number, text, number, ..., text
@@ -238,7 +242,8 @@ class Sampler:
     for i, row in enumerate(rows):
       token[i, 1:len(row.tokens) + 1] = [t or 0 for t in row.tokens]
       known[i, 1:len(row.tokens) + 1] = [t is not None for t in row.tokens]
-    filled = lambda values, dtype: np.array(values + [1] * (B - len(rows)), dtype)  # rows that are done before they begin
+    filled = lambda values, dtype: np.array(
+        values + [1] * (B - len(rows)), dtype)  # rows that are done before they begin
     digest, count = (filled([row.number[j] for row in rows], np.uint32) for j in (0, 1))
 
     def start(params, statistics, token, known, prefix, begin, limit, digest, count, seed):
@@ -254,12 +259,13 @@ class Sampler:
                                 self._window)
 
     return self._call(("start", trace), start, self._params, self._statistics, token, known, token[:, :P],
-                      filled([row.begin for row in rows], np.int32), filled(limits, np.int32), digest, count, np.uint32(seed))
+                      filled([row.begin for row in rows], np.int32), filled(limits, np.int32), digest, count,
+                      np.uint32(seed))
 
   def _advance(self, texts: decode.Texts, stop: np.ndarray, walk: decode.Walk | None, index: np.ndarray,
                infill: bool) -> tuple[decode.Texts, decode.Walk | None, np.ndarray]:
-    """Some passes more, a single one where a trace is wanted. stop (B,) bool ends rows. walk, index: of the window that is on its
-    way (mode flow), with the number of its next pass, 0 where a new one is to begin."""
+    """Some passes more, a single one where a trace is wanted. stop (B,) bool ends rows. walk, index: of the window
+    that is on its way (mode flow), with the number of its next pass, 0 where a new one is to begin."""
     sampling, trace = self.sampling, texts.guess is not None
     chunk = 1 if trace else _CHUNK
     bind = lambda params: self._model.bind({"params": params})
@@ -299,11 +305,13 @@ class Sampler:
     return texts, walk, np.int32(index + 1 if inside else 0)
 
   def _call(self, name: tuple, function: Callable, *args: Any) -> Any:
-    """function(*args), compiled ahead once for each name and kind of arguments; texts are used up, and come back laid out by rows."""
+    """function(*args), compiled ahead once for each name and kind of arguments; texts are used up, and come back laid
+    out by rows."""
     key = (name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)))
     if key not in self._compiled:
       clock = time.perf_counter()
-      layout = jax.tree.map(self._layout, jax.eval_shape(function, *args), is_leaf=lambda x: isinstance(x, decode.Texts))
+      layout = jax.tree.map(self._layout, jax.eval_shape(function, *args),
+                            is_leaf=lambda x: isinstance(x, decode.Texts))
       old = tuple(i for i, arg in enumerate(args) if isinstance(arg, decode.Texts))
       self._compiled[key] = jax.jit(function, out_shardings=layout, donate_argnums=old).lower(*args).compile()
       self.compile_seconds += time.perf_counter() - clock
@@ -374,7 +382,8 @@ class _Progress:
       if self._cut is not None:
         tokens = next(tokens[:n] for n in range(len(tokens) + 1) if len(self._decode(tokens[:n])) >= self._cut)
       places = [row.begin + j for j in range(len(tokens))]
-    return Generation(row.prompt, text, tokens, host["settled"][i, places].tolist(), int(host["passes"][i]), self.seconds)
+    return Generation(row.prompt, text, tokens, host["settled"][i, places].tolist(), int(host["passes"][i]),
+                      self.seconds)
 
 
 class _Recorder:
@@ -420,13 +429,13 @@ class _Recorder:
     prompt = tokenizer.decode(np.array(self._row.tokens[:begin - 1], np.int64))
     setting = {"flow": f", {sampling.path or 'diagonal'}, {sampling.steps} passes a window",
                "adaptive": f", threshold {sampling.threshold:g}"}.get(sampling.mode, "")
-    return trace_lib.Trace(prompt, sampling.mode + setting, np.array(time, float).reshape(len(time), len(places)), believed,
-                           np.array(event, np.int8).reshape(len(time), len(places)))
+    return trace_lib.Trace(prompt, sampling.mode + setting, np.array(time, float).reshape(len(time), len(places)),
+                           believed, np.array(event, np.int8).reshape(len(time), len(places)))
 
 
 def check(sampling: Sampling, config: config_lib.Config) -> str | None:
-  """Raises UserError, naming the flag, for settings that are impossible or that the model does not have. Returns the path that
-  windows take, with its number; None for modes without one."""
+  """Raises UserError, naming the flag, for settings that are impossible or that the model does not have. Returns the
+  path that windows take, with its number; None for modes without one."""
   def need(condition: bool, flag: str, problem: str) -> None:
     if not condition:
       raise UserError(f"--{flag}={getattr(sampling, flag)}: {problem}")
@@ -459,7 +468,8 @@ def check(sampling: Sampling, config: config_lib.Config) -> str | None:
   path = f"{path}:{sampling.steps}" if path in _STEPS_PATHS else path
   name, _ = paths.parse(path)
   need(name != "ar", "path", "has a mode of its own, --mode=ar")
-  need(name != "learned" or config.model.progression == "learned", "path", "the model has a shared clock (model.progression)")
+  need(name != "learned" or config.model.progression == "learned", "path",
+       "the model has a shared clock (model.progression)")
   _clock_times(sampling)
   need(sampling.grid == "time" or name in ("diagonal", "rolling"), "grid", f"does not go with --path={path}")
   return path
@@ -482,7 +492,8 @@ def _clock_times(sampling: Sampling) -> list[float] | None:
   except ValueError:
     times = []
   if not times or any(a <= b for a, b in zip([1.0] + times, times + [0.0])):
-    raise UserError(f"--grid={sampling.grid}: is neither {' nor '.join(_GRIDS)}, nor times that fall from 1 to 0, as 0.8,0.5,0.2")
+    raise UserError(f"--grid={sampling.grid}: is neither {' nor '.join(_GRIDS)}, nor times that fall from 1 to 0, "
+                    "as 0.8,0.5,0.2")
   return times
 
 
@@ -509,7 +520,8 @@ def final_samples(run: checkpoint.Run, mesh: jax.sharding.Mesh) -> str:
   """A few texts in two modes, from nothing, for the end of training."""
   config, parts = run.config, []
   for mode in () if not config.eval.samples else ("flow",) if config.diffusion_alone else ("ar", "flow"):
-    sampling = Sampling(mode=mode, max_tokens=min(config.eval.sample_tokens, config.model.context), steps=config.eval.flow_steps)
+    sampling = Sampling(mode=mode, max_tokens=min(config.eval.sample_tokens, config.model.context),
+                        steps=config.eval.flow_steps)
     found = Sampler(run, sampling, mesh)([""], config.eval.samples, config.train.seed)
     passes = "one token a pass" if mode == "ar" else f"{config.eval.flow_steps} passes for {config.window.size} tokens"
     parts += [f"--- {mode} ({passes})\n{generation.text}" for generation in found]
@@ -517,8 +529,8 @@ def final_samples(run: checkpoint.Run, mesh: jax.sharding.Mesh) -> str:
 
 
 def read_prompts(name: str) -> list[str]:
-  """The prompts of a file, one a line, or of a .jsonl file, each line a string or an object with "prompt" or "text"; "-" is standard
-  input, one a line. Raises UserError that names file and line."""
+  """The prompts of a file, one a line, or of a .jsonl file, each line a string or an object with "prompt" or "text";
+  "-" is standard input, one a line. Raises UserError that names file and line."""
   try:
     if name == "-":
       lines = sys.stdin.read().splitlines()
@@ -589,10 +601,12 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "A run's work directory.")
   flags.DEFINE_multi_string("prompt", [], "A text's beginning; may be given several times.")
   flags.DEFINE_string("prompts", "", "File of prompts, one a line, or .jsonl; - is standard input.")
-  flags.DEFINE_multi_string("infill", [], "A text whose [...] ([...12]: of 12 tokens) are filled, what stands behind held fixed.")
+  flags.DEFINE_multi_string("infill", [],
+                            "A text whose [...] ([...12]: of 12 tokens) are filled, what stands behind held fixed.")
   flags.DEFINE_integer("num", 1, "Texts for each prompt.")
   flags.DEFINE_integer("seed", 0, "Of all draws.")
-  flags.DEFINE_bool("json", False, "Print a list of objects: prompt, text, tokens, settled (each token's pass), passes, seconds.")
+  flags.DEFINE_bool("json", False,
+                    "Print a list of objects: prompt, text, tokens, settled (each token's pass), passes, seconds.")
   flags.DEFINE_string("trace", "", "File (.html or .png) for a picture of how the first text matured.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
   default = Sampling()
@@ -604,16 +618,19 @@ if __name__ == "__main__":
   flags.DEFINE_bool("greedy", default.greedy, "The most probable token always.")
   flags.DEFINE_multi_string("stop", list(default.stop), "A string that ends a text; may be given several times.")
   flags.DEFINE_integer("steps", default.steps, "Passes a window (mode flow).")
-  flags.DEFINE_string("path", default.path, "Mode flow: diagonal (default), rolling, random or learned, in --steps passes, or any "
-                      "that evaluate prices, as streams:4. Mode adaptive: spread (default), entropy, confidence or maturity.")
-  flags.DEFINE_string("grid", default.grid, "Steps of diagonal and rolling: even in time, in (log-)precision, or t after each pass "
-                      "as 0.8,0.5,0.2.")
+  flags.DEFINE_string("path", default.path, "Mode flow: diagonal (default), rolling, random or learned, in --steps "
+                      "passes, or any that evaluate prices, as streams:4. Mode adaptive: spread (default), entropy, "
+                      "confidence or maturity.")
+  flags.DEFINE_string("grid", default.grid, "Steps of diagonal and rolling: even in time, in (log-)precision, or t "
+                      "after each pass as 0.8,0.5,0.2.")
   flags.DEFINE_string("stepper", default.stepper, "How a step is taken: ode, ode2 (second order) or ancestral.")
-  flags.DEFINE_float("threshold", default.threshold, "Mode adaptive: 0 is autoregression; the higher, the fewer passes.")
-  flags.DEFINE_integer("window", default.window, "Tokens of a window; 0: as in training; in mode adaptive, where the threshold asks for few "
-                       "passes, up to four times as many.")
+  flags.DEFINE_float("threshold", default.threshold,
+                     "Mode adaptive: 0 is autoregression; the higher, the fewer passes.")
+  flags.DEFINE_integer("window", default.window, "Tokens of a window; 0: as in training; in mode adaptive, where the "
+                       "threshold asks for few passes, up to four times as many.")
   flags.DEFINE_integer("draft", default.draft, "Mode verify: tokens proposed a pass, at most.")
-  flags.DEFINE_integer("draft_passes", default.draft_passes, "Mode verify: passes of a round; 1 judges and proposes in one.")
+  flags.DEFINE_integer("draft_passes", default.draft_passes,
+                       "Mode verify: passes of a round; 1 judges and proposes in one.")
   flags.DEFINE_integer("gap", default.gap, "Tokens of a gap [...] without a number.")
   flags.DEFINE_bool("endless", default.endless, "The end of a document is ruled out.")
   flags.DEFINE_integer("batch_size", default.batch_size, "Texts that are written at once.")

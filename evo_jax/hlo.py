@@ -1,7 +1,8 @@
-"""Reads what XLA compiled: which collectives run how often over which axes of the mesh, and what the compiler expects of time.
+"""Reads what XLA compiled: which collectives run how often over which axes of the mesh, and what the compiler
+expects of time.
 
-The text of a compiled program (`Compiled.as_text()`) is a list of computations that call each other; the body of a loop stands there
-once and runs as often as the loop says. Everything is counted for one device.
+The text of a compiled program (`Compiled.as_text()`) is a list of computations that call each other; the body of a
+loop stands there once and runs as often as the loop says. Everything is counted for one device.
 """
 
 import collections
@@ -18,16 +19,17 @@ from evo_jax import flops
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5}
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """A collective as the program states it.
 
-  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device sends in one call, were
-  it done around rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that for an all-reduce. count: calls a run. hidden:
-  asynchronous, so that computation can hide it.
+  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device
+  sends in one call, were it done around rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that
+  for an all-reduce. count: calls a run. hidden: asynchronous, so that computation can hide it.
   """
 
   kind: str
@@ -39,8 +41,8 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """An instruction that computes: the compiler's estimate of its cycles (TPUs only), 0 where it has none. product: a matrix product, or
-  fused with one; kernel: a custom one."""
+  """An instruction that computes: the compiler's estimate of its cycles (TPUs only), 0 where it has none. product: a
+  matrix product, or fused with one; kernel: a custom one."""
 
   cycles: float
   product: bool = False
@@ -80,7 +82,8 @@ class Program:
 
   @functools.cached_property
   def collectives(self) -> tuple[Collective, ...]:
-    return tuple(dataclasses.replace(e.collective, count=times) for e, times in _flat(self.schedule) if isinstance(e, Begin))
+    return tuple(dataclasses.replace(e.collective, count=times) for e, times in _flat(self.schedule)
+                 if isinstance(e, Begin))
 
   @functools.cached_property
   def cycles(self) -> dict[bool, float]:
@@ -106,8 +109,9 @@ class Program:
   def waits(self, cycle: float, kernel: float, took: Callable[[Collective], float]) -> float:
     """Seconds of a run in which nothing is computed, since a collective is waited for.
 
-    A collective runs from its beginning on beside what the schedule has until its end, or after those over the same axes that are still
-    under way. cycle, kernel: seconds of one, and of a custom kernel's call; took: of one call of a collective.
+    A collective runs from its beginning on beside what the schedule has until its end, or after those over the same
+    axes that are still under way. cycle, kernel: seconds of one, and of a custom kernel's call; took: of one call of
+    a collective.
     """
     return _waits(self.schedule, cycle, kernel, took)[1]
 
@@ -139,8 +143,8 @@ def _waits(schedule, cycle, kernel, took) -> tuple[float, float]:
 
 
 def read(text: str, mesh: dict[str, int]) -> Program:
-  """Reads a compiled program, whose instructions stand in the order in which they run. mesh: sizes of the axes by name, in the order of
-  the devices."""
+  """Reads a compiled program, whose instructions stand in the order in which they run. mesh: sizes of the axes by
+  name, in the order of the devices."""
   computations, entry = _split(text)
   has = lambda names, what: any(what in line for name in names for line in computations.get(name, ()))
 
@@ -156,7 +160,8 @@ def read(text: str, mesh: dict[str, int]) -> Program:
   def of(match: re.Match, line: str, name: str, hidden: bool) -> list[Collective]:
     """The collective that an instruction is, if it is one, and not over single devices."""
     op, type_ = match["op"], match["type"]
-    if op == "send" and (between := re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)):
+    if op == "send" and (between := re.search(
+        r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)):
       # Between slices a TPU's hosts do it, each device with those in its place in the other slices.
       kind = between[2].lower().replace("_", "-")
       return [Collective(kind, ("data",), _sent(kind, op, type_, between[1].count(",") + 1, name), 1, True)]
@@ -166,15 +171,18 @@ def read(text: str, mesh: dict[str, int]) -> Program:
       return []
     scatters = name.startswith("all-reduce-scatter")
     kind = "reduce-scatter" if scatters else kind
-    return [Collective(kind, _axes(members, mesh), _sent(kind, op, type_, len(members), name), 1, hidden and not scatters)]
+    return [Collective(kind, _axes(members, mesh), _sent(kind, op, type_, len(members), name), 1,
+                       hidden and not scatters)]
 
   def begins(match: re.Match, line: str, name: str) -> list[Collective]:
     """Collectives that begin with an instruction."""
     op, called = match["op"], _calls(line)
     if op == "call-start":  # a TPU's SparseCores
       return inside(called)
-    if op == "fusion":  # an asynchronous one on TPUs, with what hides it, stands in several: its beginning, its steps and its end
-      return inside(called) if has(called, '"AsyncCollectiveStart"') or any(c.startswith("all-reduce-scatter") for c in called) else []
+    if op == "fusion":
+      # An asynchronous one on TPUs, with what hides it, stands in several: its beginning, its steps and its end.
+      return inside(called) if has(called, '"AsyncCollectiveStart"') or any(
+          c.startswith("all-reduce-scatter") for c in called) else []
     return of(match, line, name, op.endswith("-start"))
 
   def ends(match: re.Match, line: str) -> str | None:

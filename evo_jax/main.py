@@ -25,8 +25,8 @@ def main() -> None:
                                None if args.process_id < 0 else args.process_id,
                                heartbeat_timeout_seconds=args.heartbeat)
     if jax.default_backend() == "cpu":
-      # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one order, and
-      # processes mix up their messages: Gloo then complains of sizes that do not match.
+      # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
+      # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
       jax.config.update("jax_enable_compilation_cache", False)
   workdir = args.workdir or f"runs/{Path(file).stem}"
   try:
@@ -35,8 +35,9 @@ def main() -> None:
     if jax.process_count() == 1:
       raise
     # Mostly a process that is gone, for which others would wait without end, at their exit too.
-    print(f"evo_jax: process {jax.process_index()}: another process was lost ({str(error).splitlines()[0][:200]}); the same command "
-          f"goes on from the last checkpoint in {workdir}", file=sys.stderr, flush=True)
+    print(f"evo_jax: process {jax.process_index()}: another process was lost "
+          f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint in {workdir}",
+          file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -53,5 +54,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
   flags.DEFINE_integer("process_id", -1, "This process's number.")
-  flags.DEFINE_integer("heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end.")
+  flags.DEFINE_integer("heartbeat", 60,
+                       "Of several processes: seconds of silence after which one counts as lost, and all end.")
   cli.run(main)

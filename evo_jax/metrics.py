@@ -67,10 +67,10 @@ def read(path: epath.Path) -> list[dict[str, float]]:
 class Meter:
   """Where the time goes. A row of the journal gets, all but the last since the row before:
 
-  tokens_per_second, tokens_per_second_per_chip: of clean text, while steps were made; mfu: the formula's operations (`flops`,
-  without what rematerialisation repeats) as a share of the devices' peak, where that is known; data_wait: the share of the time
-  that the loop waited for text; checkpoint_stall, evaluation: seconds; goodput: since the command began, the share of the time in
-  which steps were made, apart from compilation, waiting, saving and evaluating.
+  tokens_per_second, tokens_per_second_per_chip: of clean text, while steps were made; mfu: the formula's operations
+  (`flops`, without what rematerialisation repeats) as a share of the devices' peak, where that is known; data_wait: the
+  share of the time that the loop waited for text; checkpoint_stall, evaluation: seconds; goodput: since the command
+  began, the share of the time in which steps were made, apart from compilation, waiting, saving and evaluating.
   """
 
   def __init__(self, tokens_a_step: int):
@@ -103,7 +103,8 @@ class Meter:
     stepping = max(now - self._marked - stall, 1e-9)
     self._good += stepping - self._waited["data_wait"] if self._steps else 0.0
     found = {"goodput": round(max(self._good, 0.0) / (now - self._began), 4),
-             "checkpoint_stall": round(self._waited["checkpoint_stall"], 3), "evaluation": round(self._waited["evaluation"], 3)}
+             "checkpoint_stall": round(self._waited["checkpoint_stall"], 3),
+             "evaluation": round(self._waited["evaluation"], 3)}
     if self._steps:
       rate, chips = self._steps / stepping, jax.device_count()
       found |= {"tokens_per_second": round(rate * self._tokens, 1),
@@ -127,8 +128,8 @@ class Bar:
     self._progress = None
     if jax.process_index() == 0 and sys.stderr.isatty():
       from rich.console import Console
-      self._progress = Progress(TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-                                console=Console(stderr=True))
+      self._progress = Progress(TextColumn("step {task.completed}/{task.total}"), BarColumn(),
+                                TextColumn("{task.description}"), console=Console(stderr=True))
       self._task = self._progress.add_task("compiling", total=steps, completed=start)
       self._progress.start()
 

@@ -1,17 +1,17 @@
 """The network: a time-conditioned Transformer with a clean stream and windows (linen). It knows nothing of paths.
 
 The clean stream is an ordinary causal Transformer over tokens at t = 0: the output of position j gives the context
-logits c of token j + 1, its cross-entropy is autoregression's, its keys and values are final. A window is a run of slots:
-a clean anchor token and, after it, tokens with any t each. Its slots see the clean stream before the anchor and each
-other in both directions, and slot j's output gives c for slot j + 1. The parameters are the same; what t adds vanishes
-at t = 0, so that a clean slot is a token of an ordinary Transformer.
+logits c of token j + 1, its cross-entropy is autoregression's, its keys and values are final. A window is a run of
+slots: a clean anchor token and, after it, tokens with any t each. Its slots see the clean stream before the anchor
+and each other in both directions, and slot j's output gives c for slot j + 1. The parameters are the same; what t
+adds vanishes at t = 0, so that a clean slot is a token of an ordinary Transformer.
 
 Blocks: pre-norm (RMSNorm), rotary grouped-query attention, SwiGLU, as in Llama; per-slot adaptive normalisation as in
 DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of low rank.
 
-Letters in names: B batch, L clean positions, N windows, S slots of a run, T = N S, D width, V vocabulary (rows of the tables),
-H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value), E elements of a head,
-F hidden, M code elements, R rank of the time conditioning.
+Letters in names: B batch, L clean positions, N windows, S slots of a run, T = N S, D width, V vocabulary (rows of the
+tables), H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value),
+E elements of a head, F hidden, M code elements, R rank of the time conditioning.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ _PHASE = 8  # of the slot features, a token's place in its stream
 class Cache:
   """What the clean stream leaves to be read: final keys and values of its positions.
 
-  k, v: (layers, B, K, L, E), or a tuple of (B, K, L, E) by layer from a model whose layers are apart; start: (B, L) int32,
-  the first position that each sees, its document's where documents are isolated.
+  k, v: (layers, B, K, L, E), or a tuple of (B, K, L, E) by layer from a model whose layers are apart; start: (B, L)
+  int32, the first position that each sees, its document's where documents are isolated.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
@@ -56,9 +56,9 @@ class Cache:
 class Stream:
   """How the slots of a stream read: N runs of S slots; the clean stream is one run.
 
-  angles: `attention.angles` of their places, whose shape tells N and S; stop, start: the clean positions that slots see, as
-  `attention.attend` takes them; visible: which slots of its run each sees, (B, N, S, T) or broadcastable to it; None: there is nothing
-  but clean slots; time_BxTxR: the time conditioning, T = N S; None: t is 0.
+  angles: `attention.angles` of their places, whose shape tells N and S; stop, start: the clean positions that slots
+  see, as `attention.attend` takes them; visible: which slots of its run each sees, (B, N, S, T) or broadcastable to
+  it; None: there is nothing but clean slots; time_BxTxR: the time conditioning, T = N S; None: t is 0.
   """
 
   angles: tuple[jax.Array, jax.Array]
@@ -86,8 +86,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
   """x (..., in) times weight (in, out), either in several axes: `inputs` of the weight's are contracted; in x's dtype.
 
-  Done as a product by one matrix: of weights with more axes TPUs' compiler makes copies. XLA's CPU backward pass takes twice as long over
-  products of more axes, so that there x is a matrix, too; on TPUs making it one costs copies.
+  Done as a product by one matrix: of weights with more axes TPUs' compiler makes copies. XLA's CPU backward pass takes
+  twice as long over products of more axes, so that there x is a matrix, too; on TPUs making it one costs copies.
   """
   lead, out = x.shape[:x.ndim - inputs], weight.shape[inputs:]
   size = math.prod(weight.shape[:inputs])
@@ -97,7 +97,8 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def parameter(module: nn.Module, rules: ShardingRules, name: str, init, shape, axes, param_dtype, dtype) -> jax.Array:
-  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype` (None: its part)."""
+  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype`
+  (None: its part)."""
   if sharding.by_hand() and module.has_variable("params", name):  # this device's part, whose shape linen would not take
     part = module.get_variable("params", name)
     return part if dtype is None else rules.gather(part, axes, dtype)
@@ -138,10 +139,10 @@ class Block(nn.Module):
   def __call__(self, x_BxTxD, past, streams, write):
     """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
 
-    x_BxTxD: the slots of all streams, one after another; the slots of a stream's runs, too, lie in one axis, since TPUs pad the last two.
-    past: keys and values of the clean stream; None: there are none, or the first of two streams is the clean one, which the second reads:
-    then none are kept. streams: tuple of `Stream`. write: (first_B, fresh): the first `fresh` slots, of one run, are clean and enter `past`
-    at these places before it is read.
+    x_BxTxD: the slots of all streams, one after another; the slots of a stream's runs, too, lie in one axis, since TPUs
+    pad the last two. past: keys and values of the clean stream; None: there are none, or the first of two streams is
+    the clean one, which the second reads: then none are kept. streams: tuple of `Stream`. write: (first_B, fresh): the
+    first `fresh` slots, of one run, are clean and enter `past` at these places before it is read.
     """
     c = self.config
     x = x_BxTxD
@@ -154,7 +155,8 @@ class Block(nn.Module):
                    for s, end in zip(streams, ends) if s.time_BxTxR is not None]
 
     def add(x, change):
-      """x and, of slots that time conditions, change(x, modulation). Added in zeros, since cutting clean slots out costs TPUs a copy."""
+      """x and, of slots that time conditions, change(x, modulation). Added in zeros, since cutting clean slots out
+      costs TPUs a copy."""
       for end, modulation in conditioned:
         begin = end - modulation[0].shape[1]
         x = x + jnp.pad(change(x[:, begin:end], modulation), ((0, 0), (begin, T - end), (0, 0)))
@@ -197,13 +199,15 @@ class Block(nn.Module):
     gate, up = (checkpoint_name(self.rules.constrain(linear(h, w), "batch", "slots", "mlp"), "mlp")
                 for w in (self.w_gate_DxF, self.w_up_DxF))
     h = nn.silu(gate) * up
-    # The gate's gradient asks for what it scales. Kept where anything is: for it the product of all slots would be computed anew.
+    # The gate's gradient asks for what it scales. Kept where anything is: for it the product of all slots would be
+    # computed anew.
     x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "gated") * m[5])
     return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:
-  # A weight that was gathered, or was given another shape or dtype then, is gathered anew: kept, they would be the whole model.
+  # A weight that was gathered, or was given another shape or dtype then, is gathered anew: kept, they would be the
+  # whole model.
   return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")
 
 
@@ -211,14 +215,16 @@ def kept(remat: str):
   """The policy of `jax.checkpoint` that config.remat names."""
   if remat.startswith("save:"):
     return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "gated")
-  return {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+  return {"none": _all_but_gathered, "full": None,
+          "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
 
 
 class Evo(nn.Module):
   """The network. `vocab_size` counts the tokenizer's tokens; the tables may have more rows, which are ruled out.
 
-  stacked: layers share one compiled body, their parameters stacked: for training. False, with `unstacked` parameters: each
-  layer by itself, for decoding, where cutting a layer's parameters out of the stack would take longer than reading them.
+  stacked: layers share one compiled body, their parameters stacked: for training. False, with `unstacked` parameters:
+  each layer by itself, for decoding, where cutting a layer's parameters out of the stack would take longer than
+  reading them.
   """
 
   config: config_lib.Model
@@ -240,7 +246,8 @@ class Evo(nn.Module):
       return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, dtype)
 
     normal = nn.initializers.normal
-    # By hand, a device's part: what reads all rows gathers them some at a time. Or the whole, which is gathered and scattered once.
+    # By hand, a device's part: what reads all rows gathers them some at a time. Or the whole, which is gathered and
+    # scattered once.
     in_parts = sharding.keeps_order()
     self.table_rules = self.rules if in_parts else dataclasses.replace(self.rules, embed=None)
     dtype = None if in_parts else c.dtype
@@ -262,13 +269,14 @@ class Evo(nn.Module):
       self.clock_posterior_slot = param("clock_posterior_slot", (F + 1, P), (None, None), normal((F + 1)**-0.5))
       self.clock_posterior_out = param("clock_posterior_out", (P, 2), (None, None), zeros)
 
-    block = nn.remat(Block, prevent_cse=False, policy=kept(c.remat)) if c.remat != "none" or sharding.by_hand() else Block
+    block = (nn.remat(Block, prevent_cse=False, policy=kept(c.remat)) if c.remat != "none" or sharding.by_hand()
+             else Block)
     if not self.stacked:
       self.layer = [block(c, self.rules) for _ in range(c.layers)]
       return
     self.blocks = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, unroll=min(c.unroll, c.layers),
-        in_axes=(0, *(nn.broadcast,) * 2),
+        block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+        unroll=min(c.unroll, c.layers), in_axes=(0, *(nn.broadcast,) * 2),
         metadata_params={nn.PARTITION_NAME: "layers"})(c, self.rules)
 
   def codes(self) -> jax.Array:
@@ -278,13 +286,15 @@ class Evo(nn.Module):
   def clean(self, tokens_BxL: jax.Array, x_BxLxD: jax.Array | None = None) -> tuple[jax.Array, Cache]:
     """The clean stream: hidden states (B, L, D), of which number j tells of token j + 1, and its cache.
 
-    Positions count from 0. Nothing but the tokens up to j enters number j. x_BxLxD: the tokens' embeddings, if they are at hand.
+    Positions count from 0. Nothing but the tokens up to j enters number j. x_BxLxD: the tokens' embeddings, if they
+    are at hand.
     """
     stream = self._clean_stream(tokens_BxL)
     x, (k, v) = self._layers(self.embed_tokens(tokens_BxL) if x_BxLxD is None else x_BxLxD, None, (stream,))
     return x, Cache(k, v, _starts(stream))
 
-  def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array, time_BxNxS: jax.Array) -> jax.Array:
+  def window(self, cache: Cache | None, anchor_BxN: jax.Array, x_BxNxSxD: jax.Array,
+             time_BxNxS: jax.Array) -> jax.Array:
     """Windows: hidden states (B, N, S, D), of which number j tells of slot j + 1.
 
     Args:
@@ -310,12 +320,13 @@ class Evo(nn.Module):
     return x[:, :L], x[:, L:].reshape(x_BxNxSxD.shape)
 
   def slots(self, past: tuple, first_B: jax.Array, fresh: int, x_BxSxD: jax.Array, time_BxS: jax.Array | None,
-            position_BxS: jax.Array, stop_BxS: jax.Array | None, visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
+            position_BxS: jax.Array, stop_BxS: jax.Array | None,
+            visible_BxSxT: jax.Array | None) -> tuple[jax.Array, tuple]:
     """Clean slots and windows' together: hidden states (B, S, D), and the past with the clean ones in it.
 
     Args:
-      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); None: there are none; the first `fresh` slots enter it at the places
-        first[b], first[b] + 1, ... before anything is read.
+      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); None: there are none; the first
+        `fresh` slots enter it at the places first[b], first[b] + 1, ... before anything is read.
       x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their places in the text.
       stop_BxS: a slot sees the past before this place.
       visible_BxSxT: which of the slots behind the fresh ones a slot sees; None: there are none.
@@ -333,7 +344,8 @@ class Evo(nn.Module):
       start = jax.lax.cummax(jnp.where(tokens_BxL == DOCUMENT, position, 0), axis=1)[:, None]
     return Stream(self._angles(position), position[None, None] + 1, start, None, None)
 
-  def _window_stream(self, anchor_BxN: jax.Array, time_BxNxS: jax.Array, reads: bool, start_BxL: jax.Array | None) -> Stream:
+  def _window_stream(self, anchor_BxN: jax.Array, time_BxNxS: jax.Array, reads: bool,
+                     start_BxL: jax.Array | None) -> Stream:
     """reads: whether there is a clean stream to read, from `start` on."""
     S = time_BxNxS.shape[2]
     # An anchor that begins a document sees nothing before it.
@@ -389,24 +401,27 @@ class Evo(nn.Module):
     """The soft inputs (..., D) of slots: the expected embedding under prior and evidence; at t = 0 the token's own.
 
     codes: (V, M), of each of the latents: by them they are read, and may be taught.
-    prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning); they are not taught.
+    prior_logits (..., V) or (V,): log-unigram, or the previous pass's context logits (self-conditioning); they are
+      not taught.
     own (..., D): the tokens' embeddings, if they are at hand.
-    before (..., D): instead of the previous pass's logits, the hidden states that they come from; `prior_logits`, zeros then, are added.
+    before (..., D): instead of the previous pass's logits, the hidden states that they come from; `prior_logits`,
+      zeros then, are added.
     chunk: rows of the vocabulary that are in memory at a time, with `prior_logits` (V,); 0: all.
     """
     hidden, head = (None,) * len(latents), None
     if before is not None:
       hidden, head = jax.lax.stop_gradient((tuple(self._normed(x) for x in before), self._head()))
     beliefs = tuple(vocabulary.Beliefs(h, (latent.y,), c) for h, latent, c in zip(hidden, latents, codes))
-    soft = vocabulary.means(chunk, self.table_rules, beliefs, self._whole(self.embedding_VxD), head, prior_logits + self._ruled_out())
+    soft = vocabulary.means(chunk, self.table_rules, beliefs, self._whole(self.embedding_VxD), head,
+                            prior_logits + self._ruled_out())
     own = tuple(self.embed_tokens(latent.token) for latent in latents) if own is None else own
     return tuple(jnp.where(latent.known[..., None], x, y.astype(x.dtype)) for latent, x, y in zip(latents, own, soft))
 
   def clock_prior(self, hidden_BxNxD: jax.Array, size: int,
                   passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the past expects of the clock of the `size` tokens after an anchor, in `passes` passes: the delays' means and
-    log standard deviations, and the sharpnesses, each (B, N, size) float32. Before training the clock is that of as many
-    streams as the passes ask for, its jumps made soft.
+    """What the past expects of the clock of the `size` tokens after an anchor, in `passes` passes: the delays' means
+    and log standard deviations, and the sharpnesses, each (B, N, size) float32. Before training the clock is that of
+    as many streams as the passes ask for, its jumps made soft.
 
     hidden_BxNxD: the clean stream's at the anchors.
     """
@@ -421,8 +436,8 @@ class Evo(nn.Module):
                       passes_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the tokens themselves add to the means and log standard deviations of their delays (B, N, W), float32.
 
-    Each token is judged by itself, its context, how much it surprises (nats_BxL: cross-entropies of tokens 1..L), and the
-    clean stream's last state that the window allows.
+    Each token is judged by itself, its context, how much it surprises (nats_BxL: cross-entropies of tokens 1..L), and
+    the clean stream's last state that the window allows.
     """
     B, N, W = token_BxNxW.shape
     at = (anchor_BxN[..., None] + jnp.arange(W)).reshape(B, N * W)
@@ -451,8 +466,8 @@ class Evo(nn.Module):
 
 
 def _slot_features(size: int, passes: jax.Array) -> jax.Array:
-  """(..., size, 12) float32: a token's place in its window as cosines; its place in its stream, were the window walked in as
-  many streams as `passes` (...) ask for, on the scale of delays; and the number of passes."""
+  """(..., size, 12) float32: a token's place in its window as cosines; its place in its stream, were the window
+  walked in as many streams as `passes` (...) ask for, on the scale of delays; and the number of passes."""
   index = jnp.arange(size)
   place = jnp.cos(jnp.pi * (index[:, None] + 0.5) / size * jnp.arange(8))
   passes = passes[..., None]

@@ -63,8 +63,8 @@ def clock(name: str, tokens: int, rolling_width: float, uniform: jax.Array | Non
 
 
 def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.Array:
-  """t = sigmoid(sharpness (delay - logit s)) (...), differentiable in both; exactly 1 and 0 within END of the ends, where
-  tokens wait and jump. s in [0, 1] broadcasts."""
+  """t = sigmoid(sharpness (delay - logit s)) (...), differentiable in both; exactly 1 and 0 within END of the ends,
+  where tokens wait and jump. s in [0, 1] broadcasts."""
   inside = (s > 0.0) & (s < 1.0)
   s_inside = jnp.where(inside, s, 0.5)
   time = jax.nn.sigmoid(sharpness * (delay - jnp.log(s_inside) + jnp.log1p(-s_inside)))
@@ -112,8 +112,8 @@ class Warp:
   """The time warp: t(precision) = CE(precision) / CE(0), the expected share of a token's uncertainty that is left.
 
   CE is measured during training (`update`) at G knots, evenly spaced in log(1 + precision), as weighted running sums,
-  and read through its isotonic (least-squares monotone) fit, piecewise linear in between. Time warping after Dieleman et
-  al., "Continuous diffusion for categorical data", 2022.
+  and read through its isotonic (least-squares monotone) fit, piecewise linear in between. Time warping after Dieleman
+  et al., "Continuous diffusion for categorical data", 2022.
   """
 
   nats_G: jax.Array  # float32: running sum of weight * cross-entropy

@@ -1,8 +1,10 @@
-"""Plans a run on a TPU pod without the pod: compiles the training step for it and says what it needs and how long it takes.
+"""Plans a run on a TPU pod without the pod: compiles the training step for it and says what it needs and how
+long it takes.
 
   python -m evo_jax.plan --config=configs/evo8b.py --topology=v5p:8x8x8 [--mesh=data:8,fsdp:64,tensor:1] [--json=FILE]
 
-The compiler is the TPU's own (`pip install 'evo_jax[tpu]'`), which needs no TPU. Without it the answers that follow from shapes are given.
+The compiler is the TPU's own (`pip install 'evo_jax[tpu]'`), which needs no TPU. Without it the answers that follow
+from shapes are given.
 """
 
 import contextlib
@@ -39,8 +41,8 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """hbm: GiB that a program may use; clock: cycles a second; link: bytes a second that one link sends one way; wraps: the sizes of a
-  torus's axis from which on (v5p) or at which (v5e, v6e) its ends are joined."""
+  """hbm: GiB that a program may use; clock: cycles a second; link: bytes a second that one link sends one way; wraps:
+  the sizes of a torus's axis from which on (v5p) or at which (v5e, v6e) its ends are joined."""
 
   kind: str
   hbm: float
@@ -62,12 +64,15 @@ DCN = 6.25e9  # bytes a second and chip between slices: 200 Gbit/s a host of fou
 SPARE = 0.1  # of the HBM that should be left
 
 ASSUMPTIONS = (
-    "Cycles are the TPU compiler's own estimates for each instruction, which run one after another; loops count with their length.",
-    f"Attention kernels, for which it has none, reach {KERNEL_SHARE:.0%} of the peak on the blocks that their masks do not leave out.",
-    "Collectives go around rings at the links' full speed, both ways where a torus's axis is closed (v5p from 4, v5e and v6e at 16 chips), over "
-    "all physical axes that a mesh axis covers; latency is not counted.",
-    "An asynchronous collective runs beside what the compiler's schedule has between its beginning and its end, after those over the same axes; "
-    "what is left is waited for, as are all others. All calls of attention kernels take equally long.",
+    "Cycles are the TPU compiler's own estimates for each instruction, which run one after another; loops count with "
+    "their length.",
+    f"Attention kernels, for which it has none, reach {KERNEL_SHARE:.0%} of the peak on the blocks that their masks do "
+    "not leave out.",
+    "Collectives go around rings at the links' full speed, both ways where a torus's axis is closed (v5p from 4, v5e "
+    "and v6e at 16 chips), over all physical axes that a mesh axis covers; latency is not counted.",
+    "An asynchronous collective runs beside what the compiler's schedule has between its beginning and its end, after "
+    "those over the same axes; what is left is waited for, as are all others. All calls of attention kernels take "
+    "equally long.",
     f"Between slices {DCN / 1e9:.2f} GB a second and chip.",
     "The input, checkpoints and evaluation cost nothing.",
     "Model operations are the formula's (flops.train_step): forward and backward once, keys that masks let through.")
@@ -77,8 +82,9 @@ ASSUMPTIONS = (
 class Plan:
   """What a training step needs, for one chip where nothing else is said. None: not known without the compiler.
 
-  bytes: `parameters`, `optimizer` (with averages and statistics), `activations` (all temporary arrays, gradients too), `code`, in bytes;
-  traffic: bytes that a chip sends a step, by kind of collective and mesh axes; seconds: the parts of a step; the rest of a run.
+  bytes: `parameters`, `optimizer` (with averages and statistics), `activations` (all temporary arrays, gradients
+  too), `code`, in bytes; traffic: bytes that a chip sends a step, by kind of collective and mesh axes; seconds: the
+  parts of a step; the rest of a run.
   """
 
   topology: str
@@ -141,7 +147,8 @@ def devices_of(topology: str) -> list[Any]:
     os.environ.setdefault(name, value)  # it looks for TPUs otherwise
   name = topology.split("*")[-1]
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **({"num_slices": slices} if slices > 1 else {})).devices
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, **({"num_slices": slices} if slices > 1 else {})).devices
   except Exception as error:  # whatever the plugin raises
     raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
   if len(found) != slices * math.prod(shape) or not found[0].device_kind.startswith(chip.kind):
@@ -161,7 +168,8 @@ def plan(config: config_lib.Config, topology: str, compiles: bool = True) -> Pla
   else:
     mesh = jax.sharding.AbstractMesh(sharding.mesh_sizes(config.mesh, chips), sharding.AXES,
                                      axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
-                                     abstract_device=jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=1, platform="tpu"))
+                                     abstract_device=jax.sharding.AbstractDevice(
+                                         device_kind=chip.kind, num_cores=1, platform="tpu"))
     inside = jax.sharding.use_abstract_mesh(mesh)
   train.check_batch(config, mesh)
   with contextlib.ExitStack() as stack:
@@ -169,13 +177,15 @@ def plan(config: config_lib.Config, topology: str, compiles: bool = True) -> Pla
     state, places = train.abstract_state(model, config, mesh)
     rows = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(("batch",)))
     batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32, sharding=rows)
-    here = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    here = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                            for x in jax.tree.leaves(tree))
     parameters = here(state.params)
     sizes = {"parameters": parameters, "optimizer": here(state) - parameters, "activations": None, "code": None}
     step = train.make_step(model, config, places, chip.kind)
     traced = flops.traced(functools.partial(train.train_step, model=model, config=config), state, batch)
-    found = Plan(topology, chips, dict(mesh.shape), config.data.batch_size, config.train.accumulate, config.model.remat, None,
-                 chip.hbm * GIB, sizes, sum(traced), flops.train_step(config, model.rows, visible=True))
+    found = Plan(topology, chips, dict(mesh.shape), config.data.batch_size, config.train.accumulate,
+                 config.model.remat, None, chip.hbm * GIB, sizes, sum(traced),
+                 flops.train_step(config, model.rows, visible=True))
     if found.needed > found.hbm:
       found.fits = False
     if not compiles:
@@ -209,7 +219,8 @@ def _time(found: Plan, program: hlo.Program, kernels: float, chip: Chip, mesh: j
   kernels /= found.chips * KERNEL_SHARE * chip.peak
   kind = lambda item: item[0] + (" over " + " and ".join(item[1]) if item[1] else "")
   found.traffic = {kind(item): size for item, size in sorted(program.moved().items(), key=lambda x: -x[1])}
-  waits = program.waits(1 / chip.clock, kernels / max(program.kernels, 1), lambda c: c.bytes / _bandwidth(c.axes, mesh, chip, slices))
+  waits = program.waits(1 / chip.clock, kernels / max(program.kernels, 1),
+                        lambda c: c.bytes / _bandwidth(c.axes, mesh, chip, slices))
   found.seconds = {"matrix products": program.cycles[True] / chip.clock, "attention kernels": kernels,
                    "vectors and memory": program.cycles[False] / chip.clock, "collectives that are waited for": waits}
   found.step_seconds = sum(found.seconds.values())
@@ -251,16 +262,21 @@ def advise(config: config_lib.Config, found: Plan, compiles: bool) -> str:
     state = found.bytes["parameters"] + found.bytes["optimizer"]
     more = _wider(config, found)
     if state > 0.6 * found.hbm and more:
-      config, knob = dataclasses.replace(config, mesh=more), f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}"
+      config, knob = (dataclasses.replace(config, mesh=more),
+                      f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}")
     elif rows % 2 == 0 and rows > 1:
-      config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2 * config.train.accumulate))
+      config = dataclasses.replace(config, train=dataclasses.replace(
+          config.train, accumulate=2 * config.train.accumulate))
       knob = f"--config.train.accumulate={config.train.accumulate}"
     elif config.model.remat != "full":
-      config, knob = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")), "--config.model.remat=full"
+      config, knob = (dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")),
+                      "--config.model.remat=full")
     elif more:
-      config, knob = dataclasses.replace(config, mesh=more), f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}"
+      config, knob = (dataclasses.replace(config, mesh=more),
+                      f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}")
     else:
-      return f"nothing that was tried makes it fit ({', '.join(tried) or 'there is nothing to try'}): it needs more chips, or larger ones"
+      return (f"nothing that was tried makes it fit ({', '.join(tried) or 'there is nothing to try'}): it needs more "
+              "chips, or larger ones")
     tried = [t for t in tried if t.split("=")[0] != knob.split("=")[0]] + [knob]
     try:
       found = plan(config, found.topology, compiles)
@@ -285,15 +301,17 @@ def _gib(size: float | None) -> str:
 def report(found: Plan, config: config_lib.Config) -> str:
   """A plan in words."""
   mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
-  lines = [f"{found.topology}: {found.chips} chips, mesh {mesh}; {found.sequences} sequences of {config.model.context} tokens a step, in "
-           f"{found.microbatches} microbatches; remat {found.remat}"]
+  lines = [f"{found.topology}: {found.chips} chips, mesh {mesh}; {found.sequences} sequences of "
+           f"{config.model.context} tokens a step, in {found.microbatches} microbatches; remat {found.remat}"]
   row = lambda name, text: lines.append(f"  {name:<44}{text}")
   for name, size in found.bytes.items():
     row(f"{name}, GiB a chip", _gib(size))
   spare = 1 - found.needed / found.hbm
-  verdict = {True: f"fits, {spare:.0%} to spare", False: f"does not fit, by {_gib(found.needed - found.hbm)} GiB", None: "at least"}[found.fits]
+  verdict = {True: f"fits, {spare:.0%} to spare",
+             False: f"does not fit, by {_gib(found.needed - found.hbm)} GiB", None: "at least"}[found.fits]
   row("together, of HBM", f"{_gib(found.needed)} of {_gib(found.hbm)}: {verdict}")
-  row("operations a step", f"{found.operations:.3e}, of which the model's {found.model_operations / found.operations:.0%}")
+  row("operations a step",
+      f"{found.operations:.3e}, of which the model's {found.model_operations / found.operations:.0%}")
   if found.seconds:
     for name, size in found.traffic.items():
       row(name + ", GB a chip", f"{size / 1e9:.2f}")
@@ -302,10 +320,13 @@ def report(found: Plan, config: config_lib.Config) -> str:
     row("step, s", f"{found.step_seconds:.3f}; most of it {found.bottleneck}")
     row("tokens a second", f"{found.tokens_per_second:,.0f}")
     row("MFU", f"{found.mfu:.1%}")
-    row(f"{config.train.steps * found.sequences * config.model.context / 1e9:,.0f} billion tokens, days", f"{found.days:.1f}")
-    row("compiled in, s", f"{found.compile_seconds:.0f}, with {_gib(found.compile_peak_bytes)} GiB of this machine's memory")
+    row(f"{config.train.steps * found.sequences * config.model.context / 1e9:,.0f} billion tokens, days",
+        f"{found.days:.1f}")
+    row("compiled in, s",
+        f"{found.compile_seconds:.0f}, with {_gib(found.compile_peak_bytes)} GiB of this machine's memory")
   elif found.bytes["activations"] is None:
-    lines.append("  Not known without the TPU's compiler (pip install 'evo_jax[tpu]'): activations, code, collectives, time.")
+    lines.append("  Not known without the TPU's compiler (pip install 'evo_jax[tpu]'): activations, code, "
+                 "collectives, time.")
   if found.advice:
     lines.append("  " + found.advice)
   return "\n".join(lines)
@@ -313,14 +334,16 @@ def report(found: Plan, config: config_lib.Config) -> str:
 
 def table(plans: list[Plan]) -> str:
   """Several plans side by side, a line each."""
-  head = f"{'topology':<14}{'chips':>6}  {'mesh':<12}{'HBM GiB':>16}{'GB sent':>9}{'step s':>9}{'tokens/s':>13}{'MFU':>7}{'days':>8}"
+  head = (f"{'topology':<14}{'chips':>6}  {'mesh':<12}{'HBM GiB':>16}{'GB sent':>9}{'step s':>9}{'tokens/s':>13}"
+          f"{'MFU':>7}{'days':>8}")
   lines = [head]
   for p in plans:
     known = lambda value, text: "-" if value is None else text.format(value)
     sent = None if p.traffic is None else sum(p.traffic.values()) / 1e9
     lines.append(f"{p.topology:<14}{p.chips:>6}  {'x'.join(str(n) for n in p.mesh.values()):<12}"
-                 f"{_gib(p.needed) + ' / ' + _gib(p.hbm):>16}{known(sent, '{:.1f}'):>9}{known(p.step_seconds, '{:.3f}'):>9}"
-                 f"{known(p.tokens_per_second, '{:,.0f}'):>13}{known(p.mfu, '{:.1%}'):>7}{known(p.days, '{:.1f}'):>8}")
+                 f"{_gib(p.needed) + ' / ' + _gib(p.hbm):>16}{known(sent, '{:.1f}'):>9}"
+                 f"{known(p.step_seconds, '{:.3f}'):>9}{known(p.tokens_per_second, '{:,.0f}'):>13}"
+                 f"{known(p.mfu, '{:.1%}'):>7}{known(p.days, '{:.1f}'):>8}")
   return "\n".join(lines)
 
 
@@ -345,8 +368,8 @@ def main() -> None:
     print("\n" + table(plans))
   if args.json:
     command = " ".join(["python -m evo_jax.plan", *(a for a in sys.argv[1:] if not a.startswith("--json"))])
-    text = {"command": command, "fields": config_lib.to_dict(config), "assumptions": ASSUMPTIONS, "jax": jax.__version__,
-            "plans": [dataclasses.asdict(p) for p in plans]}
+    text = {"command": command, "fields": config_lib.to_dict(config), "assumptions": ASSUMPTIONS,
+            "jax": jax.__version__, "plans": [dataclasses.asdict(p) for p in plans]}
     try:
       with open(args.json, "w", encoding="utf-8") as stream:
         json.dump(text, stream, indent=1)
@@ -359,7 +382,8 @@ def main() -> None:
 
 if __name__ == "__main__":
   cli.define_config()
-  flags.DEFINE_list("topology", [], "CHIP:AxB[xC], of " + ", ".join(CHIPS) + "; several by commas; N*CHIP:... for N slices.")
+  flags.DEFINE_list("topology", [],
+                    "CHIP:AxB[xC], of " + ", ".join(CHIPS) + "; several by commas; N*CHIP:... for N slices.")
   flags.DEFINE_string("mesh", "", "AXIS:SIZE,... instead of the configuration's.")
   flags.DEFINE_bool("compile", True, "Compile; else answer from shapes alone.")
   flags.DEFINE_bool("advice", True, "Look for what makes a plan fit that does not: a compilation a try.")

@@ -20,7 +20,8 @@ from evo_jax import paths
 
 _SPREAD_ROUNDS = 3
 _SEED = 1e3  # bits: more than any entropy
-_CONTROL_STEPS = tuple(2.0 ** (i / 2 - 5) for i in range(11))  # steps of t that are tried, from 1/32 to 1; the first is the least
+# Steps of t that are tried, from 1/32 to 1; the first is the least.
+_CONTROL_STEPS = tuple(2.0 ** (i / 2 - 5) for i in range(11))
 
 
 @flax.struct.dataclass
@@ -28,8 +29,9 @@ class Reading:
   """What one pass has told.
 
   index: int32 scalar, the pass's number from 0. time: (..., T) progressions. log_belief: (..., T, V) in nats, the
-  belief about every token (of no meaning where it is known). uncertainty: scalar, CE(0) in nats, what a token costs of which
-  nothing is known. motion: where the tokens' latents are on the flow; codes_VxM: the codes; warp: precisions by time.
+  belief about every token (of no meaning where it is known). uncertainty: scalar, CE(0) in nats, what a token costs
+  of which nothing is known. motion: where the tokens' latents are on the flow; codes_VxM: the codes; warp:
+  precisions by time.
   """
 
   index: jax.Array
@@ -136,13 +138,14 @@ class Certain:
 
 @flax.struct.dataclass
 class Spread:
-  """Jumps that cost each other little, by one threshold in bits: what a token may be thought to lose because another jumps in
-  the same pass and it does not see it.
+  """Jumps that cost each other little, by one threshold in bits: what a token may be thought to lose because another
+  jumps in the same pass and it does not see it.
 
-  That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold jump. And
-  it falls with distance: about CE(0) / d for tokens d apart, so that of the others tokens jump that are far enough from
-  each other: always the leftmost, then those that follow a known token, which the network knows best, then seeds of new
-  runs, evenly spread from the leftmost on; the most certain first. At 0 the leftmost jumps alone; at CE(0) all jump at once.
+  That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold
+  jump. And it falls with distance: about CE(0) / d for tokens d apart, so that of the others tokens jump that are far
+  enough from each other: always the leftmost, then those that follow a known token, which the network knows best,
+  then seeds of new runs, evenly spread from the leftmost on; the most certain first. At 0 the leftmost jumps alone;
+  at CE(0) all jump at once.
   """
 
   threshold: jax.Array
@@ -159,7 +162,8 @@ class Spread:
     score = jnp.where(follows, 0.0, jnp.where(even, _SEED, 2.0 * _SEED)) + entropy
     order = paths.rank(jnp.where(reading.leftmost, -jnp.inf, jnp.where(reading.unknown, score, jnp.inf)))
     chosen, left = jnp.zeros(order.shape, bool), jnp.broadcast_to(reading.unknown, order.shape)
-    for _ in range(_SPREAD_ROUNDS):  # tokens that come first among all that are near and still left (Luby's independent set)
+    # Tokens that come first among all that are near and still left (Luby's independent set).
+    for _ in range(_SPREAD_ROUNDS):
       first_TxT = order[..., :, None] <= jnp.where(left, order, T)[..., None, :]
       best = left & jnp.all(first_TxT | ~near_TxT, axis=-1)
       chosen |= best
@@ -169,8 +173,9 @@ class Spread:
 
 @flax.struct.dataclass
 class Controlled:
-  """All of a window's tokens together, as on the diagonal, in steps as long as their estimated error allows: the root mean
-  square, over the unknown tokens, of what a second-order step would add to z = y / sqrt(lambda), whose noise is 1."""
+  """All of a window's tokens together, as on the diagonal, in steps as long as their estimated error allows: the root
+  mean square, over the unknown tokens, of what a second-order step would add to z = y / sqrt(lambda),
+  whose noise is 1."""
 
   tolerance: jax.Array
 
@@ -206,8 +211,8 @@ def follow(policy: Policy, step: Callable, carry: Any, unfinished: Callable, fir
 def make(path: str, tokens: int, rolling_width: float, most: int = 0, s: jax.Array | None = None) -> Policy | None:
   """The policy of a path's name over windows of `tokens` tokens; None for "ar", which needs no window.
 
-  Grids are filled up with zeros to `most` passes, so that paths of different lengths share compiled code. s: the clock of a
-  grid, as in `paths.grid`. Raises UserError where the name is none.
+  Grids are filled up with zeros to `most` passes, so that paths of different lengths share compiled code. s: the
+  clock of a grid, as in `paths.grid`. Raises UserError where the name is none.
   """
   name, number = paths.parse(path)
   if name == "ar":

@@ -1,4 +1,5 @@
-"""One window down the flow: a state, a policy, a stepper, a scan. Pure functions over a field, which know nothing of texts.
+"""One window down the flow: a state, a policy, a stepper, a scan. Pure functions over a field, which know
+nothing of texts.
 
 A pass reads the field, asks the policy where the tokens move, lets those that reach t = 0 jump (each is drawn from its
 belief) and moves the others along the flow by a stepper. With z = y / sqrt(lambda) the probability flow is
@@ -21,8 +22,8 @@ from evo_jax import paths
 from evo_jax import policies
 
 
-# A stepper gives the y (..., T, M) at a higher precision (..., T). It gets a key (ancestral draws), the motion, log beliefs
-# (..., T, V), their expected codes (..., T, M), the table of codes and the precision.
+# A stepper gives the y (..., T, M) at a higher precision (..., T). It gets a key (ancestral draws), the motion, log
+# beliefs (..., T, V), their expected codes (..., T, M), the table of codes and the precision.
 Stepper = Callable[[jax.Array, flow.Motion, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -33,8 +34,8 @@ def euler(key, motion, log_belief, code, codes_VxM, precision):
 
 
 def multistep(key, motion, log_belief, code, codes_VxM, precision):
-  """The same with e_hat carried on in a straight line from the pass before (two-step Adams-Bashforth in sqrt(lambda), as
-  DPM-Solver++(2M) does in its variables); second order, no more passes. A token's first step is Euler's."""
+  """The same with e_hat carried on in a straight line from the pass before (two-step Adams-Bashforth in sqrt(lambda),
+  as DPM-Solver++(2M) does in its variables); second order, no more passes. A token's first step is Euler's."""
   return euler(key, motion, log_belief, code, codes_VxM, precision) + flow.correction(motion, code, precision)
 
 
@@ -65,8 +66,8 @@ def sample_window(field: flow.Field, codes_VxM: jax.Array, warp: paths.Warp, pol
                   prior_logits: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """Draws tokens `shape` = (..., T) int32 from a field, and the passes (...) that it took.
 
-  A fixed grid is scanned; any other policy is followed until every token is known. prior_logits (V,): what the field gets as the
-  context logits before the first pass; None: the field is asked by the latents alone.
+  A fixed grid is scanned; any other policy is followed until every token is known. prior_logits (V,): what the field
+  gets as the context logits before the first pass; None: the field is asked by the latents alone.
   """
   start_key, key = jax.random.split(key)
   motion = flow.Motion.start(jax.random.normal(start_key, (*shape, codes_VxM.shape[1]), codes_VxM.dtype))

@@ -3,9 +3,9 @@
 Axes of the mesh: `data` (copies of the parameters), `fsdp` (parameters and optimizer state in shards, gathered where
 they are used), `tensor` (heads, hidden units and vocabulary in shards). One device is the mesh (1, 1, 1).
 
-Training runs by hand over `data` and `fsdp` (`by_shard`): each shard of the batch computes as if it were alone, parameters are gathered
-where they are used and gradients are scattered where they come back, once for all that a use adds up. The compiler lays out `tensor`, and
-everything outside of training.
+Training runs by hand over `data` and `fsdp` (`by_shard`): each shard of the batch computes as if it were alone,
+parameters are gathered where they are used and gradients are scattered where they come back, once for all that a use
+adds up. The compiler lays out `tensor`, and everything outside of training.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class ShardingRules:
   def spec(self, names: tuple[str | None, ...], tensor: int | None = None) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes. Raises on an unknown name or a mesh axis used twice.
 
-    tensor: devices along that axis; None: of the mesh in place. Where it is one, a table of the vocabulary, (vocab, embed), lies by its
-    rows over what its columns lie over otherwise: TPUs gather and scatter rows without turning the table over. Beside parts over
-    `tensor`, rows that are gathered over `fsdp` would not stand in order.
+    tensor: devices along that axis; None: of the mesh in place. Where it is one, a table of the vocabulary,
+    (vocab, embed), lies by its rows over what its columns lie over otherwise: TPUs gather and scatter rows without
+    turning the table over. Beside parts over `tensor`, rows that are gathered over `fsdp` would not stand in order.
     """
     rules = self
     if {"vocab", "embed"} <= set(names) and self.embed and (axis_size("tensor") if tensor is None else tensor) == 1:
@@ -61,7 +61,8 @@ class ShardingRules:
     return PartitionSpec(*axes)
 
   def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the layout of an activation, on axes that are not laid out by hand; outside a mesh (`jax.set_mesh`) it does nothing."""
+    """Pins the layout of an activation, on axes that are not laid out by hand; outside a mesh (`jax.set_mesh`) it
+    does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     rest = set(AXES) - set(mesh.manual_axes)
     if mesh.empty or not rest:
@@ -71,15 +72,16 @@ class ShardingRules:
   def by_device(self, function: Callable, names: Sequence[tuple[str, ...]], result: tuple[str | None, ...]) -> Callable:
     """function(*arrays) on every device's part of them: for kernels, which the compiler cannot lay out.
 
-    names: the leading logical axes of each argument's arrays, () for what every device has whole; result: those of the result.
+    names: the leading logical axes of each argument's arrays, () for what every device has whole; result: those
+    of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rest = set(AXES) - set(mesh.manual_axes)
     if mesh.empty or not rest:
       return function
     spec = lambda axes: _only(self.spec(axes), rest)
-    return jax.shard_map(function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(result), axis_names=rest,
-                         check_vma=False)
+    return jax.shard_map(function, in_specs=tuple(spec(axes) for axes in names), out_specs=spec(result),
+                         axis_names=rest, check_vma=False)
 
   def gathered(self, names: tuple[str | None, ...]) -> int | None:
     """Which axis of a parameter lies over `fsdp`, where a shard computes by hand; None: none, or elsewhere."""
@@ -151,13 +153,15 @@ def platform() -> str:
 
 
 def keeps_order() -> bool:
-  """Whether processes run collectives that do not wait for each other's results in one order. Those of CPUs do not: where one is inside a
-  loop and one is not, each process may begin with another, and all wait without end (jaxlib 0.10.2, Gloo)."""
+  """Whether processes run collectives that do not wait for each other's results in one order. Those of CPUs do not:
+  where one is inside a loop and one is not, each process may begin with another, and all wait without end (jaxlib
+  0.10.2, Gloo)."""
   return jax.process_count() == 1 or platform() != "cpu"
 
 
 def specs(boxed: Any, rules: ShardingRules = RULES) -> Any:
-  """PartitionSpecs of a tree whose parameters carry logical axes (linen's boxes); of what carries none, the empty one."""
+  """PartitionSpecs of a tree whose parameters carry logical axes (linen's boxes); of what carries none,
+  the empty one."""
   return jax.tree.map(lambda x: rules.spec(x.names) if _is_boxed(x) else PartitionSpec(), boxed, is_leaf=_is_boxed)
 
 
@@ -168,9 +172,10 @@ def _is_boxed(x: Any) -> bool:
 def by_shard(function: Callable, params_specs: Any, gradients: int, rules: ShardingRules = RULES) -> Callable:
   """function(params, shared, batch) for each shard of the batch by itself, as if it were alone.
 
-  `function` gets its shard of the parameters (`gather` makes them whole), `shared` as it is, and its rows of the batch's trees. It
-  returns `gradients` trees like the parameters, which are averaged over the shards; a tree of totals, which are summed; and a tree
-  of arrays with the batch's rows in front. Over `data`, gradients travel in their own dtype, once. Outside a mesh it is the function.
+  `function` gets its shard of the parameters (`gather` makes them whole), `shared` as it is, and its rows of the
+  batch's trees. It returns `gradients` trees like the parameters, which are averaged over the shards; a tree of
+  totals, which are summed; and a tree of arrays with the batch's rows in front. Over `data`, gradients travel in
+  their own dtype, once. Outside a mesh it is the function.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BY_HAND if axis_size(axis) > 1)
@@ -183,7 +188,8 @@ def by_shard(function: Callable, params_specs: Any, gradients: int, rules: Shard
   rows = _only(rules.spec(("batch",)), axes)
 
   def mean(gradient, spec):
-    summed = [a for axis in spec for a in _axes(axis)]  # over fsdp, on the way, where the parameter is scattered over it
+    # Over fsdp, on the way, where the parameter is scattered over it.
+    summed = [a for axis in spec for a in _axes(axis)]
     return jax.lax.psum(gradient, tuple(a for a in axes if a not in summed)) / shards
 
   def one(local, shared, batch):
@@ -209,9 +215,11 @@ def mesh_sizes(config: config_lib.Mesh, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh over all devices of all processes, or over the given ones. Raises UserError where the sizes do not fit their number.
+  """The mesh over all devices of all processes, or over the given ones. Raises UserError where the sizes do not fit
+  their number.
 
-  Of several TPU slices, between which the network is slow, each holds whole copies of the parameters: `data` goes over them.
+  Of several TPU slices, between which the network is slow, each holds whole copies of the parameters: `data`
+  goes over them.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(config, len(devices))
@@ -247,8 +255,8 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
 
 
 def batch_rows(mesh: Mesh, size: int, rules: ShardingRules = RULES) -> list[int]:
-  """The rows of a global batch of `size` that this process's devices hold, in order; on a mesh whose tensor axis crosses
-  processes several hold the same."""
+  """The rows of a global batch of `size` that this process's devices hold, in order; on a mesh whose tensor axis
+  crosses processes several hold the same."""
   places = NamedSharding(mesh, rules.spec(("batch",))).addressable_devices_indices_map((size,))
   return sorted({row for (rows,) in places.values() for row in range(*rows.indices(size))})
 

@@ -166,8 +166,8 @@ def train(texts, vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, model_type="unigram",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"], bos_id=0, unk_id=1, eos_id=-1,
-        pad_id=-1, bos_piece="<doc>", max_sentence_length=1 << 16, input_sentence_size=2_000_000,
+        split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"], bos_id=0, unk_id=1,
+        eos_id=-1, pad_id=-1, bos_piece="<doc>", max_sentence_length=1 << 16, input_sentence_size=2_000_000,
         shuffle_input_sentence=True, num_threads=2, minloglevel=2)
   except (RuntimeError, ValueError) as error:
     reason = str(error).splitlines()[0].split("] ")[-1].strip() or "training failed"

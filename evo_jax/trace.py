@@ -20,10 +20,10 @@ _PICTURE_TOKENS, _PICTURE_PASSES = 64, 64  # more cells than these have no room 
 class Trace:
   """How one text matured in K passes over T written tokens.
 
-  prompt: the text before. mode: what wrote it, for the title. time: (K, T) t of each token after each pass; NaN where a token was
-  not in play yet. believed: K lists of T strings, the token that was believed most, or is settled; "" where not in play.
-  event: (K, T) int8: NONE; JUMP, settled by this pass; DRAFT, proposed by this pass; CORRECTION, settled by this pass as another
-  token than was believed or proposed before.
+  prompt: the text before. mode: what wrote it, for the title. time: (K, T) t of each token after each pass; NaN where
+  a token was not in play yet. believed: K lists of T strings, the token that was believed most, or is settled; ""
+  where not in play. event: (K, T) int8: NONE; JUMP, settled by this pass; DRAFT, proposed by this pass; CORRECTION,
+  settled by this pass as another token than was believed or proposed before.
   """
 
   prompt: str
@@ -117,18 +117,20 @@ def _picture(trace: Trace):
   figure = figures.Figure(figsize=size, layout="constrained")
   axes, side = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [max(tokens * width, 5), 1.4]})
   colors = matplotlib.colormaps["YlOrRd"].with_extremes(bad="white")
-  image = axes.imshow(np.ma.masked_invalid(time), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+  image = axes.imshow(np.ma.masked_invalid(time), cmap=colors, vmin=0.0, vmax=1.0, aspect="auto",
+                      interpolation="nearest")
   if fine:
     for k, i in np.argwhere(~np.isnan(time)):
       late = time[k, i] <= 0.0 and event[k, i] == NONE
-      axes.text(i, k, _shown(trace.believed[k][i])[:letters], parse_math=False, ha="center", va="center", fontsize=7, family="DejaVu Sans Mono", clip_on=True,
+      axes.text(i, k, _shown(trace.believed[k][i])[:letters], parse_math=False, ha="center", va="center", fontsize=7,
+                family="DejaVu Sans Mono", clip_on=True,
                 color="#aaaaaa" if late else "white" if time[k, i] > 0.6 else "black",
                 weight="bold" if event[k, i] in (JUMP, CORRECTION) else "normal")
   marks = ((JUMP, "tab:blue", "settled"), (DRAFT, "tab:gray", "proposed"), (CORRECTION, "tab:green", "corrected"))
   for kind, color, label in marks:
     for j, (k, i) in enumerate(np.argwhere(event == kind)):
-      axes.add_patch(patches.Rectangle((i - 0.5, k - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=1.2 if fine else 0.6,
-                                       label=None if j else label))
+      axes.add_patch(patches.Rectangle((i - 0.5, k - 0.5), 1, 1, fill=False, edgecolor=color,
+                                       linewidth=1.2 if fine else 0.6, label=None if j else label))
   axes.set_xlabel("token")
   axes.set_ylabel("pass")
   axes.set_yticks(*_ticks(passes))

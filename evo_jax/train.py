@@ -114,7 +114,8 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
     return terms, (metrics, measured)
 
   def gradients(params, statistics, batch):
-    """Gradients of the AR term and the window term: of their sum, unless they are clipped apart. With metrics and measurements."""
+    """Gradients of the AR term and the window term: of their sum, unless they are clipped apart. With metrics and
+    measurements."""
     if not config.optim.separate_clip:
       joint = lambda params: (lambda terms, aux: (sum(terms), aux))(*losses(params, statistics, *batch))
       gradient, aux = jax.grad(joint, has_aux=True)(params)
@@ -165,9 +166,10 @@ def train_step(state: TrainState, sequence_BxT: jax.Array, *, model: Evo, config
 
 
 _FUSION, _SPARSE_CORE = "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_sparse_core_collective_offload_"
-# By beginnings of `device_kind`, the first that fits. Half of a core's fast memory, on v6e three quarters, for one product: with the
-# compiler's 16 MiB, products of a large model take 1.4 times as long, on v6e twice. Parameters are gathered and gradients scattered while
-# products run: within their loops on v5e, by SparseCores on v5p and v6e, where newer compilers refuse the former.
+# By beginnings of `device_kind`, the first that fits. Half of a core's fast memory, on v6e three quarters, for one
+# product: with the compiler's 16 MiB, products of a large model take 1.4 times as long, on v6e twice. Parameters are
+# gathered and gradients scattered while products run: within their loops on v5e, by SparseCores on v5p and v6e, where
+# newer compilers refuse the former.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 _BESIDE = {_FUSION + "_fuse_all_gather": False} | {_SPARSE_CORE + part: True for part in (
     "all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter", "all_reduce")}
@@ -179,8 +181,8 @@ _COMPILER_OPTIONS = {
 
 
 def make_step(model: Evo, config: config_lib.Config, places: Any, device_kind: str):
-  """`train_step` as it is compiled for devices of a kind: (state, batch, windows=True), where `state` is given away and laid out as
-  `places` say."""
+  """`train_step` as it is compiled for devices of a kind: (state, batch, windows=True), where `state` is given away
+  and laid out as `places` say."""
   options = next((value for name, value in _COMPILER_OPTIONS.items() if device_kind.startswith(name)), None)
   return jax.jit(functools.partial(train_step, model=model, config=config), static_argnames="windows", donate_argnums=0,
                  out_shardings=(places, None), compiler_options=options)
@@ -322,7 +324,8 @@ def _checked(step: int, metrics: dict[str, jax.Array], checkpoints: checkpoint.C
 
 
 class _Stop:
-  """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a SIGTERM to any.
+  """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a
+  SIGTERM to any.
 
   With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet.
   """

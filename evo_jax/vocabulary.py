@@ -1,12 +1,13 @@
 """What is as wide as the vocabulary, some of its rows at a time: log-probabilities of tokens, and means under beliefs.
 
-Sums over the vocabulary are gathered chunk by chunk, as attention's are over keys (FlashAttention, Dao et al., 2022), so that logits are in
-memory for one chunk of the vocabulary alone; the backward pass computes them anew. In chunks of the vocabulary, and not of the tokens, each
-row of the tables is read once, and its gradient is written once, not added up. Where a shard of the batch computes by hand, a chunk of the
-table is gathered while the one before is read, and its gradient scattered at once: no device has the whole. One chunk is the plain
-computation, which keeps its logits.
+Sums over the vocabulary are gathered chunk by chunk, as attention's are over keys (FlashAttention, Dao et al., 2022),
+so that logits are in memory for one chunk of the vocabulary alone; the backward pass computes them anew. In chunks of
+the vocabulary, and not of the tokens, each row of the tables is read once, and its gradient is written once, not added
+up. Where a shard of the batch computes by hand, a chunk of the table is gathered while the one before is read, and its
+gradient scattered at once: no device has the whole. One chunk is the plain computation, which keeps its logits.
 
-Letters in names: V vocabulary (rows of the tables), D width, M code elements. `...` are the axes of the tokens that are read.
+Letters in names: V vocabulary (rows of the tables), D width, M code elements. `...` are the axes of the tokens
+that are read.
 """
 
 import functools
@@ -30,8 +31,8 @@ _FAR = 40.0  # nats; exp(40) times as many rows as there ever are is less than f
 class Beliefs:
   """Logits c + E y, for some tokens (...), of one or several evidence vectors.
 
-  hidden (..., D): whose logits are the context's, c = hidden @ table.T; None: c is 0. evidence: tuple of y (..., M) float32, one a belief;
-  empty: one belief, c alone. codes_VxM: E; None where there is no evidence.
+  hidden (..., D): whose logits are the context's, c = hidden @ table.T; None: c is 0. evidence: tuple of y (..., M)
+  float32, one a belief; empty: one belief, c alone. codes_VxM: E; None where there is no evidence.
   """
 
   hidden: jax.Array | None
@@ -57,8 +58,8 @@ class Beliefs:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def log_probs(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], tokens: tuple[jax.Array, ...], table_VxD: jax.Array,
-              bias_V: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
+def log_probs(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], tokens: tuple[jax.Array, ...],
+              table_VxD: jax.Array, bias_V: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
   """log softmax(c + E y + bias)[token] in nats (...), float32, of each of the beliefs' evidence vectors.
 
   Args:
@@ -78,11 +79,13 @@ def _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V):
     logits = [b.logits(table, bias) for b in here]
 
     def add(b, x, total):
-      if b.evidence or not chunk:  # evidence may put a token far above all others; logits that are kept are written anyway
+      if b.evidence or not chunk:
+        # Evidence may put a token far above all others; logits that are kept are written anyway.
         return jnp.logaddexp(total, jax.nn.logsumexp(x, axis=-1))
       return _add_up(x, total, lambda: b.logits(table, bias)[0])
 
-    after = tuple(tuple((add(b, x, total), own + jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1)) for x, (total, own) in zip(some, sums))
+    after = tuple(tuple((add(b, x, total), own + jnp.sum(jnp.where(_is(ids, token), x, 0.0), axis=-1))
+                        for x, (total, own) in zip(some, sums))
                   for b, some, token, sums in zip(here, logits, tokens, carry))
     return after, None if chunk else logits
 
@@ -94,11 +97,12 @@ def _log_probs(chunk, rules, beliefs, tokens, table_VxD, bias_V):
 
 
 def _add_up(logits: jax.Array, total: jax.Array, again: Callable[[], jax.Array]) -> jax.Array:
-  """log(exp(total) + sum_v exp(logits[v])) (...), where logits (..., V) follow `total` (...), the same of those before; -inf: there are none.
+  """log(exp(total) + sum_v exp(logits[v])) (...), where logits (..., V) follow `total` (...), the same of those
+  before; -inf: there are none.
 
-  In one reading, which a compiler fuses with the product that makes them, so that they are never written: what was summed so far stands
-  for the largest logit, from which it is seldom far. Where it is, the sum would overflow or vanish: then all logits are made anew, by
-  `again`, and their largest is found first.
+  In one reading, which a compiler fuses with the product that makes them, so that they are never written: what was
+  summed so far stands for the largest logit, from which it is seldom far. Where it is, the sum would overflow or
+  vanish: then all logits are made anew, by `again`, and their largest is found first.
   """
   begun = total > -jnp.inf
   near = jnp.where(begun, total, 0.0)
@@ -135,12 +139,14 @@ log_probs.defvjp(_log_probs, _log_probs_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def means(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], values_VxA: jax.Array, table_VxD: jax.Array | None,
-          bias_V: jax.Array) -> tuple[jax.Array, ...]:
-  """sum_v p(v) values[v] (..., A) float32 by each of the beliefs, p = softmax(c + E y + bias); they have one evidence vector each.
+def means(chunk: int, rules: ShardingRules, beliefs: tuple[Beliefs, ...], values_VxA: jax.Array,
+          table_VxD: jax.Array | None, bias_V: jax.Array) -> tuple[jax.Array, ...]:
+  """sum_v p(v) values[v] (..., A) float32 by each of the beliefs, p = softmax(c + E y + bias); they have one evidence
+  vector each.
 
-  chunk, rules, table_VxD, bias_V: as of `log_probs`; in one chunk the bias may be (..., V). values_VxA: a table, in whose dtype it is
-  multiplied, laid out as `table_VxD`. That one, if any, and what is `hidden` are read, and not taught.
+  chunk, rules, table_VxD, bias_V: as of `log_probs`; in one chunk the bias may be (..., V). values_VxA: a table, in
+  whose dtype it is multiplied, laid out as `table_VxD`. That one, if any, and what is `hidden` are read,
+  and not taught.
   """
   return _means(chunk, rules, beliefs, values_VxA, table_VxD, bias_V)[0]
 
@@ -163,7 +169,8 @@ def _means(chunk, rules, beliefs, values_VxA, table_VxD, bias_V):
   sums, logits = _over_chunks(step, tuple(start(b.evidence[0].shape[:-1]) for b in beliefs), (values_VxA, table_VxD),
                               _wholes(beliefs, bias_V), chunk, rules)
   found = tuple(mean / total[..., None] for _, total, mean in sums)
-  return found, (beliefs, values_VxA, table_VxD, bias_V, tuple(top + jnp.log(total) for top, total, _ in sums), found, logits)
+  return found, (beliefs, values_VxA, table_VxD, bias_V, tuple(top + jnp.log(total) for top, total, _ in sums), found,
+                 logits)
 
 
 def _means_gradient(chunk, rules, saved, cotangents):
@@ -187,7 +194,8 @@ def _means_gradient(chunk, rules, saved, cotangents):
   evidence, (values, codes) = _over_chunks(step, _zeros(tuple(b.evidence for b in beliefs)), (values_VxA, table_VxD),
                                            _wholes(beliefs, bias_V), chunk, rules)
   still = lambda x: None if x is None else jnp.zeros_like(x)
-  beliefs = tuple(_like(Beliefs(still(b.hidden), y, c), b) for b, y, c in zip(beliefs, evidence, _together(codes, _blocks(rules))))
+  beliefs = tuple(_like(Beliefs(still(b.hidden), y, c), b)
+                  for b, y, c in zip(beliefs, evidence, _together(codes, _blocks(rules))))
   return beliefs, _together(values, _blocks(rules, own=True)), still(table_VxD), jnp.zeros_like(bias_V)
 
 
@@ -216,22 +224,25 @@ def _gather(rules: ShardingRules, table: jax.Array) -> jax.Array:
 def _scatter(rules: ShardingRules, gradient: jax.Array, table: jax.Array) -> jax.Array:
   """The gradient of this device's part of a chunk of `table`, from that of the whole chunk."""
   rows = gradient.shape[0] * _blocks(rules, own=True) // _blocks(rules)
-  (part,) = jax.linear_transpose(functools.partial(_gather, rules), jax.ShapeDtypeStruct((rows, table.shape[1]), gradient.dtype))(gradient)
+  (part,) = jax.linear_transpose(functools.partial(_gather, rules),
+                                 jax.ShapeDtypeStruct((rows, table.shape[1]), gradient.dtype))(gradient)
   return part
 
 
 def _blocks(rules: ShardingRules, own: bool = False) -> int:
-  """Of how many blocks a chunk consists, a block of rows from each device over which a table's rows lie; own: of the table itself, where this
-  device has its part alone by hand."""
+  """Of how many blocks a chunk consists, a block of rows from each device over which a table's rows lie; own: of the
+  table itself, where this device has its part alone by hand."""
   if rules.gathered(_TABLE) == 0:
     return 1 if own else sharding.axis_size("fsdp")
   return sharding.axis_size("tensor")
 
 
 def chunks_of(rows: int, chunk: int, blocks: int = 1) -> int:
-  """Into how many chunks of as many `blocks` tables of so many rows are cut: as few as have no more than `chunk` rows (0: one)."""
+  """Into how many chunks of as many `blocks` tables of so many rows are cut: as few as have no more than `chunk`
+  rows (0: one)."""
   per_block = rows // blocks
-  return next(n for n in range(1, per_block + 1) if per_block % n == 0 and (not chunk or rows // n <= chunk or n == per_block))
+  return next(n for n in range(1, per_block + 1)
+              if per_block % n == 0 and (not chunk or rows // n <= chunk or n == per_block))
 
 
 def _apart(rules: ShardingRules, table: jax.Array, n: int, blocks: int) -> jax.Array:
@@ -247,7 +258,8 @@ def _together(cut, blocks: int):
 
 
 def _over_chunks(step, carry, tables, wholes, chunk: int, rules: ShardingRules):
-  """step(carry, tables, wholes) -> (carry, results) for one chunk of them after another, as jax.lax.scan; the tables' are gathered.
+  """step(carry, tables, wholes) -> (carry, results) for one chunk of them after another, as jax.lax.scan; the tables'
+  are gathered.
 
   Results are stacked, (1, ...) for one chunk.
   """

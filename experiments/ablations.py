@@ -11,9 +11,11 @@ from absl import flags
 from evo_jax import cli, flops
 from experiments import common, frontier
 
-PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16", "rolling:16")
+PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16",
+         "rolling:16")
 
-# Where all settings start. What they gave went into frontier.EVO and the frontier's learning rate and schedule, so those differ.
+# Where all settings start. What they gave went into frontier.EVO and the frontier's learning rate and schedule, so
+# those differ.
 BASE = {"optim.learning_rate": 3e-3, "optim.schedule": "cosine"}
 EVO = frontier.EVO | {"window.count": 2, "window.start": 0.5, "loss.bound_windows": 1}
 
@@ -54,11 +56,12 @@ SETTINGS = {
     "learned": {"model.progression": "learned", "paths.learned": 0.25},
 }
 SETTINGS = {name: ("evo", changes, PATHS) for name, changes in SETTINGS.items()}
-SETTINGS["learned"] = SETTINGS["learned"][:2] + (PATHS + ("diagonal:2", "diagonal:8", "learned:2", "learned:4", "learned:8"),)
+SETTINGS["learned"] = SETTINGS["learned"][:2] + (
+    PATHS + ("diagonal:2", "diagonal:8", "learned:2", "learned:4", "learned:8"),)
 # Learning rates of the frontier's methods, Evo's among them: a baseline must not be weak for its rate.
 SETTINGS |= {f"{method}_rate_{rate:g}": (method, {"optim.learning_rate": rate}, paths)
-             for method, paths in (("ar", ("ar",)), ("evo", PATHS), ("mdlm", ("random:64",)), ("bd3_16", ("random:16",)),
-                                   ("plaid", ("diagonal:64",)))
+             for method, paths in (("ar", ("ar",)), ("evo", PATHS), ("mdlm", ("random:64",)),
+                                   ("bd3_16", ("random:16",)), ("plaid", ("diagonal:64",)))
              for rate in (8e-4, 1.5e-3, 3e-3, 6e-3) if (method, rate) != ("evo", 3e-3)}
 SETTINGS["ar_wsd"] = ("ar", {"optim.schedule": "wsd"}, ("ar",))
 

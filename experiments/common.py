@@ -1,5 +1,5 @@
-"""What the experiments share: configurations with changes, runs that are trained once and measured once, and results that
-say where they come from."""
+"""What the experiments share: configurations with changes, runs that are trained once and measured once, and results
+that say where they come from."""
 
 import importlib.util
 import json
@@ -61,8 +61,8 @@ class Measured:
     self._run = None
 
   def __call__(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
-    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single sequences:
-    of `sequences` evenly spread ones numbers 0, every, 2 every, ..."""
+    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single
+    sequences: of `sequences` evenly spread ones numbers 0, every, 2 every, ..."""
     file = self.workdir / f"measured_{split}_{sequences}_{every}.json"
     known = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
     if known.pop("step") != self.config.train.steps:
@@ -89,7 +89,8 @@ class Measured:
 
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
   """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
-  short = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:])  # whose machine it was, is no matter
+  short = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a)
+           for a in sys.argv[1:])  # whose machine it was, is no matter
   options = " ".join(a if not re.search(r"[ *]", a) else f"'{a}'" for a in short)
   record = {
       "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),

@@ -1,13 +1,15 @@
 """How fast each mode writes, and how good what it writes is.
 
-  pip install -e '.[plot]' && python -m experiments.decode_speed --workdir=DIR [--judge=DIR] [--masked=DIR] [--batches=1,8,64]
-      [--tokens=192]
+  pip install -e '.[plot]' && python -m experiments.decode_speed --workdir=DIR [--judge=DIR] [--masked=DIR]
+      [--batches=1,8,64] [--tokens=192]
 
-Writes texts in every setting of `SETTINGS` (one of each mode at every batch size, the others at the largest), each text behind a
-piece of held-out text, and prints: tokens a second and passes a token; the texts' bits a token by the model's own AR path and by a judge, an AR model that was trained apart
-(--judge; its tokenizer must be the same); and, since low bits alone may mean dull texts, how many different n-grams they
-have (distinct-n: the share of n-grams that are not repeats) and the entropy of their tokens, beside the same of the
-held-out text. --masked: a masked diffusion model on the same text, which decodes whole texts by confidence, beside. Compilation is not in the times, peak memory is the process's at the end of each setting's run.
+Writes texts in every setting of `SETTINGS` (one of each mode at every batch size, the others at the largest), each
+text behind a piece of held-out text, and prints: tokens a second and passes a token; the texts' bits a token by the
+model's own AR path and by a judge, an AR model that was trained apart (--judge; its tokenizer must be the same); and,
+since low bits alone may mean dull texts, how many different n-grams they have (distinct-n: the share of n-grams that
+are not repeats) and the entropy of their tokens, beside the same of the held-out text. --masked: a masked diffusion
+model on the same text, which decodes whole texts by confidence, beside. Compilation is not in the times, peak memory
+is the process's at the end of each setting's run.
 """
 
 import dataclasses
@@ -100,14 +102,15 @@ def main() -> None:
       **{name: dict(zip(("mean", "stderr"), judge(prompts, texts))) for name, judge in judges.items()},
       "distinct_2": distinct(texts, 2), "distinct_4": distinct(texts, 4), "entropy": token_entropy(texts)}
   results = [{"setting": "held-out text", "batch": 0, **measure(prompts, true)}]
-  print(f"{'setting':<24}{'batch':>6}{'tokens/s':>10}{'passes/token':>14}{'bits own':>10}{'judge':>8}{'distinct-2':>12}{'-4':>7}"
-        f"{'entropy':>9}{'MB':>7}")
+  print(f"{'setting':<24}{'batch':>6}{'tokens/s':>10}{'passes/token':>14}{'bits own':>10}{'judge':>8}"
+        f"{'distinct-2':>12}{'-4':>7}{'entropy':>9}{'MB':>7}")
   show(results[0])
   settings = SETTINGS | (MASKED if "masked" in others else {})
   for name in common.chosen(args.only, settings):
     sampling = generate.Sampling(**settings[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
     for batch in batches if name in SPEED else [max(batches)]:
-      sampler = generate.Sampler(others["masked"] if name in MASKED else run, dataclasses.replace(sampling, batch_size=batch))
+      sampler = generate.Sampler(others["masked"] if name in MASKED else run,
+                                 dataclasses.replace(sampling, batch_size=batch))
       texts = [run.tokenizer.decode(np.array(p)) for p in prompts]
       sampler(texts[:batch])  # compiles
       many = texts if batch == max(batches) else texts[:max(batch, args.repeats)]
@@ -134,23 +137,24 @@ def peak_megabytes() -> float:
 def show(entry: dict) -> None:
   get = lambda name: entry.get(name, {}).get("mean", float("nan"))
   number = lambda name: entry.get(name, float("nan"))
-  print(f"{entry['setting']:<24}{entry['batch']:>6}{number('tokens_per_second'):>10.0f}{number('passes_per_token'):>14.3f}"
-        f"{get('bits_own'):>10.3f}{get('bits_judge'):>8.3f}{number('distinct_2'):>12.3f}{number('distinct_4'):>7.3f}"
-        f"{number('entropy'):>9.3f}{number('peak_megabytes'):>7.0f}", flush=True)
+  print(f"{entry['setting']:<24}{entry['batch']:>6}{number('tokens_per_second'):>10.0f}"
+        f"{number('passes_per_token'):>14.3f}{get('bits_own'):>10.3f}{get('bits_judge'):>8.3f}"
+        f"{number('distinct_2'):>12.3f}{number('distinct_4'):>7.3f}{number('entropy'):>9.3f}"
+        f"{number('peak_megabytes'):>7.0f}", flush=True)
 
 
 def draw(results: list[dict], batch: int, file: Path) -> None:
   """The judge's bits, and beside them the speed, against passes a token."""
   judged = "bits_judge" if "bits_judge" in results[0] else "bits_own"
   figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-  for family, color in zip(FAMILIES + ("ar", "verify"), ("tab:blue", "tab:purple", "tab:green", "tab:orange", "tab:brown",
-                                                                 "black", "tab:red")):
+  for family, color in zip(FAMILIES + ("ar", "verify"), ("tab:blue", "tab:purple", "tab:green", "tab:orange",
+                                                         "tab:brown", "black", "tab:red")):
     rows = sorted((r for r in results[1:] if r["setting"].startswith(family) and r["batch"] == batch
                    and not r["setting"].endswith("greedy")), key=lambda r: r["passes_per_token"])
     if rows:
       x = [r["passes_per_token"] for r in rows]
-      left.errorbar(x, [r[judged]["mean"] for r in rows], [r[judged]["stderr"] for r in rows], fmt="o-", ms=4, color=color,
-                    label=family)
+      left.errorbar(x, [r[judged]["mean"] for r in rows], [r[judged]["stderr"] for r in rows], fmt="o-", ms=4,
+                    color=color, label=family)
       right.plot(x, [r["tokens_per_second"] for r in rows], "o-", ms=4, color=color, label=family)
   left.axhline(results[0][judged]["mean"], color="gray", lw=1, ls=":", label="held-out text")
   left.set_ylabel("bits a token by an AR judge" if judged == "bits_judge" else "bits a token by the own AR path")

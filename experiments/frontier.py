@@ -1,12 +1,14 @@
 """The frontier: bits a character against forward passes a token, for every method, in one harness at one price.
 
-  pip install -e '.[plot]' && python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...] [--seeds=2] [--test]
+  pip install -e '.[plot]' && python -m experiments.frontier [--scale=cpu|gpu] [--data='dir/*.txt'] [--only=NAME,...]
+      [--seeds=2] [--test]
 
-Trains each of `METHODS` on the same text for the same number of floating-point operations (formula in `evo_jax/flops.py`,
-held against XLA's count here), in runs/frontier/SCALE/NAME-SEED; what was stopped goes on, what is measured is kept. Measures every
-curve on validation text and prints it. With --test, the last step, measures test text, too, and writes the JSON and the picture:
-at each budget of passes validation picks the strategy, or the pair of strategies that take turns, and the test split says
-what it costs. Runs that the JSON already holds, of the same scale and text, stay in it.
+Trains each of `METHODS` on the same text for the same number of floating-point operations (formula in
+`evo_jax/flops.py`, held against XLA's count here), in runs/frontier/SCALE/NAME-SEED; what was stopped goes on, what
+is measured is kept. Measures every curve on validation text and prints it. With --test, the last step, measures test
+text, too, and writes the JSON and the picture: at each budget of passes validation picks the strategy, or the pair of
+strategies that take turns, and the test split says what it costs. Runs that the JSON already holds, of the same scale
+and text, stay in it.
 
 Text is read as 27 characters (a-z and space), as in text8.
 """
@@ -43,16 +45,17 @@ SCALES: dict[str, dict[str, Any]] = {
         "eval.batch_size": 64}},
 }
 COMMON = {
-    "model.context": 256, "model.unroll": 3, "data.tokenizer": "chars27", "train.log_every": 50, "train.checkpoint_every": 200,
-    "optim.schedule": "wsd", "train.eval_every": 0, "eval.samples": 0, "eval.paths": ("ar",), "eval.sequences": 16}
+    "model.context": 256, "model.unroll": 3, "data.tokenizer": "chars27", "train.log_every": 50,
+    "train.checkpoint_every": 200, "optim.schedule": "wsd", "train.eval_every": 0, "eval.samples": 0,
+    "eval.paths": ("ar",), "eval.sequences": 16}
 
-# The windows of Evo: wide, so that streams in them are long, and only in the last tenth of training, as a pretrained AR model
-# is a crude field already; two windows of four on paths of partial evidence, taught by the bound, the others on all paths,
-# most of all on streams. experiments/ablations.py has what led here.
+# The windows of Evo: wide, so that streams in them are long, and only in the last tenth of training, as a pretrained
+# AR model is a crude field already; two windows of four on paths of partial evidence, taught by the bound, the others
+# on all paths, most of all on streams. experiments/ablations.py has what led here.
 EVO = {
     "window.size": 64, "window.count": 4, "window.start": 0.9, "loss.bound_windows": 2, "loss.window_weight": 0.5,
-    "paths.diagonal": 0.1, "paths.rolling": 0.1, "paths.independent": 0.05, "paths.staircase": 0.0, "paths.streams": 0.45,
-    "paths.erasure": 0.1, "paths.ragged": 0.2}
+    "paths.diagonal": 0.1, "paths.rolling": 0.1, "paths.independent": 0.05, "paths.staircase": 0.0,
+    "paths.streams": 0.45, "paths.erasure": 0.1, "paths.ragged": 0.2}
 DIFFUSION = {"loss.ar_weight": 0.0, "loss.window_weight": 1.0}
 ERASURE = DIFFUSION | {
     "paths.erasure": 1.0, "paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "paths.staircase": 0.0,
@@ -61,8 +64,8 @@ ERASURE = DIFFUSION | {
 POLICIES = ("streams:2", "streams:4", "streams:8", "left:2", "certain:2", "certain:4", "certain:8", "entropy:2.5",
             "confidence:0.5")
 EVO_PATHS = ("ar", "streams:2", "streams:4", "streams:8", "streams:16", "spread:0.2", "spread:0.4", "spread:0.8",
-             "left:2", "certain:8", "entropy:2.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16", "diagonal:64", "rolling:8",
-             "rolling:32", "random:8", "random:64")
+             "left:2", "certain:8", "entropy:2.5", "diagonal:2", "diagonal:4", "diagonal:8", "diagonal:16",
+             "diagonal:64", "rolling:8", "rolling:32", "random:8", "random:64")
 
 # name: (changes, paths as its paper has it, paths that are this project's, one of how many held-out sequences)
 METHODS: dict[str, tuple[dict, tuple, tuple, int]] = {
@@ -124,7 +127,8 @@ def method_config(name: str, scale: dict[str, Any], text: str, seed: int) -> con
     # The paper's windows need no anchor: what ours cost is given to the baseline on top of its budget.
     size = changes["window.size"]
     plain = common.configure(values, changes, {"train.steps": 10})
-    anchors = changes["window.count"] * flops.read(plain.model, rows(plain), plain.data.batch_size, 256 + size + 1, True) * 3
+    anchors = changes["window.count"] * flops.read(
+        plain.model, rows(plain), plain.data.batch_size, 256 + size + 1, True) * 3
     budget *= 1.0 / (1.0 - anchors / flops.train_step(plain, rows(plain)))
   return fitted(values, changes, budget)
 
@@ -145,8 +149,9 @@ Points = dict[str, dict[str, Any]]  # by path: bits, stderr, passes_per_token, e
 
 
 def cheapest(points: Points, budget: float) -> list[tuple[str, float]] | None:
-  """The strategy, or the two that take turns window by window, with the fewest bits at not more than `budget` passes a token
-  on average: [(path, share of the windows)]. A mixture's bits and passes are means of the two's. None: all need more."""
+  """The strategy, or the two that take turns window by window, with the fewest bits at not more than `budget` passes
+  a token on average: [(path, share of the windows)]. A mixture's bits and passes are means of the two's. None:
+  all need more."""
   slack = 1e-9
   choices = [(p["bits"], [(path, 1.0)]) for path, p in points.items() if p["passes_per_token"] <= budget + slack]
   for slow, a in points.items():
@@ -212,7 +217,8 @@ def single_differences(runs: list[dict[str, Any]], split: str) -> dict[str, list
       **{f"learned clock above the same model's diagonal, K = {k}":
          (("evo_learned", f"learned:{k}"), ("evo_learned", f"diagonal:{k}")) for k in (2, 4, 8)},
       "evo's diagonal:64 above masked diffusion's bound": (("evo", "diagonal:64"), ("mdlm", "random:256")),
-      "evo's diagonal:64 above block diffusion's bound, blocks of 16": (("evo", "diagonal:64"), ("bd3_16", "random:16")),
+      "evo's diagonal:64 above block diffusion's bound, blocks of 16": (
+          ("evo", "diagonal:64"), ("bd3_16", "random:16")),
       "plaid's bound above masked diffusion's bound": (("plaid", "diagonal:256"), ("mdlm", "random:256")),
   }
   found = {}
@@ -233,7 +239,8 @@ LABELS = {
 def draw(runs: list[dict[str, Any]], file: Path) -> None:
   """The picture: test bits against passes, a line along each method's cheapest strategies, a dot for each strategy."""
   figure, axes = plt.subplots(figsize=(11, 5.2))
-  colors = dict(zip(LABELS, ("black", "gray", "tab:green", "tab:olive", "tab:orange", "tab:purple", "tab:blue", "tab:red")))
+  colors = dict(zip(LABELS, ("black", "gray", "tab:green", "tab:olive", "tab:orange", "tab:purple", "tab:blue",
+                             "tab:red")))
   for r in runs:
     if r["seed"] or r["name"] == "ar_equal_text":
       continue
@@ -242,7 +249,8 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
     sets = [(published, "-", LABELS[name])]
     if ours:
       sets.append((published + ours, "--", LABELS[name] + " with this project's policies"))
-    axes.scatter([r["test"][p]["passes_per_token"] for p in published + ours], [r["test"][p]["bits"] for p in published + ours],
+    axes.scatter([r["test"][p]["passes_per_token"] for p in published + ours],
+                 [r["test"][p]["bits"] for p in published + ours],
                  s=12 if name != "ar" else 40, color=color, alpha=0.5)
     for paths, style, label in sets:
       if len(paths) == 1:

@@ -2,8 +2,8 @@
 
   pip install -e '.[hf]' && python -m experiments.hf_speed [--tokens=256] [--repeats=3] [--small]
 
-SmolLM2-135M's shape with random weights, float32, batch 1, greedy, caches on, no end token. The two take turns, so that a machine's
-changing speed falls on both alike; medians are compared. Compilation and a warm-up are not in the times.
+SmolLM2-135M's shape with random weights, float32, batch 1, greedy, caches on, no end token. The two take turns, so that
+a machine's changing speed falls on both alike; medians are compared. Compilation and a warm-up are not in the times.
 """
 
 import os
@@ -62,8 +62,8 @@ def theirs(config: config_lib.Config, tokens: int):
   c = config.model
   shape = transformers.LlamaConfig(
       vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-      num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, max_position_embeddings=c.context, rope_theta=c.rope_base,
-      tie_word_embeddings=c.tie_embeddings, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+      num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, max_position_embeddings=c.context,
+      rope_theta=c.rope_base, tie_word_embeddings=c.tie_embeddings, bos_token_id=0, eos_token_id=None, pad_token_id=0)
   model = transformers.LlamaForCausalLM(shape).eval()
 
   @torch.inference_mode()

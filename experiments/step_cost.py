@@ -1,11 +1,12 @@
-"""What a training step costs: autoregression alone beside a plain linen Transformer, and windows beside autoregression alone.
+"""What a training step costs: autoregression alone beside a plain linen Transformer, and windows beside
+autoregression alone.
 
   python -m experiments.step_cost [--config=configs/tiny.py] [--repeats=30]
 
-The plain Transformer has the same shape, optimizer and batch, and is written straight: no windows, no time conditioning, no
-statistics, no scan over layers. Steps of all kinds alternate, so that a machine's changing speed falls on all alike; medians are
-compared. With windows the network sees 1 + N (B + 1) / L times the tokens; the goal is at most 1 + 1.3 N (B + 1) / L times the
-step without, and for autoregression alone at most the plain step.
+The plain Transformer has the same shape, optimizer and batch, and is written straight: no windows, no time
+conditioning, no statistics, no scan over layers. Steps of all kinds alternate, so that a machine's changing speed
+falls on all alike; medians are compared. With windows the network sees 1 + N (B + 1) / L times the tokens; the goal
+is at most 1 + 1.3 N (B + 1) / L times the step without, and for autoregression alone at most the plain step.
 """
 
 import functools
@@ -42,7 +43,8 @@ class Plain(nn.Module):
 
     def rotated(x):
       a, b = jnp.split(x, 2, axis=-1)
-      return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1).astype(x.dtype)
+      return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)],
+                             -1).astype(x.dtype)
 
     x = nn.Embed(self.rows, c.width, dtype=c.dtype)(tokens)
     for _ in range(c.layers):
@@ -84,7 +86,8 @@ def ours(values, count: int):
   config = config_lib.from_dict(values)
   model = train.make_model(config, tokenizer_lib.Bytes())
   state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
-  return jax.jit(functools.partial(train.train_step, model=model, config=config), donate_argnums=0), state, config, model.rows
+  return (jax.jit(functools.partial(train.train_step, model=model, config=config), donate_argnums=0), state, config,
+          model.rows)
 
 
 def main() -> None:
@@ -106,14 +109,15 @@ def main() -> None:
   median = {kind: statistics.median(values) for kind, values in seconds.items()}
   result = {"config": args.config, "repeats": args.repeats, "seconds_plain": median["plain"], "seconds_ar": median[0],
             "ar_by_plain": median[0] / median["plain"], "windows": []}
-  print(f"autoregression alone takes {result['ar_by_plain']:.3f} times a plain linen Transformer ({median[0] * 1e3:.0f} and "
-        f"{median['plain'] * 1e3:.0f} ms)")
+  print(f"autoregression alone takes {result['ar_by_plain']:.3f} times a plain linen Transformer "
+        f"({median[0] * 1e3:.0f} and {median['plain'] * 1e3:.0f} ms)")
   for count in COUNTS:
     share = count * (config.window.size + 1) / config.model.context
-    entry = {"N(B+1)/L": share, "step_ratio": median[count] / median[0], "limit": 1 + 1.3 * share, "seconds": median[count]}
+    entry = {"N(B+1)/L": share, "step_ratio": median[count] / median[0], "limit": 1 + 1.3 * share,
+             "seconds": median[count]}
     result["windows"].append(entry)
-    print(f"{count} windows: the network sees {1 + share:.3f} times the tokens; a step takes {entry['step_ratio']:.3f} times one "
-          f"without, limit {entry['limit']:.3f}")
+    print(f"{count} windows: the network sees {1 + share:.3f} times the tokens; a step takes "
+          f"{entry['step_ratio']:.3f} times one without, limit {entry['limit']:.3f}")
   common.write_result("step_cost", result)
 
 

@@ -2,8 +2,9 @@
 
   python -m experiments.vocabulary_cost [--vocab_size=32768] [--chunks=0,4096,1024] [--repeats=3]
 
-A training step of a narrow model whose vocabulary outweighs the rest, of the clean stream alone (cross-entropy) and with windows (soft
-input, and two softmaxes for each slot). Temporary memory is the compiler's; steps of all kinds alternate, and medians are compared.
+A training step of a narrow model whose vocabulary outweighs the rest, of the clean stream alone (cross-entropy) and
+with windows (soft input, and two softmaxes for each slot). Temporary memory is the compiler's; steps of all kinds
+alternate, and medians are compared.
 """
 
 import functools
@@ -25,7 +26,8 @@ from experiments import common
 def compiled(vocab_size: int, windows: bool, chunk: int):
   """A compiled step, and its first state and configuration."""
   values = common.load_config("configs/tiny.py")
-  values.model.update({"layers": 1, "width": 128, "context": 512, "vocab_size": vocab_size, "remat": "full", "attention_block": 128})
+  values.model.update({"layers": 1, "width": 128, "context": 512, "vocab_size": vocab_size, "remat": "full",
+                       "attention_block": 128})
   values.data.batch_size, values.loss.chunk = 1, chunk
   values.window.count, values.loss.bound_windows = (8, 2) if windows else (0, 0)
   config = config_lib.from_dict(values)
@@ -57,8 +59,8 @@ def main() -> None:
     first = next((r for r in rows if r["windows"] == windows), row)
     row |= {"memory_ratio": size / first["temporary_bytes"], "time_ratio": took / first["seconds"]}
     rows.append(row)
-    print(f"{'with windows' if windows else 'clean stream':<14}chunk {chunk:>5}  {size / 2**20:>8.0f} MiB ({row['memory_ratio']:.2f})  "
-          f"{took:.2f} s ({row['time_ratio']:.2f})")
+    print(f"{'with windows' if windows else 'clean stream':<14}chunk {chunk:>5}  {size / 2**20:>8.0f} MiB "
+          f"({row['memory_ratio']:.2f})  {took:.2f} s ({row['time_ratio']:.2f})")
   common.write_result("vocabulary_cost", {"vocab_size": args.vocab_size, "repeats": args.repeats, "rows": rows})
 
 

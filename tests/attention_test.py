@@ -17,9 +17,11 @@ def draw(seed, *shape):
 def close(function, reference, arrays, message=""):
   """Same values and same gradients in all arrays, of a random linear form."""
   weights = draw(99, *jax.eval_shape(reference, *arrays).shape)
-  both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weights), argnums=tuple(range(len(arrays)))))(*arrays)
+  both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weights),
+                                     argnums=tuple(range(len(arrays)))))(*arrays)
           for f in (function, reference)]
-  np.testing.assert_allclose(jax.jit(function)(*arrays), jax.jit(reference)(*arrays), rtol=1e-4, atol=1e-5, err_msg=message)
+  np.testing.assert_allclose(jax.jit(function)(*arrays), jax.jit(reference)(*arrays), rtol=1e-4, atol=1e-5,
+                             err_msg=message)
   for got, wanted in zip(both[0][1], both[1][1]):
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2e-5, err_msg=message)
 
@@ -53,14 +55,16 @@ def test_the_library_function_is_attend_on_the_clean_stream():
   """What cuDNN is asked for, computed by XLA here."""
   q, k, v = draw(0, 2, K, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
   close(lambda q, k, v: kernels.library_clean(q, k, v, "xla"),
-        lambda q, k, v: attention.attend(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0], (q, k, v))
+        lambda q, k, v: attention.attend(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0],
+        (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_change_nothing(causal):
   q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
   stop = jnp.arange(L)[None, None] + 1
-  run = lambda block: lambda q, k, v: attention.attend_in_blocks(block, q, (k, v), stop, None, None, None, causal=causal)
+  run = lambda block: lambda q, k, v: attention.attend_in_blocks(
+      block, q, (k, v), stop, None, None, None, causal=causal)
   close(run(64), run(0), (q, *past))
 
 

@@ -25,6 +25,8 @@ def test_the_notebook_runs(tmp_path):
   done = subprocess.run([sys.executable, "notebook.py"], capture_output=True, text=True, cwd=tmp_path, timeout=900,
                         env=environment() | {"EVO_STEPS": "4", "EVO_WORKDIR": "run", "PYTHONPATH": ROOT})
   assert done.returncode == 0, done.stderr
-  assert "streams:8" in done.stdout and all(f"--- {mode}: " in done.stdout for mode in ("ar", "flow", "adaptive", "verify"))
-  assert done.stdout.count("displayed") == 2 and (tmp_path / "trace.html").exists() and (tmp_path / "trace.png").exists()
+  assert "streams:8" in done.stdout and all(
+      f"--- {mode}: " in done.stdout for mode in ("ar", "flow", "adaptive", "verify"))
+  assert (done.stdout.count("displayed") == 2 and (tmp_path / "trace.html").exists()
+          and (tmp_path / "trace.png").exists())
   assert done.stdout.count("(self):\n    return self._") == 2

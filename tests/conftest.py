@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 
-# Nothing here runs long: what counts is how fast it compiles. The second flag halves that again; a jaxlib that does not know it would end.
+# Nothing here runs long: what counts is how fast it compiles. The second flag halves that again; a jaxlib that does
+# not know it would end.
 _FLAGS, _MORE = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 if "EVO_JAX_TEST_FLAGS" not in os.environ:  # workers share it
   _known = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, check=False,
@@ -61,7 +62,8 @@ def train_flags(workdir, data, **changes) -> list[str]:
   return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
-_LONG = ("processes", "train", "mesh", "objective", "commands", "decode", "colab", "model")  # files that take minutes, the longest first
+# Files that take minutes, the longest first.
+_LONG = ("processes", "train", "mesh", "objective", "commands", "decode", "colab", "model")
 
 
 def pytest_collection_modifyitems(items):
@@ -72,8 +74,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs(request):
-  """Drops what a file of tests compiled, and what its functions keep (functools.cache): each program maps memory some hundred times, and a
-  process that has used up its maps (vm.max_map_count, 65,530) crashes in the next compilation."""
+  """Drops what a file of tests compiled, and what its functions keep (functools.cache): each program maps memory some
+  hundred times, and a process that has used up its maps (vm.max_map_count, 65,530) crashes in the next compilation."""
   yield
   for value in vars(request.module).values():
     if hasattr(value, "cache_clear"):

@@ -50,10 +50,11 @@ def sampler(vocab_size=20, changes=(), **fields):
   return generate.Sampler(run(vocab_size, **dict(changes)), generate.Sampling(**fields), one_device())
 
 
-MODES = (dict(mode="ar"), dict(mode="flow", steps=3), dict(mode="flow", path="streams:2"), dict(mode="flow", path="entropy:3"),
-         dict(mode="flow", path="random:4"), dict(mode="flow", path="error:0.2", stepper="ode2"),
-         dict(mode="adaptive", threshold=1.0), dict(mode="adaptive", path="maturity", threshold=0.7, stepper="ancestral"),
-         dict(mode="verify"), dict(mode="verify", draft=2, temperature=0.7, top_k=5), dict(mode="verify", draft_passes=2))
+MODES = (dict(mode="ar"), dict(mode="flow", steps=3), dict(mode="flow", path="streams:2"),
+         dict(mode="flow", path="entropy:3"), dict(mode="flow", path="random:4"),
+         dict(mode="flow", path="error:0.2", stepper="ode2"), dict(mode="adaptive", threshold=1.0),
+         dict(mode="adaptive", path="maturity", threshold=0.7, stepper="ancestral"), dict(mode="verify"),
+         dict(mode="verify", draft=2, temperature=0.7, top_k=5), dict(mode="verify", draft_passes=2))
 name = lambda fields: "-".join(str(v) for v in fields.values())
 
 
@@ -67,9 +68,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone(fields):
   together = write(prompts, seed=5)
   assert len({tuple(g.tokens) for g in together}) >= 56
   for i, prompt in enumerate(prompts[:-2]):
-    assert dataclasses.replace(together[i], seconds=0.0) == dataclasses.replace(write([prompt], seed=5)[0], seconds=0.0), i
+    assert dataclasses.replace(together[i], seconds=0.0) == dataclasses.replace(
+        write([prompt], seed=5)[0], seconds=0.0), i
   assert [g.tokens for g in together[-2:]] == [g.tokens for g in write(["aaa"], num=2, seed=5)]
-  assert all(len(g.settled) == len(g.tokens) == len(g.text) <= 14 and max(g.settled, default=0) <= g.passes for g in together)
+  assert all(len(g.settled) == len(g.tokens) == len(g.text) <= 14 and max(g.settled, default=0) <= g.passes
+             for g in together)
 
 
 @pytest.mark.parametrize("fields", (dict(mode="flow", steps=3), dict(mode="adaptive", threshold=1.0)), ids=name)
@@ -82,7 +85,8 @@ def test_models_that_condition_themselves_write_too(fields):
 
 def test_learned_clocks_write_too():
   changes = (("model__progression", "learned"), ("paths__learned", 0.2))
-  found = sampler(changes=changes, max_tokens=14, endless=True, mode="flow", path="learned", steps=3)(["a", "bcdefghij"])
+  found = sampler(changes=changes, max_tokens=14, endless=True, mode="flow", path="learned", steps=3)(
+      ["a", "bcdefghij"])
   assert [(len(g.tokens), g.passes) for g in found] == [(14, 6), (14, 6)]
 
 
@@ -95,14 +99,16 @@ def test_adaptive_at_threshold_zero_is_ar(path):
 
 
 def test_adaptive_thresholds_go_from_ar_to_one_pass():
-  count = lambda t, **fields: sampler(max_tokens=16, mode="adaptive", threshold=t, endless=True, **fields)(["a"])[0].passes
+  count = lambda t, **fields: sampler(
+      max_tokens=16, mode="adaptive", threshold=t, endless=True, **fields)(["a"])[0].passes
   passes = [count(t) for t in (0.0, 0.2, 0.7, 1.5, 64.0)]
   assert passes[0] == 16 and passes == sorted(passes, reverse=True)
   assert passes[-1] == 1 and count(64.0, window=8) == 2  # one window as wide as the text; two of training's 8
 
 
 def exact(vocab_size, length, **fields):
-  """(symbols ** length,) autoregression's probabilities of strings, document token ruled out, under a Sampling's shaping."""
+  """(symbols ** length,) autoregression's probabilities of strings, document token ruled out, under a
+  Sampling's shaping."""
   r = run(vocab_size)
   strings = np.array(list(itertools.product(range(1, vocab_size), repeat=length)))
   s = generate.Sampling(**fields)
@@ -117,8 +123,8 @@ def exact(vocab_size, length, **fields):
 @pytest.mark.parametrize("fields", [dict(), dict(temperature=0.6), dict(top_k=2), dict(top_p=0.7), dict(draft=1),
                                     dict(draft_passes=3)], ids=name)
 def test_verify_has_the_distribution_of_ar(fields):
-  """Chi-square over the 81 strings of four tokens (method fact 7). 8,000 draws at level 1e-3 find frequencies that are off by
-  10 % with power above 0.9; the proposals of this untrained network are poor."""
+  """Chi-square over the 81 strings of four tokens (method fact 7). 8,000 draws at level 1e-3 find frequencies that
+  are off by 10 % with power above 0.9; the proposals of this untrained network are poor."""
   count, length = 8000, 4
   assert stats.ncx2.sf(stats.chi2.isf(1e-3, 80), 80, count * 0.1**2) > 0.9
   strings, p = exact(4, length, **{k: v for k, v in fields.items() if not k.startswith("draft")})
@@ -138,7 +144,8 @@ def test_verify_would_be_caught_without_its_corrections():
   """The same test finds proposals that are taken as they come."""
   count = 8000
   _, p = exact(4, 4)
-  found = sampler(4, max_tokens=4, mode="flow", steps=1, window=4, endless=True, batch_size=8192)([""], num=count, seed=2)
+  found = sampler(4, max_tokens=4, mode="flow", steps=1, window=4, endless=True, batch_size=8192)(
+      [""], num=count, seed=2)
   counts = np.bincount(np.array([g.tokens for g in found]) @ 3 ** np.arange(4)[::-1] - 40, minlength=81)
   assert stats.chisquare(counts, p * count).pvalue < 1e-6
 
@@ -214,7 +221,8 @@ def test_infilling_keeps_the_text_around_its_gaps(fields):
     assert g.text[:3] == "abc" and g.text[6:11] == "defgh" and g.text[22:] == "ij"
   assert found[2].text[2:] == "abc" * 7 and all(0 < s <= g.passes for g in found for s in g.settled)
   greedy = sampler(max_tokens=8, greedy=True, **fields)
-  assert len({greedy([f"abc[...3]{rest}"], infill=True)[0].text[3:6] for rest in ("defg", "ssss", "abab", "qrqr", "hhhh")}) > 1
+  assert len({greedy([f"abc[...3]{rest}"], infill=True)[0].text[3:6]
+              for rest in ("defg", "ssss", "abab", "qrqr", "hhhh")}) > 1
 
 
 def test_stop_strings_end_texts_before_themselves():
@@ -226,9 +234,11 @@ def test_stop_strings_end_texts_before_themselves():
 
 
 def test_text_streams_as_it_is_settled():
-  for fields in (MODES[0], MODES[6] | {"window": 8}, MODES[8]):  # all of which take more passes than lie between two looks
+  for fields in (MODES[0], MODES[6] | {"window": 8},
+                 MODES[8]):  # all of which take more passes than lie between two looks
     pieces = {0: [], 1: []}
-    found = sampler(max_tokens=20, endless=True, **fields)(["a", "bc"], on_text=lambda i, piece: pieces[i].append(piece))
+    found = sampler(max_tokens=20, endless=True, **fields)(
+        ["a", "bc"], on_text=lambda i, piece: pieces[i].append(piece))
     assert ["".join(pieces[i]) for i in (0, 1)] == [g.text for g in found] and len(pieces[0]) > 1
 
 
@@ -253,13 +263,15 @@ def test_a_mesh_writes_the_same_texts():
 
 @pytest.mark.parametrize("fields,problem", [
     (dict(mode="spiral"), "--mode=spiral"), (dict(temperature=0.0), "--temperature=0.0: is not positive"),
-    (dict(top_p=0.0), "--top_p=0.0"), (dict(top_k=-1), "--top_k=-1"), (dict(mode="adaptive", threshold=-0.1), "--threshold=-0.1: is not"),
+    (dict(top_p=0.0), "--top_p=0.0"), (dict(top_k=-1), "--top_k=-1"),
+    (dict(mode="adaptive", threshold=-0.1), "--threshold=-0.1: is not"),
     (dict(mode="adaptive", path="confidence", threshold=1.5), "--threshold=1.5: is not in [0, 1]"),
-    (dict(mode="adaptive", path="diagonal"), "--path=diagonal"), (dict(mode="verify", path="diagonal"), "--path=diagonal: goes with"),
+    (dict(mode="adaptive", path="diagonal"), "--path=diagonal"),
+    (dict(mode="verify", path="diagonal"), "--path=diagonal: goes with"),
     (dict(mode="flow", path="learned"), "has a shared clock"), (dict(mode="flow", grid="0.5,0.8"), "--grid=0.5,0.8"),
     (dict(mode="flow", path="streams:2", grid="precision"), "--grid=precision: does not go with"),
-    (dict(window=64), "--window=64: is more than the context"), (dict(stepper="rk4"), "--stepper=rk4"), (dict(draft=99), "--draft=99"),
-    (dict(stop=("",)), "--stop")], ids=lambda x: str(x)[:40])
+    (dict(window=64), "--window=64: is more than the context"), (dict(stepper="rk4"), "--stepper=rk4"),
+    (dict(draft=99), "--draft=99"), (dict(stop=("",)), "--stop")], ids=lambda x: str(x)[:40])
 def test_impossible_settings_are_named(fields, problem):
   with pytest.raises(cli.UserError) as error:
     generate.check(generate.Sampling(**fields), run().config)
@@ -289,8 +301,8 @@ def test_grids_of_the_clock():
 
 
 def test_diffusion_alone_decodes_whole_texts():
-  """A model without a clean stream reads its prompt inside the window: what it writes follows from the prompt and is known after
-  as many passes as the path takes; other modes are refused."""
+  """A model without a clean stream reads its prompt inside the window: what it writes follows from the prompt and is
+  known after as many passes as the path takes; other modes are refused."""
   changes = (("loss__ar_weight", 0.0), ("window__size", 32), ("window__count", 1))
   write = sampler(changes=changes, mode="flow", path="certain:7", max_tokens=14, greedy=True, endless=True)
   found = write(["abcd", "lkji"])

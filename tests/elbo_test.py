@@ -59,7 +59,8 @@ def test_passes_end_with_the_path(toy):
   """A grid filled up with zeros costs and takes what the grid alone does."""
   token, _ = toy.sample(jax.random.key(0), 10)
   times = paths.grid("diagonal:4", LENGTH, 0.5)
-  price = jax.jit(lambda times: elbo.path_cost(toy.field, toy.codes, toy.warp, token, policies.Grid(times), jax.random.key(1)))
+  price = jax.jit(lambda times: elbo.path_cost(
+      toy.field, toy.codes, toy.warp, token, policies.Grid(times), jax.random.key(1)))
   (a, passes), (b, filled) = price(times), price(jnp.pad(times, [(0, 9), (0, 0)]))
   np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   assert (passes == 4).all() and (filled == 4).all()

@@ -93,7 +93,8 @@ def test_telescoping(scene):
 
 
 def test_euler_step_keeps_a_known_token_on_its_way():
-  """With e_hat = e[w] the flow carries lambda e + sqrt(lambda) eps to lambda' e + sqrt(lambda') eps, whatever the step."""
+  """With e_hat = e[w] the flow carries lambda e + sqrt(lambda) eps to lambda' e + sqrt(lambda') eps,
+  whatever the step."""
   code, noise = jnp.array([0.6, 0.8]), jnp.array([1.0, -2.0])
   at = lambda precision: precision * code + precision**0.5 * noise
   moved = flow.euler_step(at(0.01), code, jnp.asarray(0.01), jnp.asarray(50.0))

@@ -1,4 +1,5 @@
-"""What the compiler makes of a training step on eight devices: the collectives that the mesh asks for, and no others."""
+"""What the compiler makes of a training step on eight devices: the collectives that the mesh asks for,
+and no others."""
 
 import math
 
@@ -38,7 +39,8 @@ def test_programs_are_read():
     return jax.lax.psum(jax.lax.scan(step, x_local, None, length=5)[0], "data")
 
   function = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))
-  text = function.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))).compile().as_text()
+  text = function.lower(
+      jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))).compile().as_text()
   moved = hlo.read(text, dict(mesh.shape)).moved()
   assert moved["all-gather", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
   assert moved["reduce-scatter", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
@@ -50,9 +52,9 @@ def test_what_goes_between_slices_is_read():
   """TPUs' hosts do it: in the program it is a `send`, here of 2 x 128 float32 that two slices sum."""
   text = """
 ENTRY %main (p: f32[2,128]) -> token[] {
-  %send.1 = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%p, %token), channel_id=5, is_host_transfer=true, frontend_attributes=\
-{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",\
-_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%p, %token), channel_id=5, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """
   (found,) = hlo.read(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
@@ -60,7 +62,8 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_collectives_are_waited_for_as_the_schedule_has_them():
-  """Five times: a gather of 96 bytes behind 60 cycles, another over the same axis behind 10 more; then a sum for which nothing was begun."""
+  """Five times: a gather of 96 bytes behind 60 cycles, another over the same axis behind 10 more; then a sum for
+  which nothing was begun."""
   text = """
 %body (p: f32[8]) -> f32[8] {
   %first = (f32[8], f32[32]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
@@ -97,11 +100,13 @@ def test_what_seldom_runs_is_in_no_estimate():
   assert flops.traced(function, x) == (2 * 16**3, 0)
   text = """
 %often (p: f32[8]) -> f32[8] {
-  ROOT %a = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_1_fun/add"}, backend_config={"estimated_cycles":"7"}
+  ROOT %a = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_1_fun/add"}, \
+backend_config={"estimated_cycles":"7"}
 }
 
 %dear (p: f32[8]) -> f32[8] {
-  ROOT %b = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/seldom/add"}, backend_config={"estimated_cycles":"500"}
+  ROOT %b = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/seldom/add"}, \
+backend_config={"estimated_cycles":"500"}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -119,12 +124,13 @@ def test_groups_of_devices_are_read(groups, members):
   assert hlo._group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
 
 
-@pytest.mark.parametrize("sizes, passes, chunk", [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0), ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)],
-                         ids=str)
+@pytest.mark.parametrize("sizes, passes, chunk", [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0),
+                                                  ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)], ids=str)
 def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, chunk, capfd):
-  """To the byte: a layer's weights forward and backward, and their gradients, once for clean stream and windows together, or once for each;
-  over `data` gradients are summed in shards; over `tensor` no parameter ever moves. In chunks a table is gathered where it is read, forward
-  and backward, and the first chunk once more, since the last step of a loop gathers ahead, too."""
+  """To the byte: a layer's weights forward and backward, and their gradients, once for clean stream and windows
+  together, or once for each; over `data` gradients are summed in shards; over `tensor` no parameter ever moves. In
+  chunks a table is gathered where it is read, forward and backward, and the first chunk once more, since the last
+  step of a loop gathers ahead, too."""
   text, mesh, params = compiled_step(sizes, loss__one_pass=passes == 1, loss__chunk=chunk)
   assert "rematerialization" not in capfd.readouterr().err
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -134,15 +140,19 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
       continue
     name = jax.tree_util.keystr(path)
     here = math.prod(p.sharding.shard_shape(p.shape)) * 4.0
-    uses = 1 if "w_time" in name or "blocks" not in name else passes  # time conditions windows alone; a table is gathered once for all
+    # Time conditions windows alone; a table is gathered once for all.
+    uses = 1 if "w_time" in name or "blocks" not in name else passes
     gathered += (fsdp - 1) * here * uses * (2 if "blocks" in name else 1)
     if chunk and "blocks" not in name:
-      gathered += (fsdp - 1) * here * (2 + chunk / V - (0 if "embedding" in name else 1))  # embeddings are looked up besides
-    scattered += (fsdp - 1) * here * (2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
+      gathered += (fsdp - 1) * here * (
+          2 + chunk / V - (0 if "embedding" in name else 1))  # embeddings are looked up besides
+    scattered += (fsdp - 1) * here * (
+        2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
   program = hlo.read(text, dict(mesh.shape))
   moved = program.moved()
-  measured = 3 * 256 * 4 * (fsdp - 1) / fsdp if mesh.shape["data"] == 1 else 0  # what windows tell the statistics, from all shards
+  # What windows tell the statistics, from all shards.
+  measured = 3 * 256 * 4 * (fsdp - 1) / fsdp if mesh.shape["data"] == 1 else 0
   assert moved["all-gather", ("fsdp",)] == gathered + measured
   assert moved["reduce-scatter", ("fsdp",)] == scattered
   assert moved.get(("all-reduce", ("data",)), 0) == summed
@@ -152,9 +162,11 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
 
 
 def traced_step(**changes):
-  """Operations of a training step on one device with context 64, outside of kernels and inside; and its configuration."""
+  """Operations of a training step on one device with context 64, outside of kernels and inside; and its
+  configuration."""
   config = small_config(model__context=64, **changes)
-  state, _ = train.abstract_state(Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
+  state, _ = train.abstract_state(Evo(config.model, V), config,
+                                  sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
   step = lambda s, b: train.train_step(s, b, model=Evo(config.model, V), config=config)
   return *flops.traced(step, state, jax.ShapeDtypeStruct((config.data.batch_size, 65), jnp.int32)), config
 
@@ -169,8 +181,8 @@ def test_traced_operations_are_the_formula_with_what_is_computed_again(changes):
 
 
 def test_what_is_kept_is_not_computed_again():
-  """Beside what is named, the backward pass makes anew what its own products read: attention within, its way out, and the modulation. Not
-  the hidden units' way out, of which windows' gates want the result."""
+  """Beside what is named, the backward pass makes anew what its own products read: attention within, its way out, and
+  the modulation. Not the hidden units' way out, of which windows' gates want the result."""
   (plain, *_), (kept, _, c) = traced_step(), traced_step(model__remat="save:qkv,attention,mlp")
   D, L = c.model.width, c.model.context
   S = c.window.size + 1

@@ -113,7 +113,8 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
   hidden, cache = net.clean(tokens[:, :-1])
   apart = net.clone(stacked=False).bind({"params": model_lib.unstacked(net.variables["params"])})
   first = jnp.array([5, 20])
-  empty = lambda x: jnp.where(jnp.arange(32)[:, None] < first[:, None, None, None], x, 9.0)  # and nothing behind is read
+  empty = lambda x: jnp.where(jnp.arange(32)[:, None] < first[:, None, None, None], x,
+                              9.0)  # and nothing behind is read
   past = tuple(tuple(map(empty, x)) for x in (cache.k, cache.v))
   place = first[:, None] + jnp.arange(9)
   x = net.embed_tokens(jnp.take_along_axis(tokens, place, axis=1))
@@ -125,7 +126,8 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
       np.testing.assert_allclose(v[layer][b, :, :a + 9], cache.v[layer, b, :, :a + 9], atol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__isolate_documents": True}, {"model__remat": "full", "model__attention_block": 8}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"model__isolate_documents": True},
+                                     {"model__remat": "full", "model__attention_block": 8}], ids=str)
 def test_one_pass_reads_both_streams(tokens, changes):
   """`clean_and_window` gives what `clean`, and then `window`, give, and their gradients."""
   net, _, config = build(**changes)
@@ -153,9 +155,10 @@ def test_one_pass_reads_both_streams(tokens, changes):
 
 def test_one_pass_is_a_configuration_and_changes_no_value(small, tokens):
   net, statistics, config = small
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, config.loss.bound_windows)
-  one, two = (_losses(dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)), 2, net.variables["params"],
-                      statistics, tokens, draw) for together in (True, False))
+  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths,
+                           config.loss.bound_windows)
+  one, two = (_losses(dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)), 2,
+                      net.variables["params"], statistics, tokens, draw) for together in (True, False))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, two)
 
 
@@ -201,8 +204,8 @@ def test_documents_can_be_isolated(tokens):
   before, after = windows(net, statistics, tokens, 0.5), windows(net, statistics, changed, 0.5)
   np.testing.assert_allclose(before[1, 1], after[1, 1], atol=1e-6)  # the window at 20
   shared = build()[0]
-  assert not np.allclose(windows(shared, statistics, changed, 0.5)[1, 1], windows(shared, statistics, tokens, 0.5)[1, 1],
-                         atol=1e-4)
+  assert not np.allclose(windows(shared, statistics, changed, 0.5)[1, 1],
+                         windows(shared, statistics, tokens, 0.5)[1, 1], atol=1e-4)
 
 
 def test_rows_beyond_the_vocabulary_are_ruled_out(small, tokens):
@@ -290,13 +293,15 @@ def test_attention_in_blocks_saves_memory():
   for block in (0, 32):
     model = Evo(dataclasses.replace(config.model, attention_block=block, context=1024), V)
     loss = jax.jit(jax.grad(lambda p, t: jnp.sum(model.apply({"params": p}, t) ** 2)))
-    memory[block] = loss.lower(net.variables["params"], jnp.ones((2, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
+    memory[block] = loss.lower(
+        net.variables["params"], jnp.ones((2, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
   assert memory[32] < 0.5 * memory[0], memory
 
 
 @pytest.mark.parametrize("kernel", ["splash", "xla"])
 def test_attention_is_kept_once_for_the_backward_pass(kernel):
-  """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the keys and values."""
+  """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the
+  keys and values."""
   config = small_config(model__attention=kernel, model__context=128, model__remat="save:attention", model__layers=1)
   net = Evo(config.model, V)
   params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

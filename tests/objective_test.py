@@ -33,8 +33,8 @@ def test_windows_taught_by_the_bound_take_gaussian_paths():
   gaussian = [NAMES.index(n) for n in config_lib.GAUSSIAN_PATHS]
   assert np.isin(path[:, 0], gaussian).all() and not np.isin(path[:, 1], gaussian).all()
   share = np.bincount(path[:, 1], minlength=len(NAMES)) / len(path)
-  want = np.array([{"diagonal": 0.5, "rolling": 0.2, "independent": 0.2, "staircase": 0.1, "erasure": 0.3, "ragged": 0.3}
-                   .get(n, 0) for n in NAMES])
+  want = np.array([{"diagonal": 0.5, "rolling": 0.2, "independent": 0.2, "staircase": 0.1, "erasure": 0.3,
+                    "ragged": 0.3}.get(n, 0) for n in NAMES])
   np.testing.assert_allclose(share, want / want.sum(), atol=0.02)
 
 
@@ -72,7 +72,8 @@ def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   config = small_config(loss__bound_windows=0, **only("erasure"))
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
   draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
-  (_, window), _, _ = elbo.training_loss(net, statistics, tokens, draw, dataclasses.replace(config.loss, window_weight=1.0))
+  (_, window), _, _ = elbo.training_loss(net, statistics, tokens, draw,
+                                         dataclasses.replace(config.loss, window_weight=1.0))
   slots = elbo.gather_windows(tokens, draw.anchor, 8)
   latent = elbo.observe_at(net.codes(), statistics.warp, slots[..., 1:], draw.time, draw.noise)
   logits = elbo.window_logits(net, net.clean(tokens[:, :-1])[1], draw.anchor, slots[..., 0], latent, net.codes(),
@@ -103,8 +104,8 @@ LEARNED = dict(model__progression="learned", paths__learned=1.0, loss__bound_win
 
 
 def test_clocks_start_as_soft_streams_and_are_learned():
-  """Before training q = p and the clock is that of streams; the bound teaches both heads, and nothing of it touches AR's
-  gradient."""
+  """Before training q = p and the clock is that of streams; the bound teaches both heads, and nothing of it touches
+  AR's gradient."""
   config = small_config(**LEARNED)
   model, state = train.Evo(config.model, V), None
   state = jax.jit(lambda: train.nn.unbox(train.init_state(model, config)))()
@@ -112,7 +113,8 @@ def test_clocks_start_as_soft_streams_and_are_learned():
   draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
 
   def losses(params, which):
-    terms, _, metrics = elbo.training_loss(model.bind({"params": params}), state.statistics, tokens, draw, config.loss, True)
+    terms, _, metrics = elbo.training_loss(model.bind({"params": params}), state.statistics, tokens, draw,
+                                           config.loss, True)
     return terms[which], metrics
 
   (_, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: losses(p, 1), has_aux=True))(state.params)
@@ -143,7 +145,8 @@ def test_inferred_clocks_differ_and_pay_kl():
   prior = lambda hidden: net.clock_prior(hidden, 8, jnp.full((2, 2), 4))[0]
   at_anchor = jnp.take_along_axis(hidden, anchor[..., None], axis=1)
   later = net.clean(tokens.at[0, 12].set(1 + tokens[0, 12] % 5)[:, :-1])[0]  # ... the prior only the past
-  np.testing.assert_allclose(prior(at_anchor)[0], prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6)
+  np.testing.assert_allclose(prior(at_anchor)[0],
+                             prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6)
 
 
 def test_self_conditioning_reads_twice():
@@ -181,7 +184,8 @@ DIFFUSION = dict(loss__ar_weight=0.0, window__size=32, window__count=1)
     dict(LEARNED, loss__self_conditioning=0.5, train__accumulate=2, paths__step_sampling="importance"),
     dict(loss__antithetic=False, loss__integrand="rate", paths__steps=(1000,))])
 def test_every_lever_is_a_configuration(changes):
-  """Masked diffusion, Gaussian diffusion, learned clocks, plain or priced noise: a step of each is finite and teaches."""
+  """Masked diffusion, Gaussian diffusion, learned clocks, plain or priced noise: a step of each is finite
+  and teaches."""
   state, metrics = one_step(**changes)
   assert all(np.isfinite(value) for value in metrics.values()), metrics
   assert float(metrics["gradient_norm"]) > 0.01 and 3 < float(metrics["bits"]) < 12
@@ -194,8 +198,8 @@ def test_windows_can_start_later():
   model = train.make_model(config, train.tokenizer_lib.Bytes())
   state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 33), jnp.int32)
-  names = lambda windows: jax.eval_shape(lambda s, b: train.train_step(s, b, model=model, config=config, windows=windows),
-                                         state, batch)[1]
+  names = lambda windows: jax.eval_shape(
+      lambda s, b: train.train_step(s, b, model=model, config=config, windows=windows), state, batch)[1]
   assert "window_ce" in names(True) and "window_ce" not in names(False)
   assert flops.train_run(config, 264) == 6 * flops.train_step(config, 264) + 6 * flops.train_step(config, 264, False)
 
@@ -204,8 +208,8 @@ def test_windows_can_start_later():
     DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure"))])
 def test_operations_by_formula_are_those_that_xla_counts(changes):
   """At a width where matrix products are nearly all there is."""
-  config = small_config(**{**dict(model__width=256, model__heads=4, model__kv_heads=2, model__hidden=512, model__unroll=2,
-                                  model__context=128, window__size=16), **changes})
+  config = small_config(**{**dict(model__width=256, model__heads=4, model__kv_heads=2, model__hidden=512,
+                                  model__unroll=2, model__context=128, window__size=16), **changes})
   model = train.make_model(config, train.tokenizer_lib.Bytes())
   state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 129), jnp.int32)
@@ -213,12 +217,14 @@ def test_operations_by_formula_are_those_that_xla_counts(changes):
   assert abs(flops.train_step(config, model.rows) / step.cost_analysis()["flops"] - 1) < 0.06
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss__self_conditioning": 1.0}, {"loss__bound_windows": 2}, {"window__count": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"loss__self_conditioning": 1.0}, {"loss__bound_windows": 2},
+                                     {"window__count": 0}], ids=str)
 def test_chunks_of_the_vocabulary_change_no_value_and_save_memory(changes):
   """Loss and gradient are those of all logits at once; the compiled step needs less memory."""
   found = {}
   for chunk in (0, 8):
-    config = small_config(**{"model__vocab_size": 512, "model__remat": "full", "loss__chunk": chunk, "window__count": 4, **changes})
+    config = small_config(**{"model__vocab_size": 512, "model__remat": "full", "loss__chunk": chunk,
+                             "window__count": 4, **changes})
     model = train.make_model(config, tokenizer.Bytes())
     state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
     batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)

@@ -1,4 +1,5 @@
-"""Plans of a run on a pod that is not there: what follows from shapes, what does not fit, and, with the TPU's compiler, the rest."""
+"""Plans of a run on a pod that is not there: what follows from shapes, what does not fit, and, with the TPU's
+compiler, the rest."""
 
 import json
 import types
@@ -16,15 +17,16 @@ PARAMETERS = 8_103_404_544
 def test_shapes_alone_say_what_a_pod_holds(tmp_path):
   """A line for what is missing, a table of several pods, and the same in JSON."""
   file = tmp_path / "plans.json"
-  done = run("evo_jax.plan", "--config=configs/evo8b.py", "--topology=v5p:4x4x4,v6e:16x16", "--nocompile", f"--json={file}",
-             "--config.train.accumulate=4")
+  done = run("evo_jax.plan", "--config=configs/evo8b.py", "--topology=v5p:4x4x4,v6e:16x16", "--nocompile",
+             f"--json={file}", "--config.train.accumulate=4")
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("Not known without the TPU's compiler") == 2 and "of 95.74" in done.stdout
   assert [line.split()[:2] for line in done.stdout.splitlines()[-2:]] == [["v5p:4x4x4", "64"], ["v6e:16x16", "256"]]
   found = json.loads(file.read_text())
   assert found["fields"]["model"]["width"] == 4096 and found["assumptions"]
   for one, data in zip(found["plans"], (1, 4)):
-    assert one["mesh"] == {"data": data, "fsdp": 64, "tensor": 1} and one["fits"] is None and one["step_seconds"] is None
+    assert (one["mesh"] == {"data": data, "fsdp": 64, "tensor": 1} and one["fits"] is None
+            and one["step_seconds"] is None)
     # All but norms, codes and the time's two small matrices lies in 64 shards; beside it two means of the gradient.
     whole = PARAMETERS * 4 / 64
     assert whole < one["bytes"]["parameters"] < 1.15 * whole
@@ -46,7 +48,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path):
     (["--config=configs/tiny.py", "--topology=v9:2x2"], "--topology='v9:2x2': is not CHIP:AxB"),
     (["--config=configs/tiny.py", "--topology=v5e:2x2", "--mesh=rows:2"], "--mesh='rows:2': 'rows:2' is not AXIS:SIZE"),
     (["--config=configs/tiny.py", "--topology=v5e:2x2", "--mesh=data:3"], "needs 3 devices, here are 4"),
-    (["--config=configs/tiny.py", "--topology=v5e:2x2", "--nocompile", "--json=/no/such/folder/x.json"], "cannot be written")])
+    (["--config=configs/tiny.py", "--topology=v5e:2x2", "--nocompile", "--json=/no/such/folder/x.json"],
+     "cannot be written")])
 def test_bad_input_gets_one_line(flags, message):
   done = run("evo_jax.plan", *flags)
   assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -63,7 +66,8 @@ def test_topologies_and_meshes_are_read():
 
 
 @pytest.mark.parametrize("message, size", [
-    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.", 17.5 * 2**30),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+     "Used 17.50G of 15.75G hbm.", 17.5 * 2**30),
     ("RESOURCE_EXHAUSTED: something else", None), ("INTERNAL: Used 3.00G of 1.00G", None)])
 def test_the_compilers_complaint_of_memory_is_read(message, size):
   assert plan._out_of_memory(message) == size
@@ -89,7 +93,8 @@ def test_the_compiler_plans_a_step(tmp_path):
     pytest.skip("libtpu is not installed (pip install 'evo_jax[tpu]')")
   file = tmp_path / "plan.json"
   flags = [f for f in train_flags(tmp_path, "stdlib") if not f.startswith("--workdir")]
-  done = run("evo_jax.plan", *flags, "--topology=v5e:2x2", "--mesh=data:1,fsdp:4", f"--json={file}", "--config.model.vocab_size=512")
+  done = run("evo_jax.plan", *flags, "--topology=v5e:2x2", "--mesh=data:1,fsdp:4", f"--json={file}",
+             "--config.model.vocab_size=512")
   assert done.returncode == 0, done.stderr
   (one,) = json.loads(file.read_text())["plans"]
   assert one["fits"] and 0 < one["mfu"] < 1 and one["bytes"]["code"] > 0 and one["bytes"]["activations"] > 0

@@ -25,19 +25,21 @@ def priced(toy, policy, token, key=jax.random.key(1), field=None):
 
 
 def blunt(toy):
-  """A field that makes too little of the context of its first tokens: a model with errors, whose orders differ in price."""
+  """A field that makes too little of the context of its first tokens: a model with errors, whose orders
+  differ in price."""
   share = jnp.array([0.1, 0.5, 1.0, 1.0])[:, None]
   return lambda latent, context=None: share * jax.nn.log_softmax(toy.field(latent), axis=-1)
 
 
-JUMPS = ["left:1", "left:2", "certain:2", "entropy:1.35", "entropy:1.45", "confidence:0.5", "confidence:1", "spread:0.3", "spread:0.75",
-         "spread:1.9"]
+JUMPS = ["left:1", "left:2", "certain:2", "entropy:1.35", "entropy:1.45", "confidence:0.5", "confidence:1",
+         "spread:0.3", "spread:0.75", "spread:1.9"]
 
 
 @pytest.mark.parametrize("path", JUMPS)
 def test_a_policy_of_jumps_costs_what_it_samples(toy, path):
   """Its price of every string is -log of the probability with which the same object draws it: the prices' probabilities
-  add up to one, and 8,000 draws agree (chi-square at 1e-3; power above 0.9 against frequencies that are off by 10 %)."""
+  add up to one, and 8,000 draws agree (chi-square at 1e-3; power above 0.9 against frequencies that are
+  off by 10 %)."""
   policy = policies.make(path, LENGTH, 0.5)
   price, passes = priced(toy, policy, jnp.asarray(STRINGS))
   q = np.exp(-np.asarray(price.sum(-1), np.float64))
@@ -74,7 +76,8 @@ def test_maturity_is_a_bound(toy, limit):
   assert 1 < float(passes.mean()) <= LENGTH
   drawn, taken = sample.sample_window(toy.field, toy.codes, toy.warp, policies.make(f"maturity:{limit}", LENGTH, 0.5),
                                       jax.random.key(3), (500, LENGTH), sample.ancestral)
-  assert drawn.shape == (500, LENGTH) and (drawn >= 0).all() and (drawn < SYMBOLS).all() and float(taken.mean()) <= LENGTH
+  assert (drawn.shape == (500, LENGTH) and (drawn >= 0).all() and (drawn < SYMBOLS).all()
+          and float(taken.mean()) <= LENGTH)
 
 
 def test_a_policy_sees_no_unknown_token(toy):
@@ -93,7 +96,8 @@ def test_a_policy_sees_no_unknown_token(toy):
 
 
 def test_masked_diffusion_costs_the_any_order_average(toy):
-  """Method fact 8, with a field whose orders differ in price: one token a pass in random order is the mean over all 24."""
+  """Method fact 8, with a field whose orders differ in price: one token a pass in random order is the mean
+  over all 24."""
   field, strings = blunt(toy), jnp.asarray(STRINGS)
   orders = [np.asarray(priced(toy, policies.Grid(jnp.asarray(
       (np.array(order)[None] >= np.arange(LENGTH + 1)[:, None]).astype(np.float32))), strings, field=field)[0].sum(-1))
@@ -132,8 +136,8 @@ def test_blocks_of_one_are_autoregression(toy):
 
 
 def test_inferred_clocks_pay_their_way(toy):
-  """Delays that a posterior draws from the tokens: with KL(q || p) the total stays above the entropy; without it, it need
-  not. Here q tells the tokens' values apart by delay alone, and the path's own price falls below the entropy's."""
+  """Delays that a posterior draws from the tokens: with KL(q || p) the total stays above the entropy; without it, it
+  need not. Here q tells the tokens' values apart by delay alone, and the path's own price falls below the entropy's."""
   token, number = toy.sample(jax.random.key(0), 6000)
   prior = (jnp.zeros(token.shape), jnp.full(token.shape, jnp.log(1.0)))
   posterior = (1.5 * (token - 1.0), jnp.full(token.shape, jnp.log(0.5)))
@@ -145,10 +149,12 @@ def test_inferred_clocks_pay_their_way(toy):
 
   kl = np.asarray(elbo.gaussian_kl(posterior, prior).sum(-1), np.float64)
   assert (kl > 0).all()
-  price = np.asarray(priced(toy, policies.Learned(np.int32(8), delay, jnp.ones(token.shape)), token, field=telling)[0].sum(-1), np.float64)
+  price = np.asarray(priced(toy, policies.Learned(np.int32(8), delay, jnp.ones(token.shape)), token,
+                            field=telling)[0].sum(-1), np.float64)
   surprise = -np.log(toy.probability)[np.asarray(number)]
   assert (price - surprise).mean() < -0.1 and (price + kl - surprise).mean() > 0.1
-  fair = np.asarray(priced(toy, policies.Learned(np.int32(64), jax.random.normal(jax.random.key(2), token.shape), jnp.ones(token.shape)), token)[0]
+  fair = np.asarray(priced(toy, policies.Learned(np.int32(64), jax.random.normal(jax.random.key(2), token.shape),
+                                                 jnp.ones(token.shape)), token)[0]
                     .sum(-1), np.float64) - surprise  # q = p: an average over paths
   assert -4 * fair.std() / 6000**0.5 < fair.mean() < 0.1
 
@@ -196,6 +202,7 @@ def test_the_rate_is_the_price_of_a_short_step(toy):
                        jax.random.normal(jax.random.key(1), latent.y.shape))
   log_belief = lambda y: flow.log_belief(context, toy.codes, y)
   step = np.asarray(taken.price([flow.pick(log_belief(y), token) for y in (latent.y, *taken.ends)]))
-  rate = np.asarray(taken.price([flow.pick(log_belief(latent.y), token)], flow.expected_code(log_belief(latent.y), toy.codes)))
+  rate = np.asarray(taken.price([flow.pick(log_belief(latent.y), token)],
+                                flow.expected_code(log_belief(latent.y), toy.codes)))
   assert np.ptp(rate, axis=0).max() < 1e-6 and (rate > 0).all()
   np.testing.assert_allclose(step.mean(0), rate[0], rtol=0.05, atol=4 * step.std(0).max() / 100_000**0.5)

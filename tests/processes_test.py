@@ -1,4 +1,5 @@
-"""Several processes on loopback: one training; a signal to one saves on all, a lost one ends all; runs go on elsewhere."""
+"""Several processes on loopback: one training; a signal to one saves on all, a lost one ends all; runs go
+on elsewhere."""
 
 import contextlib
 import json
@@ -15,12 +16,14 @@ from conftest import ROOT, environment, run, train_flags
 from evo_jax import metrics
 
 LAST, EVERY = 60, 10
-STEPS = {"train.steps": LAST, "train.checkpoint_every": EVERY, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
+STEPS = {"train.steps": LAST, "train.checkpoint_every": EVERY, "model.kv_heads": 2, "eval.samples": 0,
+         "eval.paths": ("ar",)}
 BOUND = 90  # seconds in which the others of a lost process must have ended
 
 
 def flags(workdir, text, mesh=(1, 1, 1), **changes):
-  return train_flags(workdir, text, **{**STEPS, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)), **changes})
+  return train_flags(workdir, text, **{
+      **STEPS, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)), **changes})
 
 
 @contextlib.contextmanager
@@ -31,8 +34,8 @@ def processes(number, arguments):
     port = s.getsockname()[1]
   found = [subprocess.Popen(
       [sys.executable, "-m", "evo_jax.main", *arguments, f"--coordinator=localhost:{port}", f"--num_processes={number}",
-       f"--process_id={i}", "--heartbeat=30"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      text=True) for i in range(number)]
+       f"--process_id={i}", "--heartbeat=30"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True) for i in range(number)]
   try:
     yield found
   finally:
@@ -134,7 +137,8 @@ def test_a_killed_process_ends_the_others_and_two_go_on_from_one(alone, text, tm
 
 
 def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
-  """With a warning, by training, which sets it aside, and by readers, which leave it; one half-written is not even seen."""
+  """With a warning, by training, which sets it aside, and by readers, which leave it; one half-written is
+  not even seen."""
   done = run("evo_jax.main", *flags(tmp_path, text))
   assert done.returncode == 0 and checkpoints(tmp_path) == [LAST - EVERY, LAST]
   for part in (tmp_path / "checkpoints" / str(LAST) / "params").rglob("*"):
@@ -143,11 +147,13 @@ def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
   half = tmp_path / "checkpoints" / "70.orbax-checkpoint-tmp-1"
   half.mkdir()
   read = run("evo_jax.evaluate", f"--workdir={tmp_path}", "--paths=ar", f"--data={text}")
-  assert read.returncode == 0 and f"{LAST}: cannot be restored" in read.stderr and f"step {LAST - EVERY} is read instead" in read.stderr, read.stderr
+  assert (read.returncode == 0 and f"{LAST}: cannot be restored" in read.stderr
+          and f"step {LAST - EVERY} is read instead" in read.stderr), read.stderr
   assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
   done = run("evo_jax.main", *flags(tmp_path, text))
   assert done.returncode == 0 and f"goes on after step {LAST - EVERY}" in done.stdout, done.stderr
-  assert f"step {LAST - EVERY} is read instead" in done.stderr and (tmp_path / "damaged" / str(LAST) / "params").is_dir()
+  assert (f"step {LAST - EVERY} is read instead" in done.stderr
+          and (tmp_path / "damaged" / str(LAST) / "params").is_dir())
   assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
   np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-6)
 

@@ -57,7 +57,8 @@ def test_decoded_strings_have_the_source_frequencies(toy, stepper):
   draw = jax.jit(lambda key, times: sample.sample_window(toy.field, toy.codes, toy.warp, policies.Grid(times),
                                                          key, (count, LENGTH), sample.STEPPERS[stepper])[0])
   number = lambda tokens: np.asarray(tokens) @ 3 ** np.arange(LENGTH)[::-1]
-  test = lambda tokens: stats.chisquare(np.bincount(number(tokens), minlength=81), count * toy.probability / toy.probability.sum())
+  test = lambda tokens: stats.chisquare(np.bincount(number(tokens), minlength=81),
+                                        count * toy.probability / toy.probability.sum())
   assert (number(STRINGS) == np.arange(81)).all()
   assert stats.ncx2.sf(stats.chi2.isf(1e-3, 80), 80, count * 0.1**2) > 0.9
   assert test(draw(jax.random.key(0), paths.grid("diagonal:100", LENGTH, 0.5))).pvalue > 1e-3
@@ -78,7 +79,8 @@ def test_the_error_falls_with_the_order(stepper, order):
   with jax.enable_x64(True):
     toy = Toy(dtype=jnp.float64)
     start = 0.3 * jax.random.normal(jax.random.key(0), (200, LENGTH, 4), jnp.float64)
-    end = jax.jit(lambda k, stepper: walk(toy, jnp.linspace(0.3, 2.45, k + 1) ** 2, start, stepper), static_argnums=(0, 1))
+    end = jax.jit(lambda k, stepper: walk(toy, jnp.linspace(0.3, 2.45, k + 1) ** 2, start, stepper),
+                  static_argnums=(0, 1))
     reference = end(4096, sample.multistep)
     errors = [float(jnp.sqrt(jnp.mean((end(k, stepper) - reference) ** 2))) for k in (16, 32, 64, 128)]
   orders = np.log2(np.divide(errors[:-1], errors[1:]))
@@ -89,14 +91,17 @@ def test_few_second_order_steps_are_closer_to_the_source(toy):
   """Frequencies of decoded strings after 12 passes: the total variation from the source falls."""
   count, times = 8_000, policies.Grid(paths.grid("diagonal:12", LENGTH, 0.5))
   def distance(stepper):
-    draw = jax.jit(lambda key: sample.sample_window(toy.field, toy.codes, toy.warp, times, key, (count, LENGTH), stepper)[0])
-    found = [np.bincount(np.asarray(draw(jax.random.key(seed))) @ 3 ** np.arange(LENGTH)[::-1], minlength=81) for seed in range(4)]
+    draw = jax.jit(lambda key: sample.sample_window(toy.field, toy.codes, toy.warp, times, key, (count, LENGTH),
+                                                    stepper)[0])
+    found = [np.bincount(np.asarray(draw(jax.random.key(seed))) @ 3 ** np.arange(LENGTH)[::-1], minlength=81)
+             for seed in range(4)]
     return 0.5 * np.abs(sum(found) / (4 * count) - toy.probability / toy.probability.sum()).sum()
   assert distance(sample.multistep) < distance(sample.euler)
 
 
 def test_controlled_steps_follow_their_tolerance(toy):
-  """A smaller tolerance takes more passes, a large one few; the strings have the source's frequencies when it is small."""
+  """A smaller tolerance takes more passes, a large one few; the strings have the source's frequencies when
+  it is small."""
   count, passes = 8_000, []
   for tolerance in (0.01, 0.1, 10.0):
     policy = policies.make(f"error:{tolerance}", LENGTH, 0.5)

@@ -27,7 +27,8 @@ def test_the_page_holds_the_trace(tmp_path):
   one = example()
   trace.write(one, str(tmp_path / "t.html"))
   page = (tmp_path / "t.html").read_text()
-  assert "flow &amp; more" in page and "say &lt;b&gt;" in page and page.count("</script>") == 2  # those of the page itself
+  assert ("flow &amp; more" in page and "say &lt;b&gt;" in page
+          and page.count("</script>") == 2)  # those of the page itself
   assert not re.search(r"https?://", page) and "@@" not in page
   data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
   assert data["tokens"] == 6 and data["settled"] == [1] * 5
@@ -52,7 +53,8 @@ def test_the_picture_is_drawn(tmp_path, size):
 def test_odd_text_and_no_text_are_drawn(tmp_path):
   """Dollars are no formulas, half a character does not stop the page, and a text may have ended at once."""
   one = example()
-  odd = trace.Trace("half \udcff", "ar", one.time, [["$x_$" if piece else "" for piece in row] for row in one.believed], one.event)
+  odd = trace.Trace("half \udcff", "ar", one.time,
+                    [["$x_$" if piece else "" for piece in row] for row in one.believed], one.event)
   none = trace.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
   for i, found in enumerate((odd, none)):
     for end in ("html", "png"):

@@ -16,8 +16,8 @@ V, D, M, B, N = 24, 6, 4, 2, 5
 def scene():
   keys = jax.random.split(jax.random.key(0), 8)
   normal = lambda i, *shape: jax.random.normal(keys[i], shape)
-  arrays = dict(hidden=2 * normal(0, B, N, D), table=normal(1, V, D), codes=normal(2, V, M), ys=(3 * normal(3, B, N, M), normal(4, B, N, M)),
-                values=normal(5, V, 3))
+  arrays = dict(hidden=2 * normal(0, B, N, D), table=normal(1, V, D), codes=normal(2, V, M),
+                ys=(3 * normal(3, B, N, M), normal(4, B, N, M)), values=normal(5, V, 3))
   bias = jnp.where(jnp.arange(V) < V - 2, 0.0, vocabulary.FORBIDDEN)
   token = jax.random.randint(keys[6], (B, N), 0, V - 2)
   return arrays, bias, token, jax.random.normal(keys[7], (4, B, N))
@@ -28,7 +28,8 @@ def whole(arrays, bias, y=None):
 
 
 def same(ours, plain, arrays):
-  for found, expected in zip(jax.tree.leaves(jax.value_and_grad(ours)(arrays)), jax.tree.leaves(jax.value_and_grad(plain)(arrays))):
+  for found, expected in zip(jax.tree.leaves(jax.value_and_grad(ours)(arrays)),
+                             jax.tree.leaves(jax.value_and_grad(plain)(arrays))):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -55,7 +56,8 @@ def test_logits_far_from_those_before_are_summed_as_well(scene, rise):
   bias = jnp.repeat(jnp.array(rise, jnp.float32), 8)
 
   def ours(arrays):
-    return jnp.sum(weight[0] * vocabulary.log_probs(8, RULES, (Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias)[0][0])
+    return jnp.sum(weight[0] * vocabulary.log_probs(
+        8, RULES, (Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias)[0][0])
 
   same(ours, lambda arrays: jnp.sum(weight[0] * flow.pick(jax.nn.log_softmax(whole(arrays, bias)), token)), arrays)
 
@@ -85,8 +87,8 @@ def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk,
 def test_beliefs_that_are_nearly_certain_or_far_off_stay_finite(scene):
   arrays, bias, token, _ = scene
   for scale in (1e4, -1e4):
-    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(
-        vocabulary.log_probs(8, RULES, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
+    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(vocabulary.log_probs(
+        8, RULES, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
