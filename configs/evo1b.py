@@ -23,7 +23,7 @@ def get_config():
   c.model.rope_base = 500_000.0
   c.model.tie_embeddings = True
   c.model.dtype = "bfloat16"
-  c.model.remat = "save:qkv,attention"
+  c.model.remat = "save:qkv,attention,gate,up"
   c.model.attention_block = 512
   c.window.size = 16
   c.window.count = 32

@@ -25,7 +25,7 @@ def get_config():
   c.model.time_dim = 64
   c.model.rope_base = 500_000.0
   c.model.dtype = "bfloat16"
-  c.model.remat = "save:qkv,attention,mlp"
+  c.model.remat = "save:qkv,attention,gate,up"
   c.model.attention_block = 512
   c.window.size = 32
   c.window.count = 32

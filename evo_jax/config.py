@@ -15,7 +15,7 @@ import ml_collections
 from evo_jax.cli import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
-REMAT_NAMES = ("qkv", "attention", "mlp")
+REMAT_NAMES = ("qkv", "attention", "gate", "up")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
@@ -55,7 +55,7 @@ class Model:
   # Changes rounding at most
   attention_block: int = 0  # of xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   remat: str = "none"  # none | full | dots | save:NAME,...: the backward pass computes nothing again; a layer;
-  # what is no matrix product; all but what is named: qkv, attention (its outcome), mlp (gate and up)
+  # what is no matrix product; all but what is named: qkv, attention (its outcome), gate, up
   unroll: int = 1  # layers unrolled in the scan over layers
 
 

@@ -196,12 +196,12 @@ class Block(nn.Module):
     y = join(found, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
     x = x + add(linear(y, self.w_o_HxExD, 2), lambda y, m: y * m[2])
     h = enter(x, self.mlp_norm, 3, 4)
-    gate, up = (checkpoint_name(self.rules.constrain(linear(h, w), "batch", "slots", "mlp"), "mlp")
-                for w in (self.w_gate_DxF, self.w_up_DxF))
+    gate, up = (checkpoint_name(self.rules.constrain(linear(h, w), "batch", "slots", "mlp"), name)
+                for name, w in (("gate", self.w_gate_DxF), ("up", self.w_up_DxF)))
     h = nn.silu(gate) * up
-    # The gate's gradient asks for what it scales. Kept where anything is: for it the product of all slots would be
-    # computed anew.
-    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "gated") * m[5])
+    # The modulation's gradient asks for what it scales. Kept where anything is: for it the product of all slots
+    # would be computed anew.
+    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "out") * m[5])
     return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
 
 
@@ -214,7 +214,7 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
 def kept(remat: str):
   """The policy of `jax.checkpoint` that config.remat names."""
   if remat.startswith("save:"):
-    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "gated")
+    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "out")
   return {"none": _all_but_gathered, "full": None,
           "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
 

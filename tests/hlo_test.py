@@ -18,7 +18,7 @@ V = 24
 
 def compiled_step(mesh_sizes, **changes):
   """A training step's program as text, the mesh, and the parameters with their shardings."""
-  config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,mlp", **changes)
+  config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,gate,up", **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh_sizes))
   model = Evo(config.model, V)
   with jax.set_mesh(mesh):
@@ -183,7 +183,7 @@ def test_traced_operations_are_the_formula_with_what_is_computed_again(changes):
 def test_what_is_kept_is_not_computed_again():
   """Beside what is named, the backward pass makes anew what its own products read: attention within, its way out, and
   the modulation. Not the hidden units' way out, of which windows' gates want the result."""
-  (plain, *_), (kept, _, c) = traced_step(), traced_step(model__remat="save:qkv,attention,mlp")
+  (plain, *_), (kept, _, c) = traced_step(), traced_step(model__remat="save:qkv,attention,gate,up")
   D, L = c.model.width, c.model.context
   S = c.window.size + 1
   windows = c.window.count * S
