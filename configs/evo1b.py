@@ -2,7 +2,7 @@
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=tokenizer
   python -m evo_jax.main --config=configs/evo1b.py --workdir=runs/evo1b \\
-      --config.data.path='text/*.txt' --config.data.tokenizer_path=tokenizer --config.mesh.fsdp=4
+      --config.data.path='text/*.txt' --config.data.tokenizer_path=tokenizer --config.mesh.fsdp=8
 """
 
 from evo_jax import config as evo_config

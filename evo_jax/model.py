@@ -201,7 +201,7 @@ class Block(nn.Module):
     h = nn.silu(gate) * up
     # The modulation's gradient asks for what it scales. Kept where anything is: for it the product of all slots
     # would be computed anew.
-    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "out") * m[5])
+    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "mlp_out") * m[5])
     return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
 
 
@@ -214,7 +214,7 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
 def kept(remat: str):
   """The policy of `jax.checkpoint` that config.remat names."""
   if remat.startswith("save:"):
-    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "out")
+    return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "mlp_out")
   return {"none": _all_but_gathered, "full": None,
           "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
 
