@@ -303,12 +303,11 @@ def test_grids_of_the_clock():
 def test_diffusion_alone_decodes_whole_texts():
   """A model without a clean stream reads its prompt inside the window: what it writes follows from the prompt and is
   known after as many passes as the path takes; other modes are refused."""
-  changes = (("loss__ar_weight", 0.0), ("window__size", 32), ("window__count", 1))
-  r = run(**dict(changes))
+  r = run(loss__ar_weight=0.0, window__size=32, window__count=1)
   # Of random parameters, whose beliefs are all alike, others that tell tokens apart.
   r = dataclasses.replace(r, params=r.params | {"final_norm": 8.0 * r.params["final_norm"]})
-  fields = dict(mode="flow", path="certain:7", max_tokens=14, greedy=True, endless=True)
-  found = generate.Sampler(r, generate.Sampling(**fields), one_device())(["abcd", "lkji"])
+  sampling = generate.Sampling(mode="flow", path="certain:7", max_tokens=14, greedy=True, endless=True)
+  found = generate.Sampler(r, sampling, one_device())(["abcd", "lkji"])
   assert [(len(g.tokens), g.passes) for g in found] == [(14, 2), (14, 2)] and found[0].tokens != found[1].tokens
   tokens = jnp.zeros((1, 33), jnp.int32).at[0, 1:5].set(jnp.arange(1, 5))
   time = jnp.where((jnp.arange(33) < 5) | (jnp.arange(33) > 18), 0.0, 1.0)[None]
