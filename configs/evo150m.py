@@ -5,11 +5,11 @@
       --config.data.path='text/*.txt' --config.data.tokenizer_path=tokenizer
 """
 
-from evo_jax import config as evo_config
+from evo_jax import config as config_lib
 
 
 def get_config():
-  c = evo_config.default()
+  c = config_lib.default()
   c.model.layers = 16
   c.model.width = 768
   c.model.heads = 12

@@ -8,11 +8,11 @@ On every host of a TPU pod:
 The tokenizer: python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=/data/tokenizer
 """
 
-from evo_jax import config as evo_config
+from evo_jax import config as config_lib
 
 
 def get_config():
-  c = evo_config.default()
+  c = config_lib.default()
   c.model.layers = 32
   c.model.width = 4096
   c.model.heads = 32

@@ -5,11 +5,11 @@
 Own text: --config.data.path='dir/*.txt'. A longer run: --config.train.steps=5000.
 """
 
-from evo_jax import config as evo_config
+from evo_jax import config as config_lib
 
 
 def get_config():
-  c = evo_config.default()
+  c = config_lib.default()
   c.model.layers = 4
   c.model.width = 128
   c.model.heads = 2

@@ -1,16 +1,15 @@
 """What every command shares: one clear line for bad input, and a non-zero exit."""
 
+from collections.abc import Callable
 import re
 import sys
-from typing import Callable
 
 from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-
-class UserError(ValueError):
-  """Bad input. The message is one line that names the file, flag or field."""
+from evo_jax import config as config_lib
+from evo_jax.errors import UserError
 
 
 def define_config() -> None:
@@ -20,7 +19,6 @@ def define_config() -> None:
 
 def read_config():
   """The checked `Config` that --config names, and the name. Raises UserError."""
-  from evo_jax import config as config_lib  # which raises this file's errors
 
   if not flags.FLAGS["config"].present:
     raise UserError("--config is needed, as in --config=configs/tiny.py")

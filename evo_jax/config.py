@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from evo_jax.cli import UserError
+from evo_jax.errors import UserError
 
 REMAT_POLICIES = ("none", "full", "dots")
 REMAT_NAMES = ("qkv", "attention", "gate", "up")
@@ -104,7 +104,6 @@ class Loss:
   integrand: str = "step"  # step | rate: a step's exact price, or its limit for short steps
   chunk: int = 0  # rows of the vocabulary whose logits are in memory at a time; 0: all. Changes no value
   one_pass: bool = True  # over the layers for both streams, where windows do not wait for what the clean one says.
-  # Changes no value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,19 +275,61 @@ def _check(c: Config) -> None:
       section, name = field.split(".")
       raise UserError(f"config.{field}: {getattr(getattr(c, section), name)!r} {problem}")
 
-  for field in ("model.layers", "model.width", "model.heads", "model.kv_heads", "model.hidden", "model.context",
-                "model.vocab_multiple", "model.code_dim", "model.time_dim", "model.unroll", "window.size",
-                "data.batch_size", "data.threads", "train.steps", "train.accumulate", "train.checkpoints_kept",
-                "eval.batch_size", "eval.flow_steps", "eval.train_sequences", "eval.sample_tokens"):
+  for field in (
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.kv_heads",
+    "model.hidden",
+    "model.context",
+    "model.vocab_multiple",
+    "model.code_dim",
+    "model.time_dim",
+    "model.unroll",
+    "window.size",
+    "data.batch_size",
+    "data.threads",
+    "train.steps",
+    "train.accumulate",
+    "train.checkpoints_kept",
+    "eval.batch_size",
+    "eval.flow_steps",
+    "eval.train_sequences",
+    "eval.sample_tokens",
+  ):
     section, name = field.split(".")
     need(getattr(getattr(c, section), name) >= 1, field, "is not positive")
-  for field in ("model.vocab_size", "window.count", "paths.diagonal", "paths.rolling", "paths.independent",
-                "paths.staircase", "loss.ar_weight", "loss.window_weight", "loss.bound_weight", "loss.clean_gradient",
-                "paths.learned", "paths.streams", "paths.erasure", "loss.chunk", "model.attention_block",
-                "paths.ragged", "window.start", "loss.self_conditioning",
-                "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.clip", "train.log_every",
-                "train.checkpoint_every", "train.eval_every", "eval.sequences", "eval.samples", "train.seed",
-                "data.seed"):
+  for field in (
+    "model.vocab_size",
+    "window.count",
+    "paths.diagonal",
+    "paths.rolling",
+    "paths.independent",
+    "paths.staircase",
+    "loss.ar_weight",
+    "loss.window_weight",
+    "loss.bound_weight",
+    "loss.clean_gradient",
+    "paths.learned",
+    "paths.streams",
+    "paths.erasure",
+    "loss.chunk",
+    "model.attention_block",
+    "paths.ragged",
+    "window.start",
+    "loss.self_conditioning",
+    "optim.learning_rate",
+    "optim.warmup",
+    "optim.weight_decay",
+    "optim.clip",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "eval.sequences",
+    "eval.samples",
+    "train.seed",
+    "data.seed",
+  ):
     section, name = field.split(".")
     need(getattr(getattr(c, section), name) >= 0, field, "is negative")
   need(c.model.width % c.model.heads == 0, "model.width", f"does not divide into {c.model.heads} heads")
@@ -299,33 +340,47 @@ def _check(c: Config) -> None:
   need(c.model.attention in ATTENTIONS, "model.attention", f"is not one of {', '.join(ATTENTIONS)}")
   need(c.model.attention != "cudnn" or c.model.dtype == "bfloat16", "model.attention", "needs model.dtype = bfloat16")
   names = c.model.remat.removeprefix("save:").split(",") if c.model.remat.startswith("save:") else None
-  need(set(names) <= set(REMAT_NAMES) if names else c.model.remat in REMAT_POLICIES, "model.remat",
-       f"is not one of {', '.join(REMAT_POLICIES)}, or save: and some of {','.join(REMAT_NAMES)}")
+  need(
+    set(names) <= set(REMAT_NAMES) if names else c.model.remat in REMAT_POLICIES,
+    "model.remat",
+    f"is not one of {', '.join(REMAT_POLICIES)}, or save: and some of {','.join(REMAT_NAMES)}",
+  )
   need(c.model.context % c.window.size == 0, "window.size", f"does not divide model.context = {c.model.context}")
   need(any(getattr(c.paths, p) > 0 for p in TRAIN_PATHS), "paths.diagonal", "and all other path weights are zero")
   need(0 < c.paths.rolling_width <= 1, "paths.rolling_width", "is not in (0, 1]")
   for name in ("steps", "learned_steps", "stream_counts"):
     numbers = getattr(c.paths, name)
     need(numbers and min(numbers) >= 1, f"paths.{name}", "must hold positive numbers")
-  need(not c.paths.streams or max(c.paths.stream_counts) <= c.window.size, "paths.stream_counts",
-       f"has more streams than a window has tokens, window.size = {c.window.size}")
+  need(
+    not c.paths.streams or max(c.paths.stream_counts) <= c.window.size,
+    "paths.stream_counts",
+    f"has more streams than a window has tokens, window.size = {c.window.size}",
+  )
   limits = c.paths.erasure_range
   need(len(limits) == 2 and 0 <= limits[0] < limits[1] <= 1, "paths.erasure_range", "is not LOW, HIGH in [0, 1]")
   need(c.paths.step_sampling in ("even", "importance"), "paths.step_sampling", "is not one of even, importance")
   need(c.model.progression in PROGRESSIONS, "model.progression", f"is not one of {', '.join(PROGRESSIONS)}")
   learned = c.model.progression == "learned"
   need(learned == (c.paths.learned > 0), "paths.learned", f"does not go with model.progression = {c.model.progression}")
-  need(not learned or c.window.size < c.model.context, "model.progression",
-       "needs a past: windows shorter than model.context")
+  need(
+    not learned or c.window.size < c.model.context,
+    "model.progression",
+    "needs a past: windows shorter than model.context",
+  )
   need(c.window.start < 1, "window.start", "is not less than 1")
   need(c.loss.self_conditioning <= 1, "loss.self_conditioning", "is more than 1")
   need(c.loss.integrand in ("step", "rate"), "loss.integrand", "is not one of step, rate")
-  need(not (c.window.count and c.loss.bound_windows) or any(getattr(c.paths, p) > 0 for p in GAUSSIAN_PATHS),
-       "loss.bound_windows", f"needs one of the paths {', '.join(GAUSSIAN_PATHS)}: on the others the bound is the "
-       "cross-entropy")
+  need(
+    not (c.window.count and c.loss.bound_windows) or any(getattr(c.paths, p) > 0 for p in GAUSSIAN_PATHS),
+    "loss.bound_windows",
+    f"needs one of the paths {', '.join(GAUSSIAN_PATHS)}: on the others the bound is the cross-entropy",
+  )
   need(c.loss.ar_weight > 0 or c.window.count, "loss.ar_weight", "with window.count = 0 trains nothing")
-  need(0 <= c.loss.bound_windows <= c.window.count or not c.window.count, "loss.bound_windows",
-       f"is not in 0..window.count = {c.window.count}")
+  need(
+    0 <= c.loss.bound_windows <= c.window.count or not c.window.count,
+    "loss.bound_windows",
+    f"is not in 0..window.count = {c.window.count}",
+  )
   need(c.loss.codes in ("bound", "all", "frozen"), "loss.codes", "is not one of bound, all, frozen")
   need(c.warp.knots >= 2, "warp.knots", "is less than 2")
   need(c.warp.precision_max > 0, "warp.precision_max", "is not positive")
@@ -336,14 +391,23 @@ def _check(c: Config) -> None:
   need(0 < c.optim.decay_share <= 1, "optim.decay_share", "is not in (0, 1]")
   need(c.data.tokenizer in TOKENIZERS, "data.tokenizer", f"is not one of {', '.join(TOKENIZERS)}")
   need(all(w > 0 for w in c.data.weights), "data.weights", "must be positive")
-  need(not c.data.weights or len(c.data.weights) == len(c.data.path.split(",")), "data.weights",
-       f"must have one weight for each of the {len(c.data.path.split(','))} sources of data.path")
+  need(
+    not c.data.weights or len(c.data.weights) == len(c.data.path.split(",")),
+    "data.weights",
+    f"must have one weight for each of the {len(c.data.path.split(','))} sources of data.path",
+  )
   if c.train.profile:
     ends = c.train.profile.split(":")
-    need(len(ends) == 2 and all(e.isdigit() for e in ends) and 1 <= int(ends[0]) <= int(ends[1]), "train.profile",
-         "is not START:STOP, two steps")
-  need(c.data.batch_size % c.train.accumulate == 0, "train.accumulate",
-       f"does not divide data.batch_size = {c.data.batch_size}")
+    need(
+      len(ends) == 2 and all(e.isdigit() for e in ends) and 1 <= int(ends[0]) <= int(ends[1]),
+      "train.profile",
+      "is not START:STOP, two steps",
+    )
+  need(
+    c.data.batch_size % c.train.accumulate == 0,
+    "train.accumulate",
+    f"does not divide data.batch_size = {c.data.batch_size}",
+  )
   for axis in ("data", "fsdp", "tensor"):
     need(getattr(c.mesh, axis) >= 1 or getattr(c.mesh, axis) == -1, f"mesh.{axis}", "is neither positive nor -1")
   need([c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) <= 1, "mesh.data", "and another axis are both -1")

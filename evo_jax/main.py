@@ -2,7 +2,7 @@
 
   python -m evo_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.SECTION.FIELD=VALUE ...]
 
-The same command with the same --workdir goes on where it was stopped.
+The same command with the same --workdir goes on where it was stopped. From Python: `main.train(config, workdir)`.
 """
 
 import os
@@ -13,39 +13,73 @@ from absl import flags
 import jax
 
 from evo_jax import cli
-from evo_jax import train
+from evo_jax import config as config_lib
+from evo_jax import run as run_lib
+from evo_jax.decoding import sampler as sampler_lib
+from evo_jax.decoding import settings
+from evo_jax.evaluation import paths as paths_lib
+from evo_jax.parallel import distributed
+from evo_jax.training import checkpoint, loop
+
+
+def train(config: config_lib.Config, workdir: str) -> None:
+  """Trains, or goes on training, in `workdir`; then prints and writes a table of held-out bits, and samples."""
+  setup = loop.prepare(config, workdir)
+  evaluator = paths_lib.Evaluator(setup.model, config, setup.tokenizer, setup.mesh)
+  some = setup.held_out[:: -(-len(setup.held_out) // config.eval.train_sequences)]
+
+  def evaluate(params, statistics):
+    table = evaluator(params, statistics, some, config.eval.train_paths)
+    return {f"valid_{entry['path']}": entry["bits"] for entry in table}
+
+  state = loop.train(setup, evaluate)
+  if state is None:
+    return
+  run = run_lib.Run(config, setup.tokenizer, setup.model, state.averaged, state.statistics, config.train.steps)
+  table = evaluator(run.params, run.statistics, setup.held_out, config.eval.paths)
+  text = paths_lib.format_table(table)
+  loop.say(f"\nheld-out text, {len(setup.held_out)} sequences of {config.model.context} tokens\n{text}")
+  samples = final_samples(run, setup.mesh)
+  loop.say("\n" + samples)
+  if jax.process_index() == 0:
+    checkpoint.write_json(setup.folder / "table.json", table)
+    (setup.folder / "table.txt").write_text(text + "\n")
+    (setup.folder / "samples.txt").write_text(samples + "\n")
+
+
+def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
+  """A few texts in two modes, unprompted."""
+  config, parts = run.config, []
+  for mode in () if not config.eval.samples else ("flow",) if config.diffusion_alone else ("ar", "flow"):
+    sampling = settings.Sampling(
+      mode=mode, max_tokens=min(config.eval.sample_tokens, config.model.context), steps=config.eval.flow_steps
+    )
+    found = sampler_lib.Sampler(run, sampling, mesh)([""], config.eval.samples, config.train.seed)
+    passes = (
+      "one token per pass" if mode == "ar" else f"{config.eval.flow_steps} passes for {config.window.size} tokens"
+    )
+    parts += [f"--- {mode} ({passes})\n{generation.text}" for generation in found]
+  return "\n".join(parts)
 
 
 def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
-  if args.num_processes > 1 or _cluster_of_several():
-    # Before anything else asks JAX for devices. What no flag says is found out from the cluster.
-    jax.distributed.initialize(args.coordinator or None, args.num_processes or None,
-                               None if args.process_id < 0 else args.process_id,
-                               heartbeat_timeout_seconds=args.heartbeat)
-    if jax.default_backend() == "cpu":
-      # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
-      # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
-      jax.config.update("jax_enable_compilation_cache", False)
+  distributed.initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
   workdir = args.workdir or f"runs/{Path(file).stem}"
   try:
-    train.train(config, workdir)
+    train(config, workdir)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
     # Mostly a process that is gone, for which others would wait without end, at their exit too.
-    print(f"evo_jax: process {jax.process_index()}: another process was lost "
-          f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint in {workdir}",
-          file=sys.stderr, flush=True)
+    print(
+      f"evo_jax: process {jax.process_index()}: another process was lost "
+      f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint in {workdir}",
+      file=sys.stderr,
+      flush=True,
+    )
     os._exit(1)
-
-
-def _cluster_of_several() -> bool:
-  """Whether the environment speaks of several processes: JAX's own variable, a TPU pod, a Slurm step."""
-  env = os.environ
-  return ("JAX_COORDINATOR_ADDRESS" in env or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-          or env.get("SLURM_STEP_NUM_TASKS", "1") != "1")
 
 
 if __name__ == "__main__":
@@ -54,6 +88,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
   flags.DEFINE_integer("process_id", -1, "This process's number.")
-  flags.DEFINE_integer("heartbeat", 60,
-                       "Of several processes: seconds of silence after which one counts as lost, and all end.")
+  flags.DEFINE_integer(
+    "heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end."
+  )
   cli.run(main)

@@ -8,11 +8,21 @@ were stopped go on. Nothing here reads the test split.
 
 from absl import flags
 
-from evo_jax import cli, flops
+from evo_jax import cli
+from evo_jax.network import flops
 from experiments import common, frontier
 
-PATHS = ("ar", "streams:2", "streams:4", "streams:8", "certain:8", "random:16", "diagonal:4", "diagonal:16",
-         "rolling:16")
+PATHS = (
+  "ar",
+  "streams:2",
+  "streams:4",
+  "streams:8",
+  "certain:8",
+  "random:16",
+  "diagonal:4",
+  "diagonal:16",
+  "rolling:16",
+)
 
 # Where all settings start. What they gave went into frontier.EVO and the frontier's learning rate and schedule, so
 # those differ.
@@ -21,48 +31,57 @@ EVO = frontier.EVO | {"window.count": 2, "window.start": 0.5, "loss.bound_window
 
 # name: (method of the frontier, changes to it, paths that are measured)
 SETTINGS = {
-    "base": {},
-    # The path mixture; when windows start, how many they are and of what size.
-    "no_streams": {"paths.streams": 0.0},
-    "no_ragged": {"paths.ragged": 0.0},
-    "no_jumps": {"paths.streams": 0.0, "paths.erasure": 0.0, "paths.ragged": 0.0},
-    "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
-    "start_0": {"window.start": 0.0},
-    "start_0.75": {"window.start": 0.75},
-    "start_0.75_count_4": {"window.start": 0.75, "window.count": 4, "loss.bound_windows": 2},
-    "start_0.9": {"window.start": 0.9},
-    "start_0.9_count_4": {"window.start": 0.9, "window.count": 4, "loss.bound_windows": 2},
-    "start_0.75_wsd": {"window.start": 0.75, "optim.schedule": "wsd"},
-    "count_1": {"window.count": 1, "loss.bound_windows": 0},
-    "size_16": {"window.size": 16, "window.count": 8, "loss.bound_windows": 4, "paths.stream_counts": (2, 4)},
-    "size_32": {"window.size": 32, "window.count": 4, "loss.bound_windows": 2},
-    "size_128": {"window.size": 128},
-    # What teaches, and how strongly.
-    "window_weight_1": {"loss.window_weight": 1.0},
-    "window_weight_0.25": {"loss.window_weight": 0.25},
-    "clean_gradient_0": {"loss.clean_gradient": 0.0},
-    "separate_clip": {"optim.separate_clip": True},
-    "cross_entropy": {"loss.bound_windows": 0, "loss.codes": "all"},
-    "frozen_codes": {"loss.codes": "frozen"},
-    "bound_weight_1": {"loss.bound_weight": 1.0},
-    # The bound's variance.
-    "plain_noise": {"loss.antithetic": False},
-    "small_step_rate": {"loss.integrand": "rate", "paths.steps": (1000,)},
-    "importance_steps": {"paths.step_sampling": "importance"},
-    # What the network sees, and how much a code holds.
-    "self_conditioning": {"loss.self_conditioning": 0.5},
-    "codes_8": {"model.code_dim": 8},
-    "codes_128": {"model.code_dim": 128},
-    "learned": {"model.progression": "learned", "paths.learned": 0.25},
+  "base": {},
+  # The path mixture; when windows start, how many they are and of what size.
+  "no_streams": {"paths.streams": 0.0},
+  "no_ragged": {"paths.ragged": 0.0},
+  "no_jumps": {"paths.streams": 0.0, "paths.erasure": 0.0, "paths.ragged": 0.0},
+  "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
+  "start_0": {"window.start": 0.0},
+  "start_0.75": {"window.start": 0.75},
+  "start_0.75_count_4": {"window.start": 0.75, "window.count": 4, "loss.bound_windows": 2},
+  "start_0.9": {"window.start": 0.9},
+  "start_0.9_count_4": {"window.start": 0.9, "window.count": 4, "loss.bound_windows": 2},
+  "start_0.75_wsd": {"window.start": 0.75, "optim.schedule": "wsd"},
+  "count_1": {"window.count": 1, "loss.bound_windows": 0},
+  "size_16": {"window.size": 16, "window.count": 8, "loss.bound_windows": 4, "paths.stream_counts": (2, 4)},
+  "size_32": {"window.size": 32, "window.count": 4, "loss.bound_windows": 2},
+  "size_128": {"window.size": 128},
+  # What teaches, and how strongly.
+  "window_weight_1": {"loss.window_weight": 1.0},
+  "window_weight_0.25": {"loss.window_weight": 0.25},
+  "clean_gradient_0": {"loss.clean_gradient": 0.0},
+  "separate_clip": {"optim.separate_clip": True},
+  "cross_entropy": {"loss.bound_windows": 0, "loss.codes": "all"},
+  "frozen_codes": {"loss.codes": "frozen"},
+  "bound_weight_1": {"loss.bound_weight": 1.0},
+  # The bound's variance.
+  "plain_noise": {"loss.antithetic": False},
+  "small_step_rate": {"loss.integrand": "rate", "paths.steps": (1000,)},
+  "importance_steps": {"paths.step_sampling": "importance"},
+  # What the network sees, and how much a code holds.
+  "self_conditioning": {"loss.self_conditioning": 0.5},
+  "codes_8": {"model.code_dim": 8},
+  "codes_128": {"model.code_dim": 128},
+  "learned": {"model.progression": "learned", "paths.learned": 0.25},
 }
 SETTINGS = {name: ("evo", changes, PATHS) for name, changes in SETTINGS.items()}
 SETTINGS["learned"] = SETTINGS["learned"][:2] + (
-    PATHS + ("diagonal:2", "diagonal:8", "learned:2", "learned:4", "learned:8"),)
+  PATHS + ("diagonal:2", "diagonal:8", "learned:2", "learned:4", "learned:8"),
+)
 # Learning rates of the frontier's methods, Evo's among them: a baseline must not be weak for its rate.
-SETTINGS |= {f"{method}_rate_{rate:g}": (method, {"optim.learning_rate": rate}, paths)
-             for method, paths in (("ar", ("ar",)), ("evo", PATHS), ("mdlm", ("random:64",)),
-                                   ("bd3_16", ("random:16",)), ("plaid", ("diagonal:64",)))
-             for rate in (8e-4, 1.5e-3, 3e-3, 6e-3) if (method, rate) != ("evo", 3e-3)}
+SETTINGS |= {
+  f"{method}_rate_{rate:g}": (method, {"optim.learning_rate": rate}, paths)
+  for method, paths in (
+    ("ar", ("ar",)),
+    ("evo", PATHS),
+    ("mdlm", ("random:64",)),
+    ("bd3_16", ("random:16",)),
+    ("plaid", ("diagonal:64",)),
+  )
+  for rate in (8e-4, 1.5e-3, 3e-3, 6e-3)
+  if (method, rate) != ("evo", 3e-3)
+}
 SETTINGS["ar_wsd"] = ("ar", {"optim.schedule": "wsd"}, ("ar",))
 
 
@@ -74,13 +93,22 @@ def main() -> None:
     start = BASE | (EVO if method == "evo" else frontier.METHODS[method][0])
     config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed), start | changes, args.budget)
     found = common.Measured(config, f"{args.workdir}/{name}")("valid", args.sequences, paths)
-    results.append({"name": name, "method": method, "changes": changes, "steps": config.train.steps,
-                    "flops": flops.train_run(config, frontier.rows(config)),
-                    "table": {path: {k: v for k, v in entry.items() if k != "each"} for path, entry in found.items()}})
+    results.append(
+      {
+        "name": name,
+        "method": method,
+        "changes": changes,
+        "steps": config.train.steps,
+        "flops": flops.train_run(config, frontier.rows(config)),
+        "table": {path: {k: v for k, v in entry.items() if k != "each"} for path, entry in found.items()},
+      }
+    )
   print(f"{'setting':<20}" + "".join(f"{path:>12}" for path in PATHS))
   for result in results:
-    print(f"{result['name']:<20}" + "".join(
-        f"{result['table'][path]['bits']:>12.3f}" if path in result["table"] else f"{'':>12}" for path in PATHS))
+    print(
+      f"{result['name']:<20}"
+      + "".join(f"{result['table'][path]['bits']:>12.3f}" if path in result["table"] else f"{'':>12}" for path in PATHS)
+    )
     for path in set(result["table"]) - set(PATHS):
       print(f"  {path}: {result['table'][path]['bits']:.3f}")
   common.write_result("ablations", results)

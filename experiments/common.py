@@ -15,9 +15,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from evo_jax import checkpoint, data, evaluate, sharding, train
 from evo_jax import config as config_lib
-from evo_jax.cli import UserError
+from evo_jax import run as run_lib
+from evo_jax.data import batches as batches_lib
+from evo_jax.data import corpora as corpora_lib
+from evo_jax.errors import UserError
+from evo_jax.evaluation import paths as paths_lib
+from evo_jax.parallel import sharding
+from evo_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,32 +77,37 @@ class Measured:
         entry, each = self._measure(split, sequences, every, path)
         known[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
         file.write_text(json.dumps({"step": self.config.train.steps} | known))
-        print(f"{self.workdir.name}: {split} {path:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
-              f"{entry['passes_per_token']:.4g} passes a token", flush=True)
+        print(
+          f"{self.workdir.name}: {split} {path:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
+          f"{entry['passes_per_token']:.4g} passes a token",
+          flush=True,
+        )
     return {path: known[path] for path in paths}
 
   def _measure(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     if self._run is None:
-      train.train(self.config, str(self.workdir))
-      self._run = checkpoint.load_run(str(self.workdir))
-      self._corpora = data.load(self.config.data.path, self._run.tokenizer)
-      self._evaluator = evaluate.Evaluator(self._run.model, self.config, self._run.tokenizer,
-                                           sharding.make_mesh(config_lib.Mesh()))
-    text = data.held_out(self._corpora, split, self.config.model.context, sequences)[::every]
+      loop.train(self.config, str(self.workdir))
+      self._run = run_lib.load_run(str(self.workdir))
+      self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
+      self._evaluator = paths_lib.Evaluator(
+        self._run.model, self.config, self._run.tokenizer, sharding.make_mesh(config_lib.Mesh())
+      )
+    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)[::every]
     return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
   """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
-  short = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a)
-           for a in sys.argv[1:])  # whose machine it was, is no matter
+  short = (
+    re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:]
+  )  # whose machine it was, is no matter
   options = " ".join(a if not re.search(r"[ *]", a) else f"'{a}'" for a in short)
   record = {
-      "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),
-      "commit": commit(),
-      "machine": f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}; "
-                 f"Python {platform.python_version()}, jax {jax.__version__}",
-      "result": result,
+    "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),
+    "commit": commit(),
+    "machine": f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}; "
+    f"Python {platform.python_version()}, jax {jax.__version__}",
+    "result": result,
   }
   folder.mkdir(parents=True, exist_ok=True)
   (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")

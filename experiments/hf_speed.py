@@ -15,13 +15,25 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from evo_jax import checkpoint, cli, generate, train
+from evo_jax import cli
 from evo_jax import config as config_lib
-from evo_jax.cli import UserError
+from evo_jax import run as run_lib
+from evo_jax.decoding import sampler as sampler_lib
+from evo_jax.decoding import settings
+from evo_jax.errors import UserError
+from evo_jax.training import state as state_lib
 from experiments import common
 
-SMOLLM2 = {"model.layers": 30, "model.width": 576, "model.heads": 9, "model.kv_heads": 3, "model.hidden": 1536,
-           "model.vocab_size": 49152, "model.tie_embeddings": True, "model.context": 1024}
+SMOLLM2 = {
+  "model.layers": 30,
+  "model.width": 576,
+  "model.heads": 9,
+  "model.kv_heads": 3,
+  "model.hidden": 1536,
+  "model.vocab_size": 49152,
+  "model.tie_embeddings": True,
+  "model.context": 1024,
+}
 SMALL = SMOLLM2 | {"model.layers": 2, "model.vocab_size": 512}
 
 
@@ -44,10 +56,10 @@ def ours(config: config_lib.Config, tokens: int):
   """A function that writes `tokens` tokens behind a prompt, and the sampler in it."""
   tokenizer = Numbers()
   tokenizer.vocab_size = config.model.vocab_size
-  model = train.make_model(config, tokenizer)
-  state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
-  run = checkpoint.Run(config, tokenizer, model, state.params, state.statistics, 0)
-  sampler = generate.Sampler(run, generate.Sampling(mode="ar", greedy=True, endless=True, max_tokens=tokens))
+  model = state_lib.make_model(config, tokenizer)
+  state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
+  run = run_lib.Run(config, tokenizer, model, state.params, state.statistics, 0)
+  sampler = sampler_lib.Sampler(run, settings.Sampling(mode="ar", greedy=True, endless=True, max_tokens=tokens))
   return lambda prompt: sampler([prompt]), sampler
 
 
@@ -61,16 +73,32 @@ def theirs(config: config_lib.Config, tokens: int):
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   c = config.model
   shape = transformers.LlamaConfig(
-      vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-      num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, max_position_embeddings=c.context,
-      rope_theta=c.rope_base, tie_word_embeddings=c.tie_embeddings, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    vocab_size=c.vocab_size,
+    hidden_size=c.width,
+    intermediate_size=c.hidden,
+    num_hidden_layers=c.layers,
+    num_attention_heads=c.heads,
+    num_key_value_heads=c.kv_heads,
+    max_position_embeddings=c.context,
+    rope_theta=c.rope_base,
+    tie_word_embeddings=c.tie_embeddings,
+    bos_token_id=0,
+    eos_token_id=None,
+    pad_token_id=0,
+  )
   model = transformers.LlamaForCausalLM(shape).eval()
 
   @torch.inference_mode()
   def write(prompt):
     ids = torch.tensor([[0] + [int(t) for t in prompt.split()]])
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-                          do_sample=False, use_cache=True)
+    return model.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=tokens,
+      min_new_tokens=tokens,
+      do_sample=False,
+      use_cache=True,
+    )
 
   return write, f"transformers {transformers.__version__}, torch {torch.__version__}"
 
@@ -89,11 +117,19 @@ def main() -> None:
       write(prompt)
       seconds[name].append(time.perf_counter() - clock)
   speed = {name: args.tokens / statistics.median(s) for name, s in seconds.items()}
-  result = {"shape": config_lib.to_dict(config)["model"], "tokens": args.tokens, "versions": versions,
-            "tokens_per_second": speed, "ratio": speed["evo_jax"] / speed["transformers"], "seconds": seconds,
-            "compile_seconds": sampler.compile_seconds}
-  print(f"evo_jax {speed['evo_jax']:.2f} tokens a second, transformers {speed['transformers']:.2f} ({versions}): "
-        f"ratio {result['ratio']:.2f}; {sampler.compile_seconds:.0f} s to compile")
+  result = {
+    "shape": config_lib.to_dict(config)["model"],
+    "tokens": args.tokens,
+    "versions": versions,
+    "tokens_per_second": speed,
+    "ratio": speed["evo_jax"] / speed["transformers"],
+    "seconds": seconds,
+    "compile_seconds": sampler.compile_seconds,
+  }
+  print(
+    f"evo_jax {speed['evo_jax']:.2f} tokens a second, transformers {speed['transformers']:.2f} ({versions}): "
+    f"ratio {result['ratio']:.2f}; {sampler.compile_seconds:.0f} s to compile"
+  )
   if not args.small:
     common.write_result("hf_speed", result)
 

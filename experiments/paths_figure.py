@@ -1,6 +1,6 @@
 """Draws the README's picture: how a window's tokens move from t = 1 to t = 0 on each path.
 
-  pip install -e '.[plot]' && python -m experiments.paths_figure
+pip install -e '.[plot]' && python -m experiments.paths_figure
 """
 
 from absl import flags
@@ -8,21 +8,24 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from evo_jax import cli, paths
+from evo_jax import cli
+from evo_jax.flow import schedules
 from experiments import common
 
 matplotlib.use("Agg")
 
-PANELS = (("staircase", "staircase: autoregression", "one token jumps a pass"),
-          ("rolling:12", "rolling", "a wave from left to right"),
-          ("diagonal:8", "diagonal: diffusion", "all tokens together"),
-          ("diagonal:1", "one parallel jump", "a single pass"))
+PANELS = (
+  ("staircase", "staircase: autoregression", "one token jumps a pass"),
+  ("rolling:12", "rolling", "a wave from left to right"),
+  ("diagonal:8", "diagonal: diffusion", "all tokens together"),
+  ("diagonal:1", "one parallel jump", "a single pass"),
+)
 
 
 def main() -> None:
   figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.6), layout="constrained")
   for axis, (path, title, note) in zip(axes, PANELS):
-    times = np.asarray(paths.grid(path, flags.FLAGS.tokens, 0.5))
+    times = np.asarray(schedules.time_grid(path, flags.FLAGS.tokens, 0.5))
     image = axis.imshow(times, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axis.set_title(f"{title}\n{note}", fontsize=10)
     axis.set_xlabel("token of the window")

@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evo_jax import cli, optim, train
+from evo_jax import cli
 from evo_jax import config as config_lib
-from evo_jax import tokenizer as tokenizer_lib
+from evo_jax.data import tokenizers
+from evo_jax.training import optim
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 from experiments import common
 
 COUNTS = (2, 4, 8)  # windows of a sequence
@@ -43,8 +46,9 @@ class Plain(nn.Module):
 
     def rotated(x):
       a, b = jnp.split(x, 2, axis=-1)
-      return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)],
-                             -1).astype(x.dtype)
+      return jnp.concatenate(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1
+      ).astype(x.dtype)
 
     x = nn.Embed(self.rows, c.width, dtype=c.dtype)(tokens)
     for _ in range(c.layers):
@@ -59,7 +63,7 @@ class Plain(nn.Module):
 
 def plain(config: config_lib.Config, rows: int):
   """A plain model's step, and its first state."""
-  model, optimizer = Plain(config.model, rows), optim.make(config.optim, config.train.steps)
+  model, optimizer = Plain(config.model, rows), optim.make_optimizer(config.optim, config.train.steps)
 
   @jax.jit
   def init():
@@ -70,6 +74,7 @@ def plain(config: config_lib.Config, rows: int):
   def step(state, batch):
     def loss(params):
       return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.apply(params, batch[:, :-1]), batch[:, 1:]))
+
     value, gradient = jax.value_and_grad(loss)(state[0])
     gradient, norm = optim.clip(gradient, config.optim.clip)
     updates, moments = optimizer.update(gradient, state[1], state[0])
@@ -84,10 +89,14 @@ def ours(values, count: int):
   if not count:
     values["loss"]["bound_windows"] = 0
   config = config_lib.from_dict(values)
-  model = train.make_model(config, tokenizer_lib.Bytes())
-  state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
-  return (jax.jit(functools.partial(train.train_step, model=model, config=config), donate_argnums=0), state, config,
-          model.rows)
+  model = state_lib.make_model(config, tokenizers.Bytes())
+  state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
+  return (
+    jax.jit(functools.partial(step_lib.train_step, model=model, config=config), donate_argnums=0),
+    state,
+    config,
+    model.rows,
+  )
 
 
 def main() -> None:
@@ -107,17 +116,31 @@ def main() -> None:
       if repeat:
         seconds[kind].append(time.perf_counter() - begin)
   median = {kind: statistics.median(values) for kind, values in seconds.items()}
-  result = {"config": args.config, "repeats": args.repeats, "seconds_plain": median["plain"], "seconds_ar": median[0],
-            "ar_by_plain": median[0] / median["plain"], "windows": []}
-  print(f"autoregression alone takes {result['ar_by_plain']:.3f} times a plain linen Transformer "
-        f"({median[0] * 1e3:.0f} and {median['plain'] * 1e3:.0f} ms)")
+  result = {
+    "config": args.config,
+    "repeats": args.repeats,
+    "seconds_plain": median["plain"],
+    "seconds_ar": median[0],
+    "ar_by_plain": median[0] / median["plain"],
+    "windows": [],
+  }
+  print(
+    f"autoregression alone takes {result['ar_by_plain']:.3f} times a plain linen Transformer "
+    f"({median[0] * 1e3:.0f} and {median['plain'] * 1e3:.0f} ms)"
+  )
   for count in COUNTS:
     share = count * (config.window.size + 1) / config.model.context
-    entry = {"N(B+1)/L": share, "step_ratio": median[count] / median[0], "limit": 1 + 1.3 * share,
-             "seconds": median[count]}
+    entry = {
+      "N(B+1)/L": share,
+      "step_ratio": median[count] / median[0],
+      "limit": 1 + 1.3 * share,
+      "seconds": median[count],
+    }
     result["windows"].append(entry)
-    print(f"{count} windows: the network sees {1 + share:.3f} times the tokens; a step takes "
-          f"{entry['step_ratio']:.3f} times one without, limit {entry['limit']:.3f}")
+    print(
+      f"{count} windows: the network sees {1 + share:.3f} times the tokens; a step takes "
+      f"{entry['step_ratio']:.3f} times one without, limit {entry['limit']:.3f}"
+    )
   common.write_result("step_cost", result)
 
 

@@ -17,24 +17,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evo_jax import cli, train
+from evo_jax import cli
 from evo_jax import config as config_lib
-from evo_jax.model import Evo
+from evo_jax.network import evo as evo_lib
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 from experiments import common
 
 
 def compiled(vocab_size: int, windows: bool, chunk: int):
   """A compiled step, and its first state and configuration."""
   values = common.load_config("configs/tiny.py")
-  values.model.update({"layers": 1, "width": 128, "context": 512, "vocab_size": vocab_size, "remat": "full",
-                       "attention_block": 128})
+  values.model.update(
+    {"layers": 1, "width": 128, "context": 512, "vocab_size": vocab_size, "remat": "full", "attention_block": 128}
+  )
   values.data.batch_size, values.loss.chunk = 1, chunk
   values.window.count, values.loss.bound_windows = (8, 2) if windows else (0, 0)
   config = config_lib.from_dict(values)
-  model = Evo(config.model, vocab_size)
-  state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
+  model = evo_lib.Evo(config.model, vocab_size)
+  state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
   batch = jax.ShapeDtypeStruct((1, config.model.context + 1), jnp.int32)
-  step = jax.jit(functools.partial(train.train_step, model=model, config=config), donate_argnums=0)
+  step = jax.jit(functools.partial(step_lib.train_step, model=model, config=config), donate_argnums=0)
   return step.lower(state, batch).compile(), state, config
 
 
@@ -59,8 +62,10 @@ def main() -> None:
     first = next((r for r in rows if r["windows"] == windows), row)
     row |= {"memory_ratio": size / first["temporary_bytes"], "time_ratio": took / first["seconds"]}
     rows.append(row)
-    print(f"{'with windows' if windows else 'clean stream':<14}chunk {chunk:>5}  {size / 2**20:>8.0f} MiB "
-          f"({row['memory_ratio']:.2f})  {took:.2f} s ({row['time_ratio']:.2f})")
+    print(
+      f"{'with windows' if windows else 'clean stream':<14}chunk {chunk:>5}  {size / 2**20:>8.0f} MiB "
+      f"({row['memory_ratio']:.2f})  {took:.2f} s ({row['time_ratio']:.2f})"
+    )
   common.write_result("vocabulary_cost", {"vocab_size": args.vocab_size, "repeats": args.repeats, "rows": rows})
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evo_jax import attention, config, kernels, sharding
+from evo_jax import config as config_lib
+from evo_jax.network import attention, kernels, rotary
+from evo_jax.parallel import sharding
 
 K, G, E, L = 2, 2, 16, 256
 
@@ -17,17 +19,19 @@ def draw(seed, *shape):
 def close(function, reference, arrays, message=""):
   """Same values and same gradients in all arrays, of a random linear form."""
   weights = draw(99, *jax.eval_shape(reference, *arrays).shape)
-  both = [jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weights),
-                                     argnums=tuple(range(len(arrays)))))(*arrays)
-          for f in (function, reference)]
-  np.testing.assert_allclose(jax.jit(function)(*arrays), jax.jit(reference)(*arrays), rtol=1e-4, atol=1e-5,
-                             err_msg=message)
+  both = [
+    jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weights), argnums=tuple(range(len(arrays)))))(*arrays)
+    for f in (function, reference)
+  ]
+  np.testing.assert_allclose(
+    jax.jit(function)(*arrays), jax.jit(reference)(*arrays), rtol=1e-4, atol=1e-5, err_msg=message
+  )
   for got, wanted in zip(both[0][1], both[1][1]):
     np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2e-5, err_msg=message)
 
 
 def by(kind):
-  return lambda *a, **k: attention.attend_by(config.Model(attention=kind), sharding.RULES, *a, **k)
+  return lambda *a, **k: attention.attend(config_lib.Model(attention=kind), sharding.RULES, *a, **k)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -54,23 +58,26 @@ def test_splash_attention_is_attend_on_windows(documents):
 def test_the_library_function_is_attend_on_the_clean_stream():
   """What cuDNN is asked for, computed by XLA here."""
   q, k, v = draw(0, 2, K, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
-  close(lambda q, k, v: kernels.library_clean(q, k, v, "xla"),
-        lambda q, k, v: attention.attend(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0],
-        (q, k, v))
+  close(
+    lambda q, k, v: kernels.library_causal(q, k, v, "xla"),
+    lambda q, k, v: attention.attend_plain(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0],
+    (q, k, v),
+  )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_change_nothing(causal):
   q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
   stop = jnp.arange(L)[None, None] + 1
-  run = lambda block: lambda q, k, v: attention.attend_in_blocks(
-      block, q, (k, v), stop, None, None, None, causal=causal)
+  run = lambda block: (
+    lambda q, k, v: attention.attend_blockwise(block, q, (k, v), stop, None, None, None, causal=causal)
+  )
   close(run(64), run(0), (q, *past))
 
 
 def test_turning_by_a_product_is_turning_by_halves():
-  x, where = draw(0, 2, K, G, 3, 5, E), attention.angles(jnp.arange(15).reshape(3, 5) * 7, E, 100.0)
-  by_product, by_halves = lambda x: attention.rotate_by_product(x, *where), lambda x: attention.rotate(x, where)
+  x, where = draw(0, 2, K, G, 3, 5, E), rotary.rotary_angles(jnp.arange(15).reshape(3, 5) * 7, E, 100.0)
+  by_product, by_halves = lambda x: rotary.apply_rotary_by_product(x, *where), lambda x: rotary.apply_rotary(x, where)
   close(by_product, by_halves, (x,))
   x = x.astype(jnp.bfloat16)  # which the product loses nothing of
   np.testing.assert_allclose(by_product(x).astype(jnp.float32), by_halves(x).astype(jnp.float32), rtol=2**-7)

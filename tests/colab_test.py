@@ -22,11 +22,19 @@ def test_the_notebook_runs(tmp_path):
   cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and "install" not in c["metadata"].get("tags", ())]
   (tmp_path / "notebook.py").write_text(_DISPLAY + "\n\n".join("".join(c["source"]) for c in cells))
   (tmp_path / "configs").symlink_to(pathlib.Path(ROOT) / "configs")
-  done = subprocess.run([sys.executable, "notebook.py"], capture_output=True, text=True, cwd=tmp_path, timeout=900,
-                        env=environment() | {"EVO_STEPS": "4", "EVO_WORKDIR": "run", "PYTHONPATH": ROOT})
+  done = subprocess.run(
+    [sys.executable, "notebook.py"],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    timeout=900,
+    env=environment() | {"EVO_STEPS": "4", "EVO_WORKDIR": "run", "PYTHONPATH": ROOT},
+  )
   assert done.returncode == 0, done.stderr
   assert "streams:8" in done.stdout and all(
-      f"--- {mode}: " in done.stdout for mode in ("ar", "flow", "adaptive", "verify"))
-  assert (done.stdout.count("displayed") == 2 and (tmp_path / "trace.html").exists()
-          and (tmp_path / "trace.png").exists())
+    f"--- {mode}: " in done.stdout for mode in ("ar", "flow", "adaptive", "verify")
+  )
+  assert (
+    done.stdout.count("displayed") == 2 and (tmp_path / "trace.html").exists() and (tmp_path / "trace.png").exists()
+  )
   assert done.stdout.count("(self):\n    return self._") == 2

@@ -4,11 +4,11 @@ import json
 import pathlib
 import re
 
+from conftest import ROOT, run, train_flags
 import pytest
 
-from conftest import ROOT, run, train_flags
 from evo_jax import config as config_lib
-from evo_jax import cli
+from evo_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,16 @@ def test_evaluate_writes_json(workdir, tmp_path, text):
 
 def test_generate_writes_text(workdir):
   flags = (f"--workdir={workdir}", "--prompt=the ri", "--num=2", "--max_tokens=20")
-  found = [run("evo_jax.generate", *flags, *more) for more in (
-      ("--seed=1",), ("--seed=1",), ("--mode=adaptive", "--threshold=2"), ("--mode=verify", "--seed=2", "--top_k=9"),
-      ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral", "--grid=precision"))]
+  found = [
+    run("evo_jax.generate", *flags, *more)
+    for more in (
+      ("--seed=1",),
+      ("--seed=1",),
+      ("--mode=adaptive", "--threshold=2"),
+      ("--mode=verify", "--seed=2", "--top_k=9"),
+      ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral", "--grid=precision"),
+    )
+  ]
   for done in found:
     assert done.returncode == 0 and done.stdout.count("the ri") >= 2 and "tokens in" in done.stderr, done.stderr
   assert found[0].stdout == found[1].stdout and len({done.stdout for done in found}) == 4
@@ -44,29 +51,48 @@ def test_generate_writes_text(workdir):
 
 def test_generate_takes_prompts_from_files_and_writes_json_and_traces(workdir, tmp_path):
   (tmp_path / "p.jsonl").write_text('"the"\n{"prompt": "a river"}\n{"text": ""}\n')
-  done = run("evo_jax.generate", f"--workdir={workdir}", "--prompt=flow", f"--prompts={tmp_path}/p.jsonl",
-             "--mode=adaptive", "--max_tokens=12", "--json", f"--trace={tmp_path}/t.html")
+  done = run(
+    "evo_jax.generate",
+    f"--workdir={workdir}",
+    "--prompt=flow",
+    f"--prompts={tmp_path}/p.jsonl",
+    "--mode=adaptive",
+    "--max_tokens=12",
+    "--json",
+    f"--trace={tmp_path}/t.html",
+  )
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
   assert [g["prompt"] for g in found] == ["flow", "the", "a river", ""]
   for g in found:
     assert set(g) == {"prompt", "text", "tokens", "settled", "passes", "seconds"}
-    assert (len(g["tokens"]) == len(g["settled"]) <= 12 and 0 < g["seconds"]
-            and max(g["settled"], default=0) <= g["passes"])
+    assert (
+      len(g["tokens"]) == len(g["settled"]) <= 12 and g["seconds"] > 0 and max(g["settled"], default=0) <= g["passes"]
+    )
   page = (tmp_path / "t.html").read_text()
   assert "flow" in page and "adaptive" in page
   piped = run("evo_jax.generate", f"--workdir={workdir}", "--prompts=-", "--max_tokens=4", input="the\na\n")
   assert piped.returncode == 0 and piped.stdout.count("-" * 20) == 1 and piped.stdout.startswith("the"), piped.stderr
-  filled = run("evo_jax.generate", f"--workdir={workdir}", "--infill=the [...3] of", "--mode=flow", "--steps=2",
-               "--window=4")
+  filled = run(
+    "evo_jax.generate", f"--workdir={workdir}", "--infill=the [...3] of", "--mode=flow", "--steps=2", "--window=4"
+  )
   assert filled.returncode == 0 and re.fullmatch(r"the .* of\n", filled.stdout, re.S), filled.stderr
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, text):
   folder = tmp_path_factory.mktemp("learned")
-  done = run("evo_jax.main", *train_flags(folder, text, model__progression="learned", paths__learned=0.5,
-                                          paths__streams=0.5, eval__paths=("ar", "learned:2")))
+  done = run(
+    "evo_jax.main",
+    *train_flags(
+      folder,
+      text,
+      model__progression="learned",
+      paths__learned=0.5,
+      paths__streams=0.5,
+      eval__paths=("ar", "learned:2"),
+    ),
+  )
   assert done.returncode == 0 and "learned:2" in done.stdout and "--- flow" in done.stdout, done.stderr
   return folder
 
@@ -90,29 +116,47 @@ def test_evaluate_shows_the_inferred_progression(learned, workdir, tmp_path):
   assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 + 4 + 32, done.stderr
   found = json.loads(file.read_text())
   assert len(found) == 32 and all(0 < e["half"] < 1 and len(e["times"]) == 5 for e in found)
-  assert all(e["times"] == sorted(e["times"], reverse=True) and (e["times"][0], e["times"][-1]) == (1, 0)
-             for e in found)
+  assert all(
+    e["times"] == sorted(e["times"], reverse=True) and (e["times"][0], e["times"][-1]) == (1, 0) for e in found
+  )
   refused = run("evo_jax.evaluate", f"--workdir={workdir}", "--show_progression")
   assert refused.returncode == 1 and "the model has a shared clock" in refused.stderr
 
 
 def test_generate_follows_any_policy(learned):
-  found = [run("evo_jax.generate", f"--workdir={learned}", "--prompt=the ri", "--mode=flow", "--max_tokens=16",
-               "--steps=4", f"--path={path}") for path in ("learned", "entropy:6", "streams:2")]
+  found = [
+    run(
+      "evo_jax.generate",
+      f"--workdir={learned}",
+      "--prompt=the ri",
+      "--mode=flow",
+      "--max_tokens=16",
+      "--steps=4",
+      f"--path={path}",
+    )
+    for path in ("learned", "entropy:6", "streams:2")
+  ]
   for done in found:
     assert done.returncode == 0 and done.stdout.startswith("the ri") and len(done.stdout) > 7, done.stderr
 
 
 def test_the_frontier_in_short(text, tmp_path):
   """One training step of two methods, measured, collected and drawn; what is there is not done again."""
-  flags = ("--budget=1", "--only=ar,bd3_4", "--test", f"--data={text}", f"--workdir={tmp_path}/runs",
-           f"--output={tmp_path}")
+  flags = (
+    "--budget=1",
+    "--only=ar,bd3_4",
+    "--test",
+    f"--data={text}",
+    f"--workdir={tmp_path}/runs",
+    f"--output={tmp_path}",
+  )
   done = run("experiments.frontier", *flags)
   assert done.returncode == 0 and re.search("formula counts (0.9|1.0)", done.stdout), done.stderr
   record = json.loads((tmp_path / "frontier_cpu.json").read_text())
   assert {"command", "commit", "machine", "result"} == set(record) and "ar,bd3_4" in record["command"]
-  budgets = {row["budget"]: [m["name"] for m in row["methods"]]
-             for row in record["result"]["budgets_baselines_as_published"]}
+  budgets = {
+    row["budget"]: [m["name"] for m in row["methods"]] for row in record["result"]["budgets_baselines_as_published"]
+  }
   assert budgets == {1.0: ["ar", "bd3_4"], 0.5: ["bd3_4"], 0.25: ["bd3_4"], 0.125: []}
   assert (tmp_path / "frontier_cpu.png").stat().st_size > 10_000
   again = run("experiments.frontier", *flags, "--only=ar")
@@ -123,6 +167,7 @@ def test_the_frontier_in_short(text, tmp_path):
 
 def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
   from experiments import frontier
+
   point = lambda bits, passes: {"bits": bits, "passes_per_token": passes, "each": [bits, bits]}
   points = {"slow": point(2.0, 1.0), "dear": point(3.0, 0.6), "fast": point(3.0, 0.25)}
   assert frontier.cheapest(points, 1.0) == [("slow", 1.0)] and frontier.cheapest(points, 0.25) == [("fast", 1.0)]
@@ -132,7 +177,9 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
   assert frontier.mixed(points, list(mixture.items()), "passes_per_token") == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("module, flags, message", [
+@pytest.mark.parametrize(
+  "module, flags, message",
+  [
     ("evaluate", ("--workdir=RUN", "--paths=ar,learned:4"), "the model has a shared clock"),
     ("evaluate", ("--workdir=RUN", "--paths=entropy:x"), "path 'entropy:x': needs a threshold from 0 to 64"),
     ("evaluate", ("--workdir=RUN", "--window=7"), "--window=7: does not divide the context of 32"),
@@ -151,7 +198,9 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", "--infill=a [...] b"), "--infill: needs --mode=flow or --mode=adaptive"),
     ("generate", ("--workdir=RUN", "--prompts=/no/such"), "--prompts=/no/such: cannot be read"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),
-    ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'")])
+    ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'"),
+  ],
+)
 def test_bad_input_is_one_line(workdir, module, flags, message):
   done = run(f"evo_jax.{module}", *(f.replace("RUN", str(workdir)) for f in flags))
   assert done.returncode == 1 and message in done.stderr, done.stderr
@@ -162,11 +211,23 @@ def test_readme_command_in_short(tmp_path):
   """The README's first command, with fewer steps: standard-library text, a table of all paths, two kinds of samples."""
   readme = (pathlib.Path(ROOT) / "README.md").read_text()
   command = re.search(r"^python3 -m venv .*-m (evo_jax\.main) (--config=\S+)$", readme, re.M)
-  done = run(command[1], command[2], f"--workdir={tmp_path}", "--config.train.steps=3", "--config.train.log_every=1",
-             "--config.eval.sequences=4", "--config.eval.sample_tokens=20")
+  done = run(
+    command[1],
+    command[2],
+    f"--workdir={tmp_path}",
+    "--config.train.steps=3",
+    "--config.train.log_every=1",
+    "--config.eval.sequences=4",
+    "--config.eval.sample_tokens=20",
+  )
   assert done.returncode == 0, done.stderr
   assert re.findall(r"^(ar|[a-z]+:\d+)\b", done.stdout, re.M) == [
-      "ar", "diagonal:1", "diagonal:4", "diagonal:16", "rolling:8"]
+    "ar",
+    "diagonal:1",
+    "diagonal:4",
+    "diagonal:16",
+    "rolling:8",
+  ]
   assert "--- ar" in done.stdout and "--- flow" in done.stdout and "tokens/s" in done.stderr
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -177,7 +238,9 @@ def test_ci_runs_the_readmes_tests():
   assert command and command[0] in ci
 
 
-@pytest.mark.parametrize("values, message", [
+@pytest.mark.parametrize(
+  "values, message",
+  [
     ({"model": {"widht": 3}}, "config.model.widht: no such field"),
     ({"model": {"width": 3.5}}, "config.model.width: 3.5 is not of type int"),
     ({"model": {"width": True}}, "config.model.width: True is not of type int"),
@@ -187,12 +250,16 @@ def test_ci_runs_the_readmes_tests():
     ({"train": {"steps": -1}}, "config.train.steps: -1 is not positive"),
     ({"model": {"progression": "learned"}}, "config.paths.learned: 0.0 does not go with model.progression = learned"),
     ({"paths": {"erasure_range": (0.9, 0.1)}}, "config.paths.erasure_range: (0.9, 0.1) is not LOW, HIGH"),
-    ({"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}},
-     "config.loss.bound_windows: 1 needs one of"),
+    (
+      {"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}},
+      "config.loss.bound_windows: 1 needs one of",
+    ),
     ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
     ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
     ({"data": {"weights": (1.0,), "path": "a,b"}}, "config.data.weights"),
-    ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of")])
+    ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of"),
+  ],
+)
 def test_impossible_fields_are_named(values, message):
-  with pytest.raises(cli.UserError, match=re.escape(message)):
+  with pytest.raises(UserError, match=re.escape(message)):
     config_lib.from_dict(values)

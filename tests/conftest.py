@@ -10,8 +10,15 @@ import tempfile
 # not know it would end.
 _FLAGS, _MORE = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 if "EVO_JAX_TEST_FLAGS" not in os.environ:  # workers share it
-  _known = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], capture_output=True, check=False,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _MORE}).returncode == 0
+  _known = (
+    subprocess.run(
+      [sys.executable, "-c", "import jax; jax.devices()"],
+      capture_output=True,
+      check=False,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _MORE},
+    ).returncode
+    == 0
+  )
   os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_MORE}" if _known else _FLAGS
 _FLAGS = os.environ["EVO_JAX_TEST_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
@@ -24,16 +31,34 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from evo_jax import config as config_lib  # noqa: E402
+from evo_jax import config as config_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 SMALL = {
-    "model.layers": 2, "model.width": 32, "model.heads": 2, "model.kv_heads": 1, "model.hidden": 48,
-    "model.context": 32, "model.code_dim": 8, "model.time_dim": 8, "window.size": 8, "window.count": 2,
-    "data.batch_size": 8, "eval.sequences": 8, "eval.train_sequences": 8, "eval.batch_size": 8, "eval.samples": 1,
-    "eval.sample_tokens": 12, "eval.paths": ("ar", "diagonal:2"), "eval.train_paths": ("ar",), "optim.warmup": 5,
-    "train.steps": 12, "train.log_every": 1, "train.checkpoint_every": 4, "train.eval_every": 0,
+  "model.layers": 2,
+  "model.width": 32,
+  "model.heads": 2,
+  "model.kv_heads": 1,
+  "model.hidden": 48,
+  "model.context": 32,
+  "model.code_dim": 8,
+  "model.time_dim": 8,
+  "window.size": 8,
+  "window.count": 2,
+  "data.batch_size": 8,
+  "eval.sequences": 8,
+  "eval.train_sequences": 8,
+  "eval.batch_size": 8,
+  "eval.samples": 1,
+  "eval.sample_tokens": 12,
+  "eval.paths": ("ar", "diagonal:2"),
+  "eval.train_paths": ("ar",),
+  "optim.warmup": 5,
+  "train.steps": 12,
+  "train.log_every": 1,
+  "train.checkpoint_every": 4,
+  "train.eval_every": 0,
 }
 
 
@@ -48,8 +73,15 @@ def small_config(**changes) -> config_lib.Config:
 
 def run(module: str, *flags: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
   """Runs `python -m module flags` as a user would and returns it finished, output captured as text."""
-  return subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True, timeout=600, cwd=ROOT,
-                        env=environment(devices), **kwargs)
+  return subprocess.run(
+    [sys.executable, "-m", module, *flags],
+    capture_output=True,
+    text=True,
+    timeout=600,
+    cwd=ROOT,
+    env=environment(devices),
+    **kwargs,
+  )
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -88,6 +120,7 @@ def forget_programs(request):
 def text(tmp_path_factory):
   """A glob of 20 small files of made-up text with something to learn."""
   import numpy as np
+
   rng = np.random.default_rng(0)
   words = ["the", "flow", "token", "of", "a", "river", "runs", "and", "time", "is", "known", "at", "last"]
   folder = tmp_path_factory.mktemp("text")

@@ -7,9 +7,14 @@ import lzma
 import numpy as np
 import pytest
 
-from evo_jax import cli, config as config_lib, data, tokenizer as tokenizer_lib
+from evo_jax import config as config_lib
+from evo_jax.data import batches as batches_lib
+from evo_jax.data import corpora as corpora_lib
+from evo_jax.data import documents as documents_lib
+from evo_jax.data import tokenizers
+from evo_jax.errors import UserError
 
-BYTES = tokenizer_lib.Bytes()
+BYTES = tokenizers.Bytes()
 
 
 def write(path, text):
@@ -18,7 +23,7 @@ def write(path, text):
 
 
 def documents(path, binary=True):
-  return [text for _, text in data.read_documents(data.find_files(str(path), "--data"), binary)]
+  return [text for _, text in documents_lib.read_documents(documents_lib.find_files(str(path), "--data"), binary)]
 
 
 def test_plain_jsonl_gzip_and_xz_are_read(tmp_path):
@@ -32,15 +37,15 @@ def test_plain_jsonl_gzip_and_xz_are_read(tmp_path):
 
 
 BAD = {
-    "empty.txt": (b"", "empty.txt: is empty"),
-    "blank.txt": (b" \n\n", "blank.txt: is empty"),
-    "cut.txt.gz": (gzip.compress(b"some text " * 100)[:25], "cut.txt.gz: is cut off"),
-    "cut.txt.xz": (lzma.compress(b"some text " * 100)[:60], "cut.txt.xz: is cut off"),
-    "no.txt.gz": (b"this is no gzip", "no.txt.gz: the compressed data is damaged"),
-    "latin.txt": ("é".encode("latin-1") + b" abc", "latin.txt: is not UTF-8 text .byte 0"),
-    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl: line 2 is not JSON"),
-    "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl: line 2 has no field 'text'"),
-    "type.jsonl": (b'{"text": 3}\n', "type.jsonl: line 1: field 'text' is not a string"),
+  "empty.txt": (b"", "empty.txt: is empty"),
+  "blank.txt": (b" \n\n", "blank.txt: is empty"),
+  "cut.txt.gz": (gzip.compress(b"some text " * 100)[:25], "cut.txt.gz: is cut off"),
+  "cut.txt.xz": (lzma.compress(b"some text " * 100)[:60], "cut.txt.xz: is cut off"),
+  "no.txt.gz": (b"this is no gzip", "no.txt.gz: the compressed data is damaged"),
+  "latin.txt": ("é".encode("latin-1") + b" abc", "latin.txt: is not UTF-8 text .byte 0"),
+  "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl: line 2 is not JSON"),
+  "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl: line 2 has no field 'text'"),
+  "type.jsonl": (b'{"text": 3}\n', "type.jsonl: line 1: field 'text' is not a string"),
 }
 
 
@@ -48,39 +53,39 @@ BAD = {
 def test_bad_files_are_named(tmp_path, name):
   content, message = BAD[name]
   write(tmp_path / name, content)
-  with pytest.raises(cli.UserError, match=message):
+  with pytest.raises(UserError, match=message):
     documents(tmp_path / name, binary=False)
 
 
 def test_no_match_is_named(tmp_path):
-  with pytest.raises(cli.UserError, match="config.data.path: no file matches"):
-    data.load(str(tmp_path / "*.none"), BYTES)
+  with pytest.raises(UserError, match="config.data.path: no file matches"):
+    corpora_lib.load_corpora(str(tmp_path / "*.none"), BYTES)
 
 
 def test_many_documents_are_split_by_number_few_by_place(tmp_path):
   for i in range(40):
     write(tmp_path / f"{i:02d}.txt", chr(65 + i) * 50)
-  many = data.load(str(tmp_path / "*.txt"), BYTES)[0].tokens
+  many = corpora_lib.load_corpora(str(tmp_path / "*.txt"), BYTES)[0].tokens
   letters = lambda split: {chr(t - 1) for t in np.unique(many[split]) if t}
   assert letters("valid") == {chr(65 + 9), chr(65 + 29)} and letters("test") == {chr(65 + 19), chr(65 + 39)}
   assert len(letters("train")) == 36
   write(tmp_path / "one.text", bytes(range(100)) * 10)
-  few = data.load(str(tmp_path / "one.text"), BYTES)[0].tokens
-  assert [len(few[s]) - 1 for s in data.SPLITS] == [900, 50, 50]
+  few = corpora_lib.load_corpora(str(tmp_path / "one.text"), BYTES)[0].tokens
+  assert [len(few[s]) - 1 for s in corpora_lib.SPLITS] == [900, 50, 50]
   assert few["valid"][0] == 1 and few["test"][0] == 51  # byte 0, byte 50
 
 
 def test_tokens_are_cached_and_mapped(tmp_path):
   path = write(tmp_path / "a.txt", "some text " * 100)
-  first, second = data.load(path, BYTES)[0], data.load(path, BYTES)[0]
+  first, second = corpora_lib.load_corpora(path, BYTES)[0], corpora_lib.load_corpora(path, BYTES)[0]
   assert isinstance(second.tokens["train"], np.memmap) and first.fingerprint == second.fingerprint
   write(tmp_path / "a.txt", "other text " * 100)
-  assert data.load(path, BYTES)[0].fingerprint != first.fingerprint
+  assert corpora_lib.load_corpora(path, BYTES)[0].fingerprint != first.fingerprint
 
 
 def corpus(count, name="made", first=1):
   tokens = np.arange(first, first + count).astype(np.uint32)
-  return data.Corpus(name, {split: tokens for split in data.SPLITS}, "")
+  return corpora_lib.Corpus(name, dict.fromkeys(corpora_lib.SPLITS, tokens), "")
 
 
 def take(stream, count):
@@ -92,7 +97,7 @@ def take(stream, count):
 
 def stream(rows=None, corpora=None, start=0, **changes):
   config = config_lib.Data(batch_size=8, **changes)
-  return data.training_stream(corpora or [corpus(107)], config, 8, rows, start)
+  return batches_lib.training_stream(corpora or [corpus(107)], config, 8, rows, start)
 
 
 def test_every_place_comes_once_before_any_comes_again():
@@ -127,16 +132,16 @@ def test_sources_are_mixed_by_weight():
 
 
 def test_short_and_foreign_corpora_are_named():
-  with pytest.raises(cli.UserError, match="made: 5 training tokens are fewer than one sequence .config.model.context"):
+  with pytest.raises(UserError, match="made: 5 training tokens are fewer than one sequence .config.model.context"):
     stream(corpora=[corpus(5)])
-  with pytest.raises(cli.UserError, match="valid split is shorter than one sequence"):
-    data.held_out([corpus(5)], "valid", 8)
-  with pytest.raises(cli.UserError, match="made: token 107 is outside the vocabulary of 100"):
-    data.check_vocabulary([corpus(107)], 100)
+  with pytest.raises(UserError, match="valid split is shorter than one sequence"):
+    batches_lib.held_out([corpus(5)], "valid", 8)
+  with pytest.raises(UserError, match="made: token 107 is outside the vocabulary of 100"):
+    corpora_lib.check_vocabulary([corpus(107)], 100)
 
 
 def test_held_out_sequences_are_consecutive():
-  found = data.held_out([corpus(107)], "valid", 8)
+  found = batches_lib.held_out([corpus(107)], "valid", 8)
   assert found.shape == (13, 9) and (found[:, 0] == 0).all()
   np.testing.assert_array_equal(found[:, 1:].reshape(-1), np.arange(1, 105))
-  np.testing.assert_array_equal(data.held_out([corpus(107)], "valid", 8, 3), found[[0, 6, 12]])
+  np.testing.assert_array_equal(batches_lib.held_out([corpus(107)], "valid", 8, 3), found[[0, 6, 12]])

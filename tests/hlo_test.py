@@ -3,15 +3,20 @@ and no others."""
 
 import math
 
+from conftest import small_config
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import pytest
 
-from conftest import small_config
 from evo_jax import config as config_lib
-from evo_jax import flops, hlo, sharding, train
-from evo_jax.model import Evo
+from evo_jax.network import evo as evo_lib
+from evo_jax.network import flops
+from evo_jax.parallel import sharding
+from evo_jax.planning import hlo
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 
 V = 24
 
@@ -20,12 +25,15 @@ def compiled_step(mesh_sizes, **changes):
   """A training step's program as text, the mesh, and the parameters with their shardings."""
   config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,gate,up", **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh_sizes))
-  model = Evo(config.model, V)
+  model = evo_lib.Evo(config.model, V)
   with jax.set_mesh(mesh):
-    state, places = train.abstract_state(model, config, mesh)
-    batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32,
-                                 sharding=NamedSharding(mesh, sharding.RULES.spec(("batch",))))
-    return train.make_step(model, config, places, "cpu").lower(state, batch).compile().as_text(), mesh, state.params
+    state = state_lib.abstract_state(model, config, mesh)
+    batch = jax.ShapeDtypeStruct(
+      (config.data.batch_size, config.model.context + 1),
+      jnp.int32,
+      sharding=NamedSharding(mesh, sharding.RULES.spec(("batch",))),
+    )
+    return step_lib.make_step(model, config, mesh, "cpu").lower(state, batch).compile().as_text(), mesh, state.params
 
 
 def test_programs_are_read():
@@ -36,12 +44,16 @@ def test_programs_are_read():
     def step(carry, _):
       whole = jax.lax.all_gather(carry, "fsdp", tiled=True)
       return jax.lax.psum_scatter(jnp.sin(whole @ whole.T), "fsdp", tiled=True)[:, :16] + carry, None
+
     return jax.lax.psum(jax.lax.scan(step, x_local, None, length=5)[0], "data")
 
   function = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))
-  text = function.lower(
-      jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))).compile().as_text()
-  moved = hlo.read(text, dict(mesh.shape)).moved()
+  text = (
+    function.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))))
+    .compile()
+    .as_text()
+  )
+  moved = hlo.read_program(text, dict(mesh.shape)).moved()
   assert moved["all-gather", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
   assert moved["reduce-scatter", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
   assert moved["all-reduce", ("data",)] == 4 * 16 * 4 * 2 * 1 / 2
@@ -57,7 +69,7 @@ frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xl
 _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """
-  (found,) = hlo.read(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
+  (found,) = hlo.read_program(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
   assert found == hlo.Collective("all-reduce", ("data",), 2 * 128 * 4 * 2 * 1 / 2, 1, True)
 
 
@@ -83,7 +95,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %loop = f32[8] while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-  program = hlo.read(text, {"data": 2, "fsdp": 4, "tensor": 1})
+  program = hlo.read_program(text, {"data": 2, "fsdp": 4, "tensor": 1})
   assert program.moved() == {("all-gather", ("fsdp",)): 5 * 2 * 96.0, ("all-reduce", ("data",)): 5 * 32.0}
   assert program.cycles == {True: 0.0, False: 5 * 70.0}
   # A byte a cycle: of the first 36 are left; the second ends at 192, 86 behind what had been done at 106.
@@ -93,6 +105,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_what_seldom_runs_is_in_no_estimate():
   """Neither traced nor compiled; the other branch is."""
+
   def function(x):
     return jax.lax.cond(x[0, 0] > 0, jax.named_scope(flops.SELDOM)(lambda: x @ x @ x), lambda: x @ x)
 
@@ -113,19 +126,29 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %c = f32[8] conditional(%which, %p, %p), branch_computations={%dear, %often}
 }
 """
-  assert hlo.read(text, {"data": 1}).cycles == {True: 0.0, False: 7.0}
+  assert hlo.read_program(text, {"data": 1}).cycles == {True: 0.0, False: 7.0}
 
 
-@pytest.mark.parametrize("groups, members", [
-    ("replica_groups={{0,2},{1,3}}", [0, 2]), ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
-    ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]), ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
-    ("source_target_pairs={{0,0},{1,3}}", [1, 3]), ("", list(range(8)))])
+@pytest.mark.parametrize(
+  "groups, members",
+  [
+    ("replica_groups={{0,2},{1,3}}", [0, 2]),
+    ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+    ("source_target_pairs={{0,0},{1,3}}", [1, 3]),
+    ("", list(range(8))),
+  ],
+)
 def test_groups_of_devices_are_read(groups, members):
   assert hlo._group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
 
 
-@pytest.mark.parametrize("sizes, passes, chunk", [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0),
-                                                  ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)], ids=str)
+@pytest.mark.parametrize(
+  "sizes, passes, chunk",
+  [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0), ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)],
+  ids=str,
+)
 def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, chunk, capfd):
   """To the byte: a layer's weights forward and backward, and their gradients, once for clean stream and windows
   together, or once for each; over `data` gradients are summed in shards; over `tensor` no parameter ever moves. In
@@ -144,12 +167,14 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
     uses = 1 if "w_time" in name or "blocks" not in name else passes
     gathered += (fsdp - 1) * here * uses * (2 if "blocks" in name else 1)
     if chunk and "blocks" not in name:
-      gathered += (fsdp - 1) * here * (
-          2 + chunk / V - (0 if "embedding" in name else 1))  # embeddings are looked up besides
-    scattered += (fsdp - 1) * here * (
-        2 if "embedding" in name else uses)  # embeddings are looked up, and averaged to soft inputs
+      gathered += (
+        (fsdp - 1) * here * (2 + chunk / V - (0 if "embedding" in name else 1))
+      )  # embeddings are looked up besides
+    scattered += (
+      (fsdp - 1) * here * (2 if "embedding" in name else uses)
+    )  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
-  program = hlo.read(text, dict(mesh.shape))
+  program = hlo.read_program(text, dict(mesh.shape))
   moved = program.moved()
   # What windows tell the statistics, from all shards.
   measured = 3 * 256 * 4 * (fsdp - 1) / fsdp if mesh.shape["data"] == 1 else 0
@@ -165,9 +190,10 @@ def traced_step(**changes):
   """Operations of a training step on one device with context 64, outside of kernels and inside; and its
   configuration."""
   config = small_config(model__context=64, **changes)
-  state, _ = train.abstract_state(Evo(config.model, V), config,
-                                  sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]))
-  step = lambda s, b: train.train_step(s, b, model=Evo(config.model, V), config=config)
+  state = state_lib.abstract_state(
+    evo_lib.Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  )
+  step = lambda s, b: step_lib.train_step(s, b, model=evo_lib.Evo(config.model, V), config=config)
   return *flops.traced(step, state, jax.ShapeDtypeStruct((config.data.batch_size, 65), jnp.int32)), config
 
 

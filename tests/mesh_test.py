@@ -2,11 +2,13 @@
 
 import shutil
 
+from conftest import run, train_flags
 import numpy as np
 import pytest
 
-from conftest import run, train_flags
-from evo_jax import checkpoint, metrics, sharding
+from evo_jax.parallel import sharding
+from evo_jax.training import checkpoint
+from evo_jax.training import metrics as metrics_lib
 
 STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
 MESHES = {"one": None, "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
@@ -29,7 +31,7 @@ def runs(tmp_path_factory, text):
 
 
 def losses(workdir, name="bits"):
-  return [row[name] for row in metrics.read(workdir / "metrics.jsonl")]
+  return [row[name] for row in metrics_lib.read_metrics(workdir / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "all"])
@@ -63,11 +65,17 @@ def test_rules_fail_loudly():
     sharding.RULES.spec(("embedd",))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"mesh.data": 4, "mesh.tensor": 2, "model.kv_heads": 1, "mesh.fsdp": 1},
-     "config.mesh: 2 devices do not divide the 1 kv_heads of parameter"),
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"mesh.data": 4, "mesh.tensor": 2, "model.kv_heads": 1, "mesh.fsdp": 1},
+      "config.mesh: 2 devices do not divide the 1 kv_heads of parameter",
+    ),
     ({"mesh.data": 8, "data.batch_size": 4}, "config.data.batch_size: 4 sequences"),
-    ({"mesh.data": -1, "mesh.tensor": 3}, "does not divide 8 devices")])
+    ({"mesh.data": -1, "mesh.tensor": 3}, "does not divide 8 devices"),
+  ],
+)
 def test_shapes_that_do_not_divide_the_mesh_are_named(tmp_path, text, changes, message):
   done = run("evo_jax.main", *train_flags(tmp_path / "run", text, **changes), devices=8)
   assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -5,16 +5,23 @@ import functools
 import importlib.util
 import pathlib
 
+from conftest import ROOT, small_config
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import ROOT, small_config
 from evo_jax import config as config_lib
-from evo_jax import elbo, flow, model as model_lib, train
-from evo_jax.model import Evo
+from evo_jax.data import tokenizers
+from evo_jax.flow import bound as bound_lib
+from evo_jax.flow import latents as latents_lib
+from evo_jax.flow import objective
+from evo_jax.flow import windows as windows_lib
+from evo_jax.network import attention
+from evo_jax.network import evo as evo_lib
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 
 V = 20
 
@@ -23,11 +30,11 @@ V = 20
 def build(vocab_size=V, **changes):
   """A small network with random parameters (also those that start at zero), its statistics, and its config."""
   config = small_config(**changes)
-  model = Evo(config.model, vocab_size)
+  model = evo_lib.Evo(config.model, vocab_size)
 
   @jax.jit
   def init():
-    state = nn.unbox(train.init_state(model, config))
+    state = nn.unbox(state_lib.init_state(model, config))
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     leaves = [p + 0.1 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys)]
@@ -40,9 +47,13 @@ def build(vocab_size=V, **changes):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _losses(config, which, params, statistics, tokens, draw):
   """Value and gradient of the AR term (0), the window term (1) or their sum (2)."""
+
   def loss(params):
-    terms = elbo.training_loss(Evo(config.model, V).bind({"params": params}), statistics, tokens, draw, config.loss)[0]
+    terms = objective.training_loss(
+      evo_lib.Evo(config.model, V).bind({"params": params}), statistics, tokens, draw, config.loss
+    )[0]
     return (*terms, sum(terms))[which], terms
+
   return jax.value_and_grad(loss, has_aux=True)(params)
 
 
@@ -50,11 +61,13 @@ def _losses(config, which, params, statistics, tokens, draw):
 def _windows(model, params, statistics, tokens, time, seed):
   net = model.bind({"params": params})
   anchor = jnp.array([[0, 11], [5, 20]])
-  slots = elbo.gather_windows(tokens, anchor, 8)
+  slots = windows_lib.gather_windows(tokens, anchor, 8)
   noise = jax.random.normal(jax.random.key(seed), (2, 2, 8, net.config.code_dim))
-  latent = elbo.observe_at(net.codes(), statistics.warp, slots[..., 1:], jnp.broadcast_to(time, (2, 2, 8)), noise)
+  latent = windows_lib.observe_at(
+    net.codes(), statistics.warp, slots[..., 1:], jnp.broadcast_to(time, (2, 2, 8)), noise
+  )
   cache = net.clean(tokens[:, :-1])[1]
-  return elbo.window_logits(net, cache, anchor, slots[..., 0], latent, net.codes(), statistics.log_unigram_V)
+  return bound_lib.window_logits(net, cache, anchor, slots[..., 0], latent, net.codes(), statistics.log_unigram_V)
 
 
 def windows(net, statistics, tokens, time, seed=2):
@@ -70,7 +83,7 @@ def small():
 @pytest.fixture
 def tokens():
   sequence = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
-  return sequence.at[:, 0].set(model_lib.DOCUMENT).at[1, 13].set(model_lib.DOCUMENT)
+  return sequence.at[:, 0].set(tokenizers.DOCUMENT).at[1, 13].set(tokenizers.DOCUMENT)
 
 
 def test_clean_stream_is_causal(small, tokens):
@@ -84,7 +97,7 @@ def test_clean_stream_is_causal(small, tokens):
 def test_windows_do_not_touch_the_clean_stream(small, tokens):
   """The AR term is the same with and without windows, and its gradient with respect to everything of theirs is zero."""
   net, statistics, config = small
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
   params = net.variables["params"]
   (_, with_windows), gradient = _losses(config, 0, params, statistics, tokens, draw)
   (_, without), _ = _losses(config, 0, params, statistics, tokens, None)
@@ -102,7 +115,9 @@ def test_who_teaches_the_codes(small, tokens, codes, bound_windows, taught):
   """By default only windows taught by the bound do (see above); cross-entropy does where it is asked to."""
   net, statistics, _ = small
   config = small_config(loss__codes=codes, loss__bound_windows=bound_windows)
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows)
+  draw = windows_lib.draw_windows(
+    jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows
+  )
   gradient = _losses(config, 1, net.variables["params"], statistics, tokens, draw)[1]
   assert bool(np.asarray(gradient["codes"]).any()) == taught
 
@@ -111,27 +126,29 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
   """Read a few at a time behind the past, by rows at different places: the same states, keys and values."""
   net, _, config = small
   hidden, cache = net.clean(tokens[:, :-1])
-  apart = net.clone(stacked=False).bind({"params": model_lib.unstacked(net.variables["params"])})
+  apart = net.clone(stacked=False).bind({"params": evo_lib.unstack_layers(net.variables["params"])})
   first = jnp.array([5, 20])
-  empty = lambda x: jnp.where(jnp.arange(32)[:, None] < first[:, None, None, None], x,
-                              9.0)  # and nothing behind is read
+  empty = lambda x: jnp.where(
+    jnp.arange(32)[:, None] < first[:, None, None, None], x, 9.0
+  )  # and nothing behind is read
   past = tuple(tuple(map(empty, x)) for x in (cache.k, cache.v))
   place = first[:, None] + jnp.arange(9)
   x = net.embed_tokens(jnp.take_along_axis(tokens, place, axis=1))
   found, (k, v) = apart.slots(past, first, 9, x, None, place, place + 1, None)
   for b, a in enumerate(first.tolist()):
-    np.testing.assert_allclose(found[b], hidden[b, a:a + 9], atol=2e-5)
+    np.testing.assert_allclose(found[b], hidden[b, a : a + 9], atol=2e-5)
     for layer in range(config.model.layers):
-      np.testing.assert_allclose(k[layer][b, :, :a + 9], cache.k[layer, b, :, :a + 9], atol=2e-5)
-      np.testing.assert_allclose(v[layer][b, :, :a + 9], cache.v[layer, b, :, :a + 9], atol=2e-5)
+      np.testing.assert_allclose(k[layer][b, :, : a + 9], cache.k[layer, b, :, : a + 9], atol=2e-5)
+      np.testing.assert_allclose(v[layer][b, :, : a + 9], cache.v[layer, b, :, : a + 9], atol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__isolate_documents": True},
-                                     {"model__remat": "full", "model__attention_block": 8}], ids=str)
+@pytest.mark.parametrize(
+  "changes", [{}, {"model__isolate_documents": True}, {"model__remat": "full", "model__attention_block": 8}], ids=str
+)
 def test_one_pass_reads_both_streams(tokens, changes):
   """`clean_and_window` gives what `clean`, and then `window`, give, and their gradients."""
   net, _, config = build(**changes)
-  tokens = tokens.at[:, 7].set(model_lib.DOCUMENT)
+  tokens = tokens.at[:, 7].set(tokenizers.DOCUMENT)
   anchor = jnp.array([[0, 7], [5, 20]])
   time = jax.random.uniform(jax.random.key(1), (2, 2, 9)).at[..., 0].set(0.0)
   x_windows = jax.random.normal(jax.random.key(2), (2, 2, 9, config.model.width))
@@ -147,18 +164,32 @@ def test_one_pass_reads_both_streams(tokens, changes):
         hidden, cache = net_.clean(tokens[:, :-1], x)
         found = hidden, net_.window(cache, anchor, x_windows, time)
       return sum(jnp.mean(jnp.sin(h)) for h in found), found
+
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_windows)
 
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
-               read(True, net.variables["params"], x_windows), read(False, net.variables["params"], x_windows))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+    read(True, net.variables["params"], x_windows),
+    read(False, net.variables["params"], x_windows),
+  )
 
 
 def test_one_pass_is_a_configuration_and_changes_no_value(small, tokens):
   net, statistics, config = small
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths,
-                           config.loss.bound_windows)
-  one, two = (_losses(dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)), 2,
-                      net.variables["params"], statistics, tokens, draw) for together in (True, False))
+  draw = windows_lib.draw_windows(
+    jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, config.loss.bound_windows
+  )
+  one, two = (
+    _losses(
+      dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)),
+      2,
+      net.variables["params"],
+      statistics,
+      tokens,
+      draw,
+    )
+    for together in (True, False)
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), one, two)
 
 
@@ -171,7 +202,9 @@ def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
 def test_soft_input_at_the_ends(small):
   """At t = 0 exactly the token's embedding; at t = 1 one vector, whatever the token."""
   net, statistics, config = small
-  latent = flow.Latent(jnp.zeros((4, config.model.code_dim)), jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3, 5, 3, 5]))
+  latent = latents_lib.Latent(
+    jnp.zeros((4, config.model.code_dim)), jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([3, 5, 3, 5])
+  )
   (x,) = net.embed((latent,), (net.codes(),), statistics.log_unigram_V)
   np.testing.assert_array_equal(x[:2], net.embed_tokens(latent.token[:2]))
   np.testing.assert_array_equal(x[2], x[3])
@@ -204,8 +237,9 @@ def test_documents_can_be_isolated(tokens):
   before, after = windows(net, statistics, tokens, 0.5), windows(net, statistics, changed, 0.5)
   np.testing.assert_allclose(before[1, 1], after[1, 1], atol=1e-6)  # the window at 20
   shared = build()[0]
-  assert not np.allclose(windows(shared, statistics, changed, 0.5)[1, 1],
-                         windows(shared, statistics, tokens, 0.5)[1, 1], atol=1e-4)
+  assert not np.allclose(
+    windows(shared, statistics, changed, 0.5)[1, 1], windows(shared, statistics, tokens, 0.5)[1, 1], atol=1e-4
+  )
 
 
 def test_rows_beyond_the_vocabulary_are_ruled_out(small, tokens):
@@ -218,7 +252,7 @@ def test_rows_beyond_the_vocabulary_are_ruled_out(small, tokens):
 @pytest.mark.parametrize("changes", [{"model__remat": "full"}, {"model__remat": "dots"}, {"model__unroll": 2}])
 def test_remat_and_unrolling_change_nothing(small, tokens, changes):
   net, statistics, config = small
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
 
   gradient = lambda config: _losses(config, 2, net.variables["params"], statistics, tokens, draw)
   want, got = gradient(config), gradient(small_config(**changes))
@@ -227,7 +261,7 @@ def test_remat_and_unrolling_change_nothing(small, tokens, changes):
 
 def test_bfloat16_computes_near_float32(small, tokens):
   net, statistics, _ = small
-  half = Evo(dataclasses.replace(net.config, dtype="bfloat16"), V).bind(net.variables)
+  half = evo_lib.Evo(dataclasses.replace(net.config, dtype="bfloat16"), V).bind(net.variables)
   want, got = windows(net, statistics, tokens, 0.5), windows(half, statistics, tokens, 0.5)
   assert half.clean(tokens[:, :-1])[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
   assert 0 < np.abs(want - got)[..., :V].mean() < 0.05 * np.abs(want[..., :V]).mean() + 0.05
@@ -235,15 +269,14 @@ def test_bfloat16_computes_near_float32(small, tokens):
 
 def test_grouped_queries_share_keys():
   """With one key head copied to both query groups, grouped attention equals full attention."""
-  from evo_jax import attention
   keys = jax.random.split(jax.random.key(0), 3)
   q = jax.random.normal(keys[0], (2, 2, 1, 2, 5, 8))  # B K N G S E
   k, v = (jax.random.normal(key, (2, 2, 1, 5, 8)) for key in keys[1:])
   stop = jnp.arange(5)[None, None] + 1
-  grouped = attention.attend(q, (k[:, :, 0], v[:, :, 0]), stop)
-  full = attention.attend(q.reshape(2, 4, 1, 1, 5, 8), tuple(jnp.repeat(x[:, :, 0], 2, 1) for x in (k, v)), stop)
+  grouped = attention.attend_plain(q, (k[:, :, 0], v[:, :, 0]), stop)
+  full = attention.attend_plain(q.reshape(2, 4, 1, 1, 5, 8), tuple(jnp.repeat(x[:, :, 0], 2, 1) for x in (k, v)), stop)
   np.testing.assert_allclose(grouped.reshape(full.shape), full, atol=1e-6)
-  own = attention.attend(q, own=(k, v), visible_NxSxT=jnp.tri(5, dtype=bool))
+  own = attention.attend_plain(q, own=(k, v), visible_NxSxT=jnp.tri(5, dtype=bool))
   np.testing.assert_allclose(grouped, own, atol=1e-6)
   heads_last = lambda x: x.reshape(2, -1, 5, 8).transpose(0, 2, 1, 3)
   want = jax.nn.dot_product_attention(heads_last(q), heads_last(k), heads_last(v), is_causal=True)
@@ -251,8 +284,12 @@ def test_grouped_queries_share_keys():
 
 
 # Llama-3-8B has 8,030,261,248 parameters; beside them stand the codes and the time conditioning.
-COUNTS = {"tiny": 978_816, "evo150m": 156_612_352, "evo1b": 1_258_232_832,
-          "evo8b": 8_030_261_248 + 768 * 2 * 4096 + 129_024 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64}
+COUNTS = {
+  "tiny": 978_816,
+  "evo150m": 156_612_352,
+  "evo1b": 1_258_232_832,
+  "evo8b": 8_030_261_248 + 768 * 2 * 4096 + 129_024 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64,
+}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (pathlib.Path(ROOT) / "configs").glob("*.py")))
@@ -263,21 +300,24 @@ def test_every_config_has_its_size(name):
   spec.loader.exec_module(module)
   config = config_lib.from_dict(module.get_config())
   vocab_size = config.model.vocab_size or 257
-  assert model_lib.count_parameters(config.model, vocab_size) == COUNTS[name]
-  model = Evo(config.model, vocab_size)
-  state = jax.eval_shape(lambda: nn.unbox(train.init_state(model, config)))
+  assert evo_lib.count_parameters(config.model, vocab_size) == COUNTS[name]
+  model = evo_lib.Evo(config.model, vocab_size)
+  state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32)
-  after, metrics = jax.eval_shape(lambda s, b: train.train_step(s, b, model=model, config=config), state, batch)
+  after, metrics = jax.eval_shape(lambda s, b: step_lib.train_step(s, b, model=model, config=config), state, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
   assert metrics["bits"].shape == ()
 
 
-@pytest.mark.parametrize("changes, block", [({}, 12), ({}, 20), ({"model__isolate_documents": True}, 8),
-                                            ({"window__size": 32, "window__count": 2}, 20)], ids=str)
+@pytest.mark.parametrize(
+  "changes, block",
+  [({}, 12), ({}, 20), ({"model__isolate_documents": True}, 8), ({"window__size": 32, "window__count": 2}, 20)],
+  ids=str,
+)
 def test_attention_in_blocks_changes_no_value(tokens, changes, block):
   """Forward and backward, of the clean stream and of windows: what one product over all scores gives."""
   net, statistics, config = build(model__remat="full", loss__bound_windows=1, **changes)
-  draw = elbo.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
   params = net.variables["params"]
   blocked = small_config(model__remat="full", model__attention_block=block, loss__bound_windows=1, **changes)
   (_, want), gradient = _losses(config, 2, params, statistics, tokens, draw)
@@ -291,10 +331,11 @@ def test_attention_in_blocks_saves_memory():
   net, _, config = build(model__remat="full", loss__bound_windows=1)
   memory = {}
   for block in (0, 32):
-    model = Evo(dataclasses.replace(config.model, attention_block=block, context=1024), V)
+    model = evo_lib.Evo(dataclasses.replace(config.model, attention_block=block, context=1024), V)
     loss = jax.jit(jax.grad(lambda p, t: jnp.sum(model.apply({"params": p}, t) ** 2)))
-    memory[block] = loss.lower(
-        net.variables["params"], jnp.ones((2, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
+    memory[block] = (
+      loss.lower(net.variables["params"], jnp.ones((2, 1024), jnp.int32)).compile().memory_analysis().temp_size_in_bytes
+    )
   assert memory[32] < 0.5 * memory[0], memory
 
 
@@ -303,7 +344,7 @@ def test_attention_is_kept_once_for_the_backward_pass(kernel):
   """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the
   keys and values."""
   config = small_config(model__attention=kernel, model__context=128, model__remat="save:attention", model__layers=1)
-  net = Evo(config.model, V)
+  net = evo_lib.Evo(config.model, V)
   params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
   tokens = jnp.zeros((2, 128), jnp.int32)
   program = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(net.apply(params, tokens))))(nn.unbox(params))

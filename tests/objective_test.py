@@ -3,24 +3,31 @@
 import dataclasses
 import functools
 
+from conftest import small_config
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from model_test import V, build
 import numpy as np
 import pytest
-
-from conftest import small_config
-from evo_jax import config as config_lib
-from evo_jax import elbo, flops, paths, tokenizer, train
-from model_test import V, build
 from train_test import one_step
+
+from evo_jax import config as config_lib
+from evo_jax.data import tokenizers
+from evo_jax.flow import bound as bound_lib
+from evo_jax.flow import objective, policies, schedules
+from evo_jax.flow import windows as windows_lib
+from evo_jax.network import evo as evo_lib
+from evo_jax.network import flops
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 
 NAMES = config_lib.TRAIN_PATHS
 
 
 def drawn(bound_windows=1, batch=2000, density=None, **changes):
   config = small_config(**{"loss__bound_windows": bound_windows, **changes})
-  return elbo.draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
+  return windows_lib.draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
 
 
 def only(name):
@@ -33,8 +40,12 @@ def test_windows_taught_by_the_bound_take_gaussian_paths():
   gaussian = [NAMES.index(n) for n in config_lib.GAUSSIAN_PATHS]
   assert np.isin(path[:, 0], gaussian).all() and not np.isin(path[:, 1], gaussian).all()
   share = np.bincount(path[:, 1], minlength=len(NAMES)) / len(path)
-  want = np.array([{"diagonal": 0.5, "rolling": 0.2, "independent": 0.2, "staircase": 0.1, "erasure": 0.3,
-                    "ragged": 0.3}.get(n, 0) for n in NAMES])
+  want = np.array(
+    [
+      {"diagonal": 0.5, "rolling": 0.2, "independent": 0.2, "staircase": 0.1, "erasure": 0.3, "ragged": 0.3}.get(n, 0)
+      for n in NAMES
+    ]
+  )
   np.testing.assert_allclose(share, want / want.sum(), atol=0.02)
 
 
@@ -54,7 +65,7 @@ def test_ragged_windows_are_known_up_to_somewhere():
   first = time.argmax(1)
   assert np.isin(time, [0, 1]).all() and (time.max(1) == 1).all()
   np.testing.assert_allclose(np.bincount(first, minlength=8) / len(time), 1 / 8, atol=0.01)
-  beyond = np.concatenate([row[f + 1:] for row, f in zip(time, first)])
+  beyond = np.concatenate([row[f + 1 :] for row, f in zip(time, first)])
   assert 0.55 < beyond.mean() < 0.75  # a third of the tokens beyond is known
 
 
@@ -71,13 +82,15 @@ def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   net, statistics, _ = build()
   config = small_config(loss__bound_windows=0, **only("erasure"))
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
-  (_, window), _, _ = elbo.training_loss(net, statistics, tokens, draw,
-                                         dataclasses.replace(config.loss, window_weight=1.0))
-  slots = elbo.gather_windows(tokens, draw.anchor, 8)
-  latent = elbo.observe_at(net.codes(), statistics.warp, slots[..., 1:], draw.time, draw.noise)
-  logits = elbo.window_logits(net, net.clean(tokens[:, :-1])[1], draw.anchor, slots[..., 0], latent, net.codes(),
-                              statistics.log_unigram_V)
+  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
+  (_, window), _, _ = objective.training_loss(
+    net, statistics, tokens, draw, dataclasses.replace(config.loss, window_weight=1.0)
+  )
+  slots = windows_lib.gather_windows(tokens, draw.anchor, 8)
+  latent = windows_lib.observe_at(net.codes(), statistics.warp, slots[..., 1:], draw.time, draw.noise)
+  logits = bound_lib.window_logits(
+    net, net.clean(tokens[:, :-1])[1], draw.anchor, slots[..., 0], latent, net.codes(), statistics.log_unigram_V
+  )
   nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(slots)[..., 1:, None], -1)[..., 0]
   unknown = np.asarray(draw.time) > 0
   want = np.mean((nats * unknown).sum(-1) / unknown.sum(-1))
@@ -107,14 +120,15 @@ def test_clocks_start_as_soft_streams_and_are_learned():
   """Before training q = p and the clock is that of streams; the bound teaches both heads, and nothing of it touches
   AR's gradient."""
   config = small_config(**LEARNED)
-  model, state = train.Evo(config.model, V), None
-  state = jax.jit(lambda: train.nn.unbox(train.init_state(model, config)))()
+  model, state = evo_lib.Evo(config.model, V), None
+  state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
 
   def losses(params, which):
-    terms, _, metrics = elbo.training_loss(model.bind({"params": params}), state.statistics, tokens, draw,
-                                           config.loss, True)
+    terms, _, metrics = objective.training_loss(
+      model.bind({"params": params}), state.statistics, tokens, draw, config.loss, True
+    )
     return terms[which], metrics
 
   (_, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: losses(p, 1), has_aux=True))(state.params)
@@ -122,8 +136,8 @@ def test_clocks_start_as_soft_streams_and_are_learned():
   for name in ("clock_prior_out", "clock_posterior_out"):
     assert np.isfinite(gradient[name]).all() and np.abs(gradient[name]).max() > 1e-5, name
   delay, _, sharpness = model.bind({"params": state.params}).clock_prior(jnp.zeros((1, 1, 32)), 8, jnp.full((1, 1), 4))
-  times = paths.learned_clock(delay[0, 0], sharpness[0, 0], (jnp.arange(5) / 4)[:, None])
-  np.testing.assert_allclose(times, paths.grid("streams:2", 8, 0.5), atol=0.21)
+  times = schedules.learned_clock(delay[0, 0], sharpness[0, 0], (jnp.arange(5) / 4)[:, None])
+  np.testing.assert_allclose(times, schedules.time_grid("streams:2", 8, 0.5), atol=0.21)
   ar = jax.jit(jax.grad(lambda p: losses(p, 0)[0]))(state.params)
   assert all((np.asarray(leaf) == 0).all() for name, leaf in ar.items() if name.startswith("clock"))
 
@@ -133,9 +147,10 @@ def test_inferred_clocks_differ_and_pay_kl():
   tokens = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
   hidden, _ = net.clean(tokens[:, :-1])
   anchor = jnp.array([[0, 8], [16, 24]])
-  token = elbo.gather_windows(tokens, anchor, 8)[..., 1:]
-  infer = lambda passes, token: elbo.infer_clock(net, hidden, elbo.token_nats(net, hidden, tokens), token, anchor,
-                                                 jnp.full((2, 2), passes), jnp.zeros((2, 2, 8)))
+  token = windows_lib.gather_windows(tokens, anchor, 8)[..., 1:]
+  infer = lambda passes, token: bound_lib.infer_clock(
+    net, hidden, bound_lib.token_nll(net, hidden, tokens), token, anchor, jnp.full((2, 2), passes), jnp.zeros((2, 2, 8))
+  )
   delay, sharpness, kl = infer(4, token)
   assert delay.shape == kl.shape == (2, 2, 8) and (np.asarray(kl) > 0).all() and np.ptp(delay, axis=-1).min() > 1e-3
   assert (np.asarray(sharpness) > 0).all()
@@ -145,22 +160,26 @@ def test_inferred_clocks_differ_and_pay_kl():
   prior = lambda hidden: net.clock_prior(hidden, 8, jnp.full((2, 2), 4))[0]
   at_anchor = jnp.take_along_axis(hidden, anchor[..., None], axis=1)
   later = net.clean(tokens.at[0, 12].set(1 + tokens[0, 12] % 5)[:, :-1])[0]  # ... the prior only the past
-  np.testing.assert_allclose(prior(at_anchor)[0],
-                             prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6)
+  np.testing.assert_allclose(
+    prior(at_anchor)[0], prior(jnp.take_along_axis(later, anchor[..., None], axis=1))[0], atol=1e-6
+  )
 
 
 def test_self_conditioning_reads_twice():
   """At share 1 the windows' loss is that of a second reading under the first one's belief; in the bound likewise."""
   net, statistics, config = build()
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = elbo.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
-  loss = lambda share: float(elbo.training_loss(net, statistics, tokens, draw,
-                                                dataclasses.replace(config.loss, self_conditioning=share))[0][1])
+  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+  loss = lambda share: float(
+    objective.training_loss(net, statistics, tokens, draw, dataclasses.replace(config.loss, self_conditioning=share))[
+      0
+    ][1]
+  )
   assert abs(loss(1.0) - loss(0.0)) > 1e-4
   np.testing.assert_allclose(loss(1e-9), loss(0.0), rtol=1e-6)
-  from evo_jax import policies
-  cost = lambda path, on: np.asarray(elbo.sequence_cost(net, statistics, tokens, jax.random.key(2),
-                                                        policies.make(path, 8, 0.5), 8, on)[0])
+  cost = lambda path, on: np.asarray(
+    bound_lib.sequence_nll(net, statistics, tokens, jax.random.key(2), policies.make_policy(path, 8, 0.5), 8, on)[0]
+  )
   np.testing.assert_allclose(cost("diagonal:1", True), cost("diagonal:1", False), atol=1e-5)  # nothing was read before
   assert np.abs(cost("diagonal:2", True) - cost("diagonal:2", False)).max() > 1e-4
 
@@ -178,11 +197,15 @@ def test_a_window_of_the_whole_sequence_needs_no_clean_stream():
 DIFFUSION = dict(loss__ar_weight=0.0, window__size=32, window__count=1)
 
 
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize(
+  "changes",
+  [
     dict(DIFFUSION, loss__bound_windows=0, **only("erasure")),
     dict(DIFFUSION, loss__self_conditioning=0.5, **only("diagonal")),
     dict(LEARNED, loss__self_conditioning=0.5, train__accumulate=2, paths__step_sampling="importance"),
-    dict(loss__antithetic=False, loss__integrand="rate", paths__steps=(1000,))])
+    dict(loss__antithetic=False, loss__integrand="rate", paths__steps=(1000,)),
+  ],
+)
 def test_every_lever_is_a_configuration(changes):
   """Masked diffusion, Gaussian diffusion, learned clocks, plain or priced noise: a step of each is finite
   and teaches."""
@@ -195,40 +218,61 @@ def test_every_lever_is_a_configuration(changes):
 def test_windows_can_start_later():
   config = small_config(window__start=0.5)
   assert config.windows_start == 6
-  model = train.make_model(config, train.tokenizer_lib.Bytes())
-  state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
+  model = state_lib.make_model(config, tokenizers.Bytes())
+  state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 33), jnp.int32)
   names = lambda windows: jax.eval_shape(
-      lambda s, b: train.train_step(s, b, model=model, config=config, windows=windows), state, batch)[1]
+    lambda s, b: step_lib.train_step(s, b, model=model, config=config, windows=windows), state, batch
+  )[1]
   assert "window_ce" in names(True) and "window_ce" not in names(False)
   assert flops.train_run(config, 264) == 6 * flops.train_step(config, 264) + 6 * flops.train_step(config, 264, False)
 
 
-@pytest.mark.parametrize("changes", [dict(window__count=0), dict(window__count=2), dict(
-    DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure"))])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(window__count=0),
+    dict(window__count=2),
+    dict(DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure")),
+  ],
+)
 def test_operations_by_formula_are_those_that_xla_counts(changes):
   """At a width where matrix products are nearly all there is."""
-  config = small_config(**{**dict(model__width=256, model__heads=4, model__kv_heads=2, model__hidden=512,
-                                  model__unroll=2, model__context=128, window__size=16), **changes})
-  model = train.make_model(config, train.tokenizer_lib.Bytes())
-  state = jax.eval_shape(lambda: train.nn.unbox(train.init_state(model, config)))
+  config = small_config(
+    **{
+      **dict(
+        model__width=256,
+        model__heads=4,
+        model__kv_heads=2,
+        model__hidden=512,
+        model__unroll=2,
+        model__context=128,
+        window__size=16,
+      ),
+      **changes,
+    }
+  )
+  model = state_lib.make_model(config, tokenizers.Bytes())
+  state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 129), jnp.int32)
-  step = jax.jit(lambda s, b: train.train_step(s, b, model=model, config=config)).lower(state, batch)
+  step = jax.jit(lambda s, b: step_lib.train_step(s, b, model=model, config=config)).lower(state, batch)
   assert abs(flops.train_step(config, model.rows) / step.cost_analysis()["flops"] - 1) < 0.06
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss__self_conditioning": 1.0}, {"loss__bound_windows": 2},
-                                     {"window__count": 0}], ids=str)
+@pytest.mark.parametrize(
+  "changes", [{}, {"loss__self_conditioning": 1.0}, {"loss__bound_windows": 2}, {"window__count": 0}], ids=str
+)
 def test_chunks_of_the_vocabulary_change_no_value_and_save_memory(changes):
   """Loss and gradient are those of all logits at once; the compiled step needs less memory."""
   found = {}
   for chunk in (0, 8):
-    config = small_config(**{"model__vocab_size": 512, "model__remat": "full", "loss__chunk": chunk,
-                             "window__count": 4, **changes})
-    model = train.make_model(config, tokenizer.Bytes())
-    state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
+    config = small_config(
+      **{"model__vocab_size": 512, "model__remat": "full", "loss__chunk": chunk, "window__count": 4, **changes}
+    )
+    model = state_lib.make_model(config, tokenizers.Bytes())
+    state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
     batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
-    step = jax.jit(functools.partial(train.train_step, model=model, config=config)).lower(state, batch).compile()
+    step = jax.jit(functools.partial(step_lib.train_step, model=model, config=config)).lower(state, batch).compile()
     after, metrics = step(state, batch)
     found[chunk] = after.params, metrics, step.memory_analysis().temp_size_in_bytes
   for name, value in found[0][1].items():

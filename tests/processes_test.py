@@ -9,21 +9,27 @@ import subprocess
 import sys
 import time
 
+from conftest import ROOT, environment, run, train_flags
 import numpy as np
 import pytest
 
-from conftest import ROOT, environment, run, train_flags
-from evo_jax import metrics
+from evo_jax.training import metrics as metrics_lib
 
 LAST, EVERY = 60, 10
-STEPS = {"train.steps": LAST, "train.checkpoint_every": EVERY, "model.kv_heads": 2, "eval.samples": 0,
-         "eval.paths": ("ar",)}
+STEPS = {
+  "train.steps": LAST,
+  "train.checkpoint_every": EVERY,
+  "model.kv_heads": 2,
+  "eval.samples": 0,
+  "eval.paths": ("ar",),
+}
 BOUND = 90  # seconds in which the others of a lost process must have ended
 
 
 def flags(workdir, text, mesh=(1, 1, 1), **changes):
-  return train_flags(workdir, text, **{
-      **STEPS, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)), **changes})
+  return train_flags(
+    workdir, text, **{**STEPS, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)), **changes}
+  )
 
 
 @contextlib.contextmanager
@@ -32,10 +38,26 @@ def processes(number, arguments):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  found = [subprocess.Popen(
-      [sys.executable, "-m", "evo_jax.main", *arguments, f"--coordinator=localhost:{port}", f"--num_processes={number}",
-       f"--process_id={i}", "--heartbeat=30"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True) for i in range(number)]
+  found = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "evo_jax.main",
+        *arguments,
+        f"--coordinator=localhost:{port}",
+        f"--num_processes={number}",
+        f"--process_id={i}",
+        "--heartbeat=30",
+      ],
+      cwd=ROOT,
+      env=environment(),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(number)
+  ]
   try:
     yield found
   finally:
@@ -65,12 +87,12 @@ def wait_for(condition, found):
 
 
 def last_step(workdir):
-  rows = metrics.read(workdir / "metrics.jsonl")
+  rows = metrics_lib.read_metrics(workdir / "metrics.jsonl")
   return rows[-1]["step"] if rows else 0
 
 
 def losses(workdir):
-  rows = metrics.read(workdir / "metrics.jsonl")
+  rows = metrics_lib.read_metrics(workdir / "metrics.jsonl")
   assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
   return np.array([row["bits"] for row in rows])
 
@@ -114,8 +136,14 @@ def test_a_signal_to_one_saves_on_all_and_one_process_goes_on(alone, text, tmp_p
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_two_go_on_from_one(alone, text, tmp_path, victim):
   """Process 0 holds the service by which the others find each other. The run begins as one process."""
-  first = subprocess.Popen([sys.executable, "-m", "evo_jax.main", *flags(tmp_path, text)], cwd=ROOT, env=environment(),
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  first = subprocess.Popen(
+    [sys.executable, "-m", "evo_jax.main", *flags(tmp_path, text)],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   wait_for(lambda: checkpoints(tmp_path), [first])
   first.kill()
   first.communicate()
@@ -147,13 +175,17 @@ def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
   half = tmp_path / "checkpoints" / "70.orbax-checkpoint-tmp-1"
   half.mkdir()
   read = run("evo_jax.evaluate", f"--workdir={tmp_path}", "--paths=ar", f"--data={text}")
-  assert (read.returncode == 0 and f"{LAST}: cannot be restored" in read.stderr
-          and f"step {LAST - EVERY} is read instead" in read.stderr), read.stderr
+  assert (
+    read.returncode == 0
+    and f"{LAST}: cannot be restored" in read.stderr
+    and f"step {LAST - EVERY} is read instead" in read.stderr
+  ), read.stderr
   assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
   done = run("evo_jax.main", *flags(tmp_path, text))
   assert done.returncode == 0 and f"goes on after step {LAST - EVERY}" in done.stdout, done.stderr
-  assert (f"step {LAST - EVERY} is read instead" in done.stderr
-          and (tmp_path / "damaged" / str(LAST) / "params").is_dir())
+  assert (
+    f"step {LAST - EVERY} is read instead" in done.stderr and (tmp_path / "damaged" / str(LAST) / "params").is_dir()
+  )
   assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
   np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-6)
 
@@ -177,7 +209,7 @@ def test_metrics_and_traces(text, tmp_path):
   """The journal says where the time went, and a trace of some steps lies where it is said to."""
   done = run("evo_jax.main", *flags(tmp_path, text, **{"train.profile": "21:23"}))
   assert done.returncode == 0 and "steps 21 to 23 are traced" in done.stdout, done.stderr
-  last = metrics.read(tmp_path / "metrics.jsonl")[-1]
+  last = metrics_lib.read_metrics(tmp_path / "metrics.jsonl")[-1]
   assert last["tokens_per_second"] == pytest.approx(last["tokens_per_second_per_chip"], abs=0.2)
   assert 0 < last["goodput"] < 1 and 0 <= last["data_wait"] <= 1 and last["checkpoint_stall"] >= 0
   traces = list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,14 +1,15 @@
 """Tokenizers: round trips, units, and the trained one."""
 
+from conftest import run
 import numpy as np
 import pytest
 
-from conftest import run
-from evo_jax import cli, tokenizer as tokenizer_lib
+from evo_jax.data import tokenizers
+from evo_jax.errors import UserError
 
 
 def test_bytes_round_trip():
-  tokenizer = tokenizer_lib.Bytes()
+  tokenizer = tokenizers.Bytes()
   text = "héllo\n\x00 世界"
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text and ids.min() >= 1
@@ -16,7 +17,7 @@ def test_bytes_round_trip():
 
 
 def test_chars27_is_text8s():
-  tokenizer = tokenizer_lib.Chars27()
+  tokenizer = tokenizers.Chars27()
   ids = tokenizer.encode("Hello,  World! 42 naïve\n")
   assert tokenizer.decode(ids) == "hello world na ve "
   assert tokenizer.decode(tokenizer.encode("...a")) == " a"
@@ -24,14 +25,14 @@ def test_chars27_is_text8s():
 
 
 def test_text_ends_at_the_document_token():
-  for tokenizer in (tokenizer_lib.Bytes(), tokenizer_lib.Chars27()):
+  for tokenizer in (tokenizers.Bytes(), tokenizers.Chars27()):
     ids = np.concatenate([tokenizer.encode("ab"), [0], tokenizer.encode("cd")])
     assert tokenizer.decode(ids) == "ab"
 
 
 def test_tokens_outside_the_vocabulary_are_named():
-  with pytest.raises(cli.UserError, match="token 300 is outside the vocabulary of 257"):
-    tokenizer_lib.Bytes().decode(np.array([1, 300]))
+  with pytest.raises(UserError, match="token 300 is outside the vocabulary of 257"):
+    tokenizers.Bytes().decode(np.array([1, 300]))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def trained(tmp_path_factory, text):
   folder = tmp_path_factory.mktemp("spm")
   done = run("evo_jax.tokenizer", f"--input={text}", "--vocab_size=290", f"--output={folder}")
   assert done.returncode == 0 and "290 pieces" in done.stdout, done.stderr
-  return tokenizer_lib.SentencePiece(str(folder))
+  return tokenizers.SentencePiece(str(folder))
 
 
 def test_sentencepiece_keeps_text_as_it_is(trained):
@@ -52,13 +53,15 @@ def test_sentencepiece_keeps_text_as_it_is(trained):
 
 
 def test_bad_input_is_one_line(tmp_path, text):
-  for flags, message in (((f"--input={tmp_path}/none*", f"--output={tmp_path}"), "no file matches"),
-                         ((f"--input={text}", "--vocab_size=100000", f"--output={tmp_path}"), "--vocab_size=100000"),
-                         ((f"--input={text}",), "--input and --output are needed")):
+  for flags, message in (
+    ((f"--input={tmp_path}/none*", f"--output={tmp_path}"), "no file matches"),
+    ((f"--input={text}", "--vocab_size=100000", f"--output={tmp_path}"), "--vocab_size=100000"),
+    ((f"--input={text}",), "--input and --output are needed"),
+  ):
     done = run("evo_jax.tokenizer", *flags)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-  with pytest.raises(cli.UserError, match="tokenizer.model: cannot be read"):
-    tokenizer_lib.load("sentencepiece", str(tmp_path))
+  with pytest.raises(UserError, match="tokenizer.model: cannot be read"):
+    tokenizers.load_tokenizer("sentencepiece", str(tmp_path))
   (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
-  with pytest.raises(cli.UserError, match="is not a SentencePiece model"):
-    tokenizer_lib.load("sentencepiece", str(tmp_path))
+  with pytest.raises(UserError, match="is not a SentencePiece model"):
+    tokenizers.load_tokenizer("sentencepiece", str(tmp_path))

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from evo_jax import cli, trace
+from evo_jax.decoding import trace as trace_lib
+from evo_jax.errors import UserError
 
 PIECES = ["a", " ", "</script>", '"q"', "\n", "ß"]
 
@@ -17,18 +18,19 @@ def example(passes=5, tokens=6):
   k, i = np.mgrid[:passes, :tokens]
   time = np.where(i <= k, 0.0, np.clip(0.2 * (i - k), 0.1, 1.0))
   time[0, 4:] = np.nan
-  event = np.where(i == k, trace.JUMP, trace.NONE).astype(np.int8)
-  event[2, 2], event[3, 5] = trace.CORRECTION, trace.DRAFT
+  event = np.where(i == k, trace_lib.JUMP, trace_lib.NONE).astype(np.int8)
+  event[2, 2], event[3, 5] = trace_lib.CORRECTION, trace_lib.DRAFT
   believed = [["" if np.isnan(t) else PIECES[j % 6] for j, t in enumerate(row)] for row in time]
-  return trace.Trace("say <b>", "flow & more", time, believed, event)
+  return trace_lib.Trace("say <b>", "flow & more", time, believed, event)
 
 
 def test_the_page_holds_the_trace(tmp_path):
   one = example()
-  trace.write(one, str(tmp_path / "t.html"))
+  trace_lib.write_trace(one, str(tmp_path / "t.html"))
   page = (tmp_path / "t.html").read_text()
-  assert ("flow &amp; more" in page and "say &lt;b&gt;" in page
-          and page.count("</script>") == 2)  # those of the page itself
+  assert (
+    "flow &amp; more" in page and "say &lt;b&gt;" in page and page.count("</script>") == 2
+  )  # those of the page itself
   assert not re.search(r"https?://", page) and "@@" not in page
   data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
   assert data["tokens"] == 6 and data["settled"] == [1] * 5
@@ -46,29 +48,33 @@ def test_the_page_holds_the_trace(tmp_path):
 
 @pytest.mark.parametrize("size", [(5, 6), (90, 300)])
 def test_the_picture_is_drawn(tmp_path, size):
-  trace.write(example(*size), str(tmp_path / "t.png"))
+  trace_lib.write_trace(example(*size), str(tmp_path / "t.png"))
   assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
 def test_odd_text_and_no_text_are_drawn(tmp_path):
   """Dollars are no formulas, half a character does not stop the page, and a text may have ended at once."""
   one = example()
-  odd = trace.Trace("half \udcff", "ar", one.time,
-                    [["$x_$" if piece else "" for piece in row] for row in one.believed], one.event)
-  none = trace.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
+  odd = trace_lib.Trace(
+    "half \udcff", "ar", one.time, [["$x_$" if piece else "" for piece in row] for row in one.believed], one.event
+  )
+  none = trace_lib.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
   for i, found in enumerate((odd, none)):
     for end in ("html", "png"):
-      trace.write(found, str(tmp_path / f"{i}.{end}"))
+      trace_lib.write_trace(found, str(tmp_path / f"{i}.{end}"))
   assert "$x_$" in (tmp_path / "0.html").read_text()
 
 
 def test_bad_files_are_refused_and_nothing_is_left(tmp_path):
   (tmp_path / "old.html").write_text("old")
   (tmp_path / "d.html").mkdir()
-  for path, problem in ((tmp_path / "t.pdf", "neither in .html nor in .png"), (tmp_path / "no" / "t.html", "no folder"),
-                        (tmp_path / "d.html", "is a folder")):
-    with pytest.raises(cli.UserError, match=f"--trace={re.escape(str(path))}: .*{problem}"):
-      trace.check(str(path))
-  trace.check(str(tmp_path / "old.html"))
-  trace.check(str(tmp_path / "new.html"))
+  for path, problem in (
+    (tmp_path / "t.pdf", "neither in .html nor in .png"),
+    (tmp_path / "no" / "t.html", "no folder"),
+    (tmp_path / "d.html", "is a folder"),
+  ):
+    with pytest.raises(UserError, match=f"--trace={re.escape(str(path))}: .*{problem}"):
+      trace_lib.check_trace_file(str(path))
+  trace_lib.check_trace_file(str(tmp_path / "old.html"))
+  trace_lib.check_trace_file(str(tmp_path / "new.html"))
   assert (tmp_path / "old.html").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["d.html", "old.html"]

@@ -9,34 +9,43 @@ import subprocess
 import sys
 import time
 
+from conftest import ROOT, environment, run, small_config, train_flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import ROOT, environment, run, small_config, train_flags
-from evo_jax import checkpoint, cli, metrics, tokenizer, train
+from evo_jax import run as run_lib
+from evo_jax.data import tokenizers
+from evo_jax.errors import UserError
+from evo_jax.training import checkpoint
+from evo_jax.training import metrics as metrics_lib
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
 
 LONG = {"train.steps": 120, "train.checkpoint_every": 20, "train.eval_every": 50}
 
 
 def rows(workdir):
   """The journal without what depends on the clock."""
-  return [{k: v for k, v in row.items() if k not in metrics.CLOCKED} for row in metrics.read(workdir / "metrics.jsonl")]
+  return [
+    {k: v for k, v in row.items() if k not in metrics_lib.TIMING_FIELDS}
+    for row in metrics_lib.read_metrics(workdir / "metrics.jsonl")
+  ]
 
 
 def last_step(workdir):
-  found = metrics.read(workdir / "metrics.jsonl")
+  found = metrics_lib.read_metrics(workdir / "metrics.jsonl")
   return found[-1]["step"] if found else 0
 
 
 def one_step(**changes):
   config = small_config(**changes)
-  model = train.make_model(config, tokenizer.Bytes())
-  state = jax.jit(lambda: nn.unbox(train.init_state(model, config)))()
+  model = state_lib.make_model(config, tokenizers.Bytes())
+  state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
   batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
-  return jax.jit(lambda s, b: train.train_step(s, b, model=model, config=config))(state, batch)
+  return jax.jit(lambda s, b: step_lib.train_step(s, b, model=model, config=config))(state, batch)
 
 
 def close(a, b, **tolerance):
@@ -48,8 +57,10 @@ def plain():
   return one_step(optim__clip=0.0, optim__epsilon=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"train__accumulate": 4}, {"optim__separate_clip": True},
-                                     {"train__accumulate": 2, "optim__separate_clip": True}])
+@pytest.mark.parametrize(
+  "changes",
+  [{"train__accumulate": 4}, {"optim__separate_clip": True}, {"train__accumulate": 2, "optim__separate_clip": True}],
+)
 def test_accumulation_and_separate_gradients_add_up(plain, changes):
   """Without a limit to clip to, the step is the same however its gradient is put together."""
   state, found = one_step(optim__clip=0.0, optim__epsilon=1e-3, **changes)
@@ -95,8 +106,19 @@ def test_golden_run(alone):
 def test_a_run_leaves_what_it_promises(alone):
   found = rows(alone)
   assert [row["step"] for row in found] == list(range(1, 121))
-  for name in ("bits", "window_ce", "window_bound", "ce_diagonal", "ce_rolling", "ce_independent", "ce_staircase",
-               "gradient_norm", "codes_spread", "warp_precision_50", "learning_rate"):
+  for name in (
+    "bits",
+    "window_ce",
+    "window_bound",
+    "ce_diagonal",
+    "ce_rolling",
+    "ce_independent",
+    "ce_staircase",
+    "gradient_norm",
+    "codes_spread",
+    "warp_precision_50",
+    "learning_rate",
+  ):
     assert np.isfinite(found[-1][name]), name
   assert [row["step"] for row in found if "valid_ar" in row] == [50, 100]
   assert found[-1]["bits"] < 0.6 * found[0]["bits"]
@@ -117,8 +139,14 @@ def test_the_window_learns(alone):
 
 
 def started(flags):
-  return subprocess.Popen([sys.executable, "-m", "evo_jax.main", *flags], cwd=ROOT, env=environment(),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, "-m", "evo_jax.main", *flags],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def wait_for_step(process, workdir, step):
@@ -130,7 +158,7 @@ def wait_for_step(process, workdir, step):
 
 def same_run(a, b):
   assert rows(a) == rows(b)
-  x, y = checkpoint.load_run(str(a)), checkpoint.load_run(str(b))
+  x, y = run_lib.load_run(str(a)), run_lib.load_run(str(b))
   jax.tree.map(np.testing.assert_array_equal, x.params, y.params)
   jax.tree.map(np.testing.assert_array_equal, x.statistics, y.statistics)
   assert (a / "table.json").read_text() == (b / "table.json").read_text()
@@ -175,11 +203,15 @@ def refused(message, *flags, **kwargs):
   assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("field, value, message", [
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
     ("model__width", 48, "config.model.width: 48 does not fit"),
     ("data__batch_size", 16, "config.data.batch_size: 16 does not fit"),
     ("optim__ema", 0.9, "config.optim.ema: 0.9 does not fit"),
-    ("data__tokenizer", "chars27", "config.data.tokenizer: 'chars27' does not fit")])
+    ("data__tokenizer", "chars27", "config.data.tokenizer: 'chars27' does not fit"),
+  ],
+)
 def test_a_config_that_does_not_fit_the_checkpoint_is_refused(alone, text, field, value, message):
   refused(message, *train_flags(alone, text, **LONG, **{field: value}))
 
@@ -204,7 +236,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(stopped, text):
   done = run("evo_jax.main", *train_flags(stopped, text, **LONG, optim__learning_rate=1e30))
   assert done.returncode == 1 and "training has diverged; the last good checkpoint is of step 100" in done.stderr
   assert done.stderr.splitlines()[-1].startswith("evo_jax: step 101: ") and "Traceback" not in done.stderr
-  assert checkpoint.load_run(str(stopped)).step == 100
+  assert run_lib.load_run(str(stopped)).step == 100
 
 
 def test_a_disk_that_refuses_leaves_the_checkpoint_before_whole(alone, stopped, text):
@@ -213,28 +245,29 @@ def test_a_disk_that_refuses_leaves_the_checkpoint_before_whole(alone, stopped, 
   limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # above the journal, below the arrays
   done = run("evo_jax.main", *train_flags(stopped, text, **LONG), preexec_fn=limit)
   assert done.returncode == 1, done.stderr
-  assert re.search("^evo_jax: .*a checkpoint cannot be written: .*the last whole one is of step 100$", done.stderr,
-                   re.M), done.stderr
+  assert re.search(
+    "^evo_jax: .*a checkpoint cannot be written: .*the last whole one is of step 100$", done.stderr, re.M
+  ), done.stderr
   assert "Traceback" not in done.stderr
-  assert checkpoint.load_run(str(stopped)).step == 100
+  assert run_lib.load_run(str(stopped)).step == 100
   done = run("evo_jax.main", *train_flags(stopped, text, **LONG))
   assert done.returncode == 0 and "goes on after step 100" in done.stdout, done.stderr
   same_run(alone, stopped)
 
 
 def test_a_full_disk_is_seen_before_it_is_written_to(tmp_path, monkeypatch):
-  found = checkpoint.Checkpoints(checkpoint.make_workdir(str(tmp_path)), 2)
+  found = checkpoint.CheckpointStore(checkpoint.make_workdir(str(tmp_path)), 2)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 39))
-  with pytest.raises(cli.UserError, match="needs 40 bytes, 39 are free"):
+  with pytest.raises(UserError, match="needs 40 bytes, 39 are free"):
     found.save(1, {"params": {"a": jnp.zeros(10)}})
   found.close()
 
 
 def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
-  found = checkpoint.Checkpoints(checkpoint.make_workdir(str(tmp_path)), 1)
+  found = checkpoint.CheckpointStore(checkpoint.make_workdir(str(tmp_path)), 1)
   found.save(1, {"params": {"blocks": {"w_in": jnp.zeros(3), "w_o": jnp.zeros(3)}}})
   found.wait()
-  with pytest.raises(cli.UserError, match=r"checkpoints/1: cannot be restored: [^\n]*: blocks.w_gate, blocks.w_in$"):
+  with pytest.raises(UserError, match=r"checkpoints/1: cannot be restored: [^\n]*: blocks.w_gate, blocks.w_in$"):
     found.restore(1, {"params": {"blocks": {"w_gate": jnp.zeros(3), "w_o": jnp.zeros(3)}}})
   found.close()
 
@@ -242,19 +275,21 @@ def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
 def test_bad_settings_are_refused_in_one_line(text, tmp_path):
   (tmp_path / "file").write_text("")
   for message, changes in (
-      ("--workdir=", {}),
-      ("config.model.heads: 2 is not", {"model.heads": 2, "model.kv_heads": 3}),
-      ("config.window.size: 5 does not divide", {"window.size": 5}),
-      ("config.data.path: no file matches", {"data.path": f"{tmp_path}/none*"}),
-      ("config.mesh: {'data': 3", {"mesh.data": 3}),
-      ("config.model.vocab_size: 100 is less than the tokenizer's 257", {"model.vocab_size": 100}),
-      ("config.data.tokenizer_path: is empty", {"data.tokenizer": "sentencepiece"}),
-      ("path 'diagonal'", {"eval.paths": ("diagonal",)})):
+    ("--workdir=", {}),
+    ("config.model.heads: 2 is not", {"model.heads": 2, "model.kv_heads": 3}),
+    ("config.window.size: 5 does not divide", {"window.size": 5}),
+    ("config.data.path: no file matches", {"data.path": f"{tmp_path}/none*"}),
+    ("config.mesh: {'data': 3", {"mesh.data": 3}),
+    ("config.model.vocab_size: 100 is less than the tokenizer's 257", {"model.vocab_size": 100}),
+    ("config.data.tokenizer_path: is empty", {"data.tokenizer": "sentencepiece"}),
+    ("path 'diagonal'", {"eval.paths": ("diagonal",)}),
+  ):
     flags = train_flags(tmp_path / "file" / "run" if message == "--workdir=" else tmp_path / "run", text)
     message = message.replace("config.model.heads: 2 is not", "config.model.kv_heads: 3 does not divide")
     refused(message, *flags, *(f"--config.{k}={v}" for k, v in changes.items()))
-  refused("config.model.widht: the configuration has no such field", "--config=configs/tiny.py",
-          "--config.model.widht=3")
+  refused(
+    "config.model.widht: the configuration has no such field", "--config=configs/tiny.py", "--config.model.widht=3"
+  )
   refused("--config.train.steps", "--config=configs/tiny.py", "--config.train.steps=many")
   refused("--config=configs/none.py: cannot be loaded: [Errno 2] No such file", "--config=configs/none.py")
   refused("--config is needed")

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evo_jax import flow, vocabulary
-from evo_jax.sharding import RULES
-from evo_jax.vocabulary import Beliefs
+from evo_jax.flow import interface
+from evo_jax.flow import latents as latents_lib
+from evo_jax.network import vocabulary
+from evo_jax.parallel import sharding
 
 V, D, M, B, N = 24, 6, 4, 2, 5
 
@@ -16,8 +17,13 @@ V, D, M, B, N = 24, 6, 4, 2, 5
 def scene():
   keys = jax.random.split(jax.random.key(0), 8)
   normal = lambda i, *shape: jax.random.normal(keys[i], shape)
-  arrays = dict(hidden=2 * normal(0, B, N, D), table=normal(1, V, D), codes=normal(2, V, M),
-                ys=(3 * normal(3, B, N, M), normal(4, B, N, M)), values=normal(5, V, 3))
+  arrays = dict(
+    hidden=2 * normal(0, B, N, D),
+    table=normal(1, V, D),
+    codes=normal(2, V, M),
+    ys=(3 * normal(3, B, N, M), normal(4, B, N, M)),
+    values=normal(5, V, 3),
+  )
   bias = jnp.where(jnp.arange(V) < V - 2, 0.0, vocabulary.FORBIDDEN)
   token = jax.random.randint(keys[6], (B, N), 0, V - 2)
   return arrays, bias, token, jax.random.normal(keys[7], (4, B, N))
@@ -28,8 +34,9 @@ def whole(arrays, bias, y=None):
 
 
 def same(ours, plain, arrays):
-  for found, expected in zip(jax.tree.leaves(jax.value_and_grad(ours)(arrays)),
-                             jax.tree.leaves(jax.value_and_grad(plain)(arrays))):
+  for found, expected in zip(
+    jax.tree.leaves(jax.value_and_grad(ours)(arrays)), jax.tree.leaves(jax.value_and_grad(plain)(arrays))
+  ):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -38,12 +45,15 @@ def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
   arrays, bias, token, weight = scene
 
   def ours(arrays):
-    beliefs = Beliefs(arrays["hidden"], arrays["ys"], arrays["codes"]), Beliefs(arrays["hidden"][:, 1:])
-    first, second = vocabulary.log_probs(chunk, RULES, beliefs, (token, token[:, 1:]), arrays["table"], bias)
+    beliefs = (
+      interface.Beliefs(arrays["hidden"], arrays["ys"], arrays["codes"]),
+      interface.Beliefs(arrays["hidden"][:, 1:]),
+    )
+    first, second = vocabulary.log_probs(chunk, sharding.RULES, beliefs, (token, token[:, 1:]), arrays["table"], bias)
     return sum(jnp.sum(w * x) for w, x in zip(weight, first)) + jnp.sum(weight[3, :, 1:] * second[0])
 
   def plain(arrays):
-    log_p = lambda *y: flow.pick(jax.nn.log_softmax(whole(arrays, bias, *y)), token)
+    log_p = lambda *y: latents_lib.pick(jax.nn.log_softmax(whole(arrays, bias, *y)), token)
     return sum(jnp.sum(w * log_p(y)) for w, y in zip(weight, arrays["ys"])) + jnp.sum((weight[3] * log_p())[:, 1:])
 
   same(ours, plain, arrays)
@@ -56,10 +66,16 @@ def test_logits_far_from_those_before_are_summed_as_well(scene, rise):
   bias = jnp.repeat(jnp.array(rise, jnp.float32), 8)
 
   def ours(arrays):
-    return jnp.sum(weight[0] * vocabulary.log_probs(
-        8, RULES, (Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias)[0][0])
+    return jnp.sum(
+      weight[0]
+      * vocabulary.log_probs(
+        8, sharding.RULES, (interface.Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias
+      )[0][0]
+    )
 
-  same(ours, lambda arrays: jnp.sum(weight[0] * flow.pick(jax.nn.log_softmax(whole(arrays, bias)), token)), arrays)
+  same(
+    ours, lambda arrays: jnp.sum(weight[0] * latents_lib.pick(jax.nn.log_softmax(whole(arrays, bias)), token)), arrays
+  )
 
 
 @pytest.mark.parametrize("chunk", [0, 8, 1])
@@ -72,8 +88,8 @@ def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk,
 
   def ours(arrays):
     hidden, table = (arrays["hidden"], arrays["table"]) if reads_context else (None, None)
-    beliefs = tuple(Beliefs(hidden, (y,), arrays["codes"]) for y in arrays["ys"])
-    first, second = vocabulary.means(chunk, RULES, beliefs, arrays["values"], table, bias)
+    beliefs = tuple(interface.Beliefs(hidden, (y,), arrays["codes"]) for y in arrays["ys"])
+    first, second = vocabulary.expectations(chunk, sharding.RULES, beliefs, arrays["values"], table, bias)
     return jnp.sum(weight * first) + jnp.sum(weight[::-1] * second)
 
   def plain(arrays):
@@ -87,22 +103,30 @@ def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk,
 def test_beliefs_that_are_nearly_certain_or_far_off_stay_finite(scene):
   arrays, bias, token, _ = scene
   for scale in (1e4, -1e4):
-    value, gradient = jax.value_and_grad(lambda hidden: jnp.sum(vocabulary.log_probs(
-        8, RULES, (Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]))(scale * arrays["hidden"])
+    value, gradient = jax.value_and_grad(
+      lambda hidden: jnp.sum(
+        vocabulary.log_probs(8, sharding.RULES, (interface.Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]
+      )
+    )(scale * arrays["hidden"])
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_chunks_divide_the_rows():
-  assert [vocabulary.chunks_of(24, chunk) for chunk in (0, 24, 23, 7, 5, 1)] == [1, 1, 2, 4, 6, 24]
-  assert vocabulary.chunks_of(128_256, 8192) == 16 and vocabulary.chunks_of(129_024, 9216, blocks=64) == 14
-  assert vocabulary.chunks_of(24, 2, blocks=4) == 6  # a row of each block at least
+  assert [vocabulary.number_of_chunks(24, chunk) for chunk in (0, 24, 23, 7, 5, 1)] == [1, 1, 2, 4, 6, 24]
+  assert (
+    vocabulary.number_of_chunks(128_256, 8192) == 16 and vocabulary.number_of_chunks(129_024, 9216, blocks=64) == 14
+  )
+  assert vocabulary.number_of_chunks(24, 2, blocks=4) == 6  # a row of each block at least
 
 
 def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
   """Of 40,000 rows: the backward pass, too, needs less memory than the logits would take."""
   rows, tokens = 40_000, 500
-  loss = lambda hidden, table: jnp.sum(vocabulary.log_probs(
-      1000, RULES, (Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows))[0][0])
+  loss = lambda hidden, table: jnp.sum(
+    vocabulary.log_probs(
+      1000, sharding.RULES, (interface.Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows)
+    )[0][0]
+  )
   shapes = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((rows, 8), jnp.float32)
   used = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
   assert used < 0.2 * 4 * rows * tokens

@@ -1,0 +1,129 @@
+"""Paths from t = 1 to t = 0: the time warp, clocks, step grids and low-discrepancy draws. Pure arrays, no network.
+
+A shared clock s runs from 0 to 1. On every path of this file token i keeps t = 1 until its start, then falls in a
+straight line, and is known after `width`:
+
+    t_i(s) = clip(1 - (s - start_i) / width, 0, 1)
+
+    diagonal      start 0, width 1: all tokens together; the limit of many steps is diffusion
+    rolling       starts evenly spread in order, width r: a wave from left to right
+    independent   starts drawn at random, width r: tokens in any order and at any distance
+    staircase     start i / B, width 1 / B, on a grid of B steps: plain jumps one after another, autoregression
+    streams       n staircases side by side, one in each n-th of the window: tokens that jump together are far apart
+
+A learned clock gives each token a delay m and a sharpness b instead: t_i(s) = sigmoid(b_i (m_i - logit s)). m = 0 and
+b = 1 is the diagonal; a large b is a jump, at the clock's time sigmoid(m).
+
+Letters in names: B tokens of a window (T where it is any run of tokens), K steps, G knots.
+"""
+
+import re
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax.errors import UserError
+
+_PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
+_TOKENS = ("left", "certain", "streams")  # name:n, n tokens a pass
+# name:threshold, and its greatest value
+LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}
+_FORMS = "ar, staircase, " + ", ".join(
+  [f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] + [f"{n}:threshold" for n in LIMITS]
+)
+END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
+
+
+@flax.struct.dataclass
+class LinearClock:
+  """t_i(s) by start and width; both (..., T) or broadcast to it."""
+
+  start: jax.Array
+  width: jax.Array
+
+  def __call__(self, s: jax.Array) -> jax.Array:
+    """Progression t in [0, 1] at clock s; s broadcasts against (..., T)."""
+    return jnp.clip(1.0 - (s - self.start) / self.width, 0.0, 1.0)
+
+
+def linear_clock(name: str, tokens: int, rolling_width: float, uniform: jax.Array | None = None) -> LinearClock:
+  """The clock of a path over `tokens` tokens; `uniform` (..., T) in [0, 1) gives the starts of "independent"."""
+  order = jnp.arange(tokens, dtype=jnp.float32)
+  if name == "diagonal":
+    return LinearClock(jnp.zeros(tokens), jnp.ones(tokens))
+  if name == "rolling":
+    return LinearClock((1.0 - rolling_width) * order / max(tokens - 1, 1), jnp.full(tokens, rolling_width))
+  if name == "independent":
+    return LinearClock((1.0 - rolling_width) * uniform, jnp.full(tokens, rolling_width))
+  if name == "staircase":
+    return LinearClock(order / tokens, jnp.full(tokens, 1.0 / tokens))
+  raise ValueError(f"no path named {name!r}")
+
+
+def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.Array:
+  """t = sigmoid(sharpness (delay - logit s)) (...), differentiable in both; exactly 1 and 0 within END of the ends,
+  where tokens wait and jump. s in [0, 1] broadcasts."""
+  inside = (s > 0.0) & (s < 1.0)
+  s_inside = jnp.where(inside, s, 0.5)
+  time = jax.nn.sigmoid(sharpness * (delay - jnp.log(s_inside) + jnp.log1p(-s_inside)))
+  time = jnp.where(time > 1.0 - END, 1.0, jnp.where(time < END, 0.0, time))
+  return jnp.where(inside, time, (s <= 0.0).astype(time.dtype))
+
+
+def parse_path(path: str) -> tuple[str, float]:
+  """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none. Raises UserError."""
+  name, colon, text = path.strip().partition(":")
+  if name not in ("ar", "staircase", *_PASSES, *_TOKENS, *LIMITS):
+    raise UserError(f"path {path!r}: not one of {_FORMS}")
+  if name in ("ar", "staircase"):
+    if colon:
+      raise UserError(f"path {path!r}: {name} takes no number")
+    return name, 0
+  if name in LIMITS:
+    try:
+      number = float(text)
+    except ValueError:
+      number = -1.0
+    if not 0.0 <= number <= LIMITS[name]:
+      raise UserError(f"path {path!r}: needs a threshold from 0 to {LIMITS[name]:g}, as in {name}:0.5")
+    return name, number
+  if not re.fullmatch(r"[1-9]\d*", text):
+    what = "passes" if name in _PASSES else "tokens a pass"
+    raise UserError(f"path {path!r}: needs a number of {what}, as in {name}:{16 if name in _PASSES else 2}")
+  return name, int(text)
+
+
+def time_grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None = None) -> jax.Array:
+  """Times (K+1, T) float32 of a path's K passes (diagonal:K, rolling:K, streams:n, staircase): row k before pass k, the
+  last row all zero. s: (K+1,) the clock of diagonal and rolling, from 0 to 1; None: even steps."""
+  name, steps = parse_path(path)
+  if name in ("staircase", "streams"):  # exact, where the clock's division would round
+    length = -(-tokens // max(steps, 1))
+    return (jnp.arange(tokens)[None, :] % length >= jnp.arange(length + 1)[:, None]).astype(jnp.float32)
+  s = jnp.arange(steps + 1) / steps if s is None else jnp.asarray(s)
+  times = linear_clock(name, tokens, rolling_width)(s[:, None])
+  return times.at[-1].set(0.0)  # the end is exact, whatever the rounding
+
+
+def rank(values: jax.Array) -> jax.Array:
+  """Each value's place in ascending order over the last axis, int32 from 0; of uniform draws, a random order."""
+  return jnp.argsort(jnp.argsort(values, axis=-1), axis=-1)
+
+
+def low_discrepancy(key: jax.Array, count: int, dimensions: int) -> jax.Array:
+  """(count, dimensions) float32 in [0, 1): a randomly shifted Kronecker lattice.
+
+  Every coordinate of every point is uniform, and together the points cover the cube far more evenly than independent
+  draws. Directions after Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018. The arithmetic is
+  in uint32, exact for any count.
+  """
+  root = 2.0
+  for _ in range(64):  # x^(dimensions + 1) = x + 1
+    root = (1.0 + root) ** (1.0 / (dimensions + 1))
+  steps = np.array([(root ** -(d + 1)) % 1.0 for d in range(dimensions)])
+  directions = jnp.asarray((steps * 2**32).astype(np.uint64).astype(np.uint32))
+  shift = jax.random.bits(key, (dimensions,), jnp.uint32)
+  points = jnp.arange(count, dtype=jnp.uint32)[:, None] * directions + shift
+  return (points >> 8).astype(jnp.float32) * (1.0 / 2**24)

@@ -1,0 +1,263 @@
+"""The training loop: check everything, restore or initialize, then step, log, evaluate and save.
+
+Resuming: a checkpoint holds parameters, averages, statistics and the optimizer's state; the position in the data and
+every random draw follow from the step alone, so that a run that is killed and started again goes on bit for bit.
+"""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from evo_jax import config as config_lib
+from evo_jax.data import batches as batches_lib
+from evo_jax.data import corpora as corpora_lib
+from evo_jax.data import tokenizers
+from evo_jax.errors import UserError
+from evo_jax.flow import schedules
+from evo_jax.network import evo as evo_lib
+from evo_jax.network import flops
+from evo_jax.parallel import sharding
+from evo_jax.training import checkpoint
+from evo_jax.training import metrics as metrics_lib
+from evo_jax.training import state as state_lib
+from evo_jax.training import step as step_lib
+
+# Held-out metrics by name, from parameters (the averaged ones where an average is kept) and statistics.
+Evaluate = Callable[[Any, Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A run before its first step: all input is read and checked, nothing is compiled.
+
+  held_out: (n, L + 1) int32, sequences of the validation split.
+  """
+
+  config: config_lib.Config
+  tokenizer: tokenizers.Tokenizer
+  model: evo_lib.Evo
+  mesh: jax.sharding.Mesh
+  folder: epath.Path
+  corpora: list[corpora_lib.Corpus]
+  held_out: np.ndarray
+
+
+def say(text: str) -> None:
+  """Prints a line; of several processes only number 0 does."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def prepare(config: config_lib.Config, workdir: str) -> Setup:
+  """Reads and checks all that a run needs, and writes config.json. Raises UserError for whatever is wrong."""
+  if config.optim.learning_rate == 0:
+    raise UserError("config.optim.learning_rate: 0.0 trains nothing")
+  for path in (*config.eval.paths, *config.eval.train_paths):
+    if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
+      raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
+  tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
+  model = state_lib.make_model(config, tokenizer)
+  mesh = sharding.make_mesh(config.mesh)
+  state_lib.check_batch(config, mesh)
+  state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
+  folder = checkpoint.make_workdir(workdir)
+  corpora = corpora_lib.load_corpora(config.data.path, tokenizer)
+  corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
+  L = config.model.context
+  batches_lib.training_stream(corpora, config.data, L)  # names text that is too short
+  held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences)
+  parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
+  checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
+  say(
+    f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
+    f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
+  )
+  return Setup(config, tokenizer, model, mesh, folder, corpora, held_out)
+
+
+def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainState | None:
+  """Trains, or goes on training. Returns the state after the last step; None where a signal stopped the run.
+
+  evaluate: called every config.eval.eval_every steps; its metrics go to the log. Raises UserError where training has
+  diverged, and where a checkpoint or the log cannot be written.
+  """
+  config, mesh, L = setup.config, setup.mesh, setup.config.model.context
+  checkpoints = checkpoint.CheckpointStore(setup.folder, config.train.checkpoints_kept)
+  with contextlib.ExitStack() as stack:
+    stack.callback(checkpoints.close)
+    stack.enter_context(jax.set_mesh(mesh))
+    state, done = _restore_or_initialize(setup, checkpoints)
+    rows = sharding.batch_rows(mesh, config.data.batch_size)
+    iterator = iter(batches_lib.training_stream(setup.corpora, config.data, L, rows, start=done))
+    stack.callback(iterator.close)
+    report = _Report(setup, done, checkpoints)
+    stack.callback(report.close)
+    profiler = _Profiler(config.train.profile, setup.folder)
+    stop = stack.enter_context(_stop_on_signal())
+    step_fn = step_lib.make_step(setup.model, config, mesh, jax.devices()[0].device_kind)
+
+    pending = None  # metrics of the step before, read while the next one runs
+    saved = done
+    for step in range(done + 1, config.train.steps + 1):
+      profiler.before(step)
+      with report.throughput.waits("data_wait"):
+        batch = sharding.global_batch(mesh, next(iterator), config.data.batch_size)
+      windows = step > config.windows_start
+      state, metrics = step_fn(state, batch, windows=windows)
+      profiler.after(step, metrics)
+      if pending is not None:
+        report.count(step - 1, pending)
+      pending = metrics
+      due = _due(config, step, stop.asked(step))  # asked once: a signal may come at any time
+      if due.log or due.evaluate or due.save:
+        pending = None
+        row = report.row(step, metrics, flops.train_step(config, setup.model.rows, windows, visible=True))
+        if due.evaluate and evaluate is not None:
+          with report.throughput.waits("evaluation"):
+            row |= evaluate(state.averaged, state.statistics)
+        if due.log:
+          report.write(row)
+        if due.save:
+          with report.throughput.waits("checkpoint_stall"):
+            checkpoints.save(step, state.items())
+          saved = step
+        report.pause()
+      if due.leave:
+        break
+    checkpoints.wait()
+    report.close()
+    if saved < config.train.steps:
+      say(f"stopped by signal; step {saved} is saved, the same command goes on from there")
+      return None
+    return state
+
+
+def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore) -> tuple[state_lib.TrainState, int]:
+  """The state to go on from, and its step."""
+  model, config, mesh = setup.model, setup.config, setup.mesh
+  if not checkpoints.latest():
+    return state_lib.sharded_init(model, config, mesh), 0
+  done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
+  say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return state_lib.TrainState(step=jax.device_put(np.int32(done), replicated), **{"ema": None, **items}), done
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+  """What follows a step."""
+
+  log: bool
+  evaluate: bool
+  save: bool
+  leave: bool
+
+
+def _due(config: config_lib.Config, step: int, stopped: bool) -> _Due:
+  last = step == config.train.steps
+  every = lambda n: bool(n) and step % n == 0
+  evaluates = every(config.train.eval_every) and not last
+  saves = last or every(config.train.checkpoint_every) or stopped
+  return _Due(every(config.train.log_every) or evaluates or last, evaluates, saves, stopped)
+
+
+class _Report:
+  """The log, the progress bar and the clock of a run."""
+
+  def __init__(self, setup: Setup, done: int, checkpoints: checkpoint.CheckpointStore):
+    tokens_per_step = setup.config.data.batch_size * setup.config.model.context
+    self.throughput = metrics_lib.Throughput(tokens_per_step)
+    self._checkpoints = checkpoints
+    self._log = metrics_lib.MetricsLog(setup.folder, done)
+    self._bar = metrics_lib.ProgressBar(setup.config.train.steps, done, tokens_per_step)
+
+  def count(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Counts a finished step; its metrics as floats. Raises UserError if training has come to NaN or infinity."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+      self._checkpoints.wait()
+      raise UserError(
+        f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; the last good checkpoint is of step "
+        f"{self._checkpoints.latest()}; a lower config.optim.learning_rate or config.optim.clip may help"
+      )
+    self._bar.step(step, values["bits"])
+    self.throughput.step()
+    return values
+
+  def row(self, step: int, metrics: dict[str, jax.Array], operations: float) -> dict[str, float]:
+    """Counts a step and gives its row of the log."""
+    return {"step": step} | self.count(step, metrics) | self.throughput.row(operations)
+
+  def write(self, row: dict[str, float]) -> None:
+    self._bar.line(row["step"], row["bits"])
+    self._log.write(row)
+
+  def pause(self) -> None:
+    self._bar.pause()
+
+  def close(self) -> None:
+    self._bar.close()
+    self._log.close()
+
+
+class _Profiler:
+  """Traces the steps START:STOP into WORKDIR/profile; an empty string: none."""
+
+  def __init__(self, steps: str, folder: epath.Path):
+    self._first, self._last = (int(end) for end in steps.split(":")) if steps else (0, 0)
+    self._folder = folder / "profile"
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+
+  def after(self, step: int, metrics: Any) -> None:
+    if step == self._last:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()
+      say(f"steps {self._first} to {self._last} are traced in {self._folder}")
+
+
+class _Stop:
+  """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a
+  SIGTERM to any.
+
+  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet.
+  """
+
+  def __init__(self):
+    self.signalled = False
+
+  def asked(self, step: int) -> bool:
+    """Asked after every step, by all processes."""
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.signalled
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT interrupts at once."""
+  stop, several = _Stop(), jax.process_count() > 1
+
+  def ask(number, frame):
+    stop.signalled = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)  # which the service passes on
+
+  numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, ask) for number in numbers}
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""The training state and its layout on a mesh."""
+
+import functools
+from typing import Any
+import zlib
+
+from flax.core import meta
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax import config as config_lib
+from evo_jax.data import tokenizers
+from evo_jax.errors import UserError
+from evo_jax.flow import statistics as statistics_lib
+from evo_jax.network import evo as evo_lib
+from evo_jax.parallel import sharding
+from evo_jax.training import optim
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes. `ema` is None unless config.optim.ema."""
+
+  step: jax.Array  # int32
+  params: Any
+  ema: Any
+  optimizer: Any
+  statistics: statistics_lib.Statistics
+
+  @property
+  def averaged(self) -> Any:
+    """The parameters to evaluate: the averaged ones where an average is kept."""
+    return self.params if self.ema is None else self.ema
+
+  def items(self) -> dict[str, Any]:
+    """What a checkpoint holds, by item; the step is the checkpoint's own."""
+    ema = {} if self.ema is None else {"ema": self.ema}
+    return {"params": self.params, **ema, "statistics": self.statistics, "optimizer": self.optimizer}
+
+
+def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
+  """The key of every random draw: the seed, folded with a named purpose and the step."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
+
+
+def make_model(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> evo_lib.Evo:
+  """The network for a tokenizer. Raises UserError if its vocabulary does not fit the configuration."""
+  if config.model.vocab_size and tokenizer.vocab_size > config.model.vocab_size:
+    raise UserError(
+      f"config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens"
+    )
+  return evo_lib.Evo(config.model, tokenizer.vocab_size)
+
+
+def init_state(model: evo_lib.Evo, config: config_lib.Config) -> TrainState:
+  """The state before training, parameters in boxes that carry their logical axes (`flax.core.meta`)."""
+  seed = config.train.seed
+  params = model.init(key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
+  optimizer = optim.make_optimizer(config.optim, config.train.steps).init(params)
+  codes = model.apply({"params": params}, method=evo_lib.Evo.codes)
+  statistics = statistics_lib.init_statistics(key_for(seed, "statistics"), codes, model.vocab_size, config.warp)
+  ema = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+  return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer, statistics)
+
+
+def state_shardings(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+  """The NamedShardings of the state. Raises UserError where a size does not divide the mesh."""
+  return sharding.shardings(mesh, jax.eval_shape(functools.partial(init_state, model, config)))
+
+
+def sharded_init(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state before training, laid out on a mesh, without boxes."""
+  init = lambda: meta.unbox(init_state(model, config))
+  return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+
+
+def abstract_state(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state's shapes, dtypes and shardings."""
+  boxed = jax.eval_shape(functools.partial(init_state, model, config))
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(place, meta.unbox(boxed), sharding.shardings(mesh, boxed))
+
+
+def abstract_items(
+  model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a checkpoint's items, to restore into; without a mesh, for one device."""
+  if mesh is None:
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+  return abstract_state(model, config, mesh).items()
+
+
+def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises UserError where a microbatch does not divide by the shards of the batch."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.data.batch_size // config.train.accumulate % shards:
+    raise UserError(
+      f"config.data.batch_size: {config.data.batch_size} sequences in {config.train.accumulate} "
+      f"microbatches do not divide by data x fsdp = {shards} of the mesh"
+    )
