@@ -1,0 +1,16 @@
+"""A batch of sequences: the value that text becomes and that losses, prices and texts are computed from."""
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+  """B sequences of L + 1 tokens, of which the first is context only. On the host numpy arrays, on devices JAX arrays.
+
+  tokens: (B, L + 1) int32 ids. counted: (B, L + 1) bool, which of them losses and prices count; None: all (of the
+  first there is none). segments: (B, L + 1) int32, numbers that differ between neighbouring documents; None: each
+  sequence is one document.
+  """
+
+  tokens: Any
+  counted: Any = None
+  segments: Any = None
