@@ -1,5 +1,7 @@
 """Kernels of attention against the plain one, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from evo_jax import config as config_lib
 from evo_jax.network import attention, kernels, rotary
-from evo_jax.parallel import sharding
+from evo_jax.network.attention import Visibility
+from evo_jax.parallel.sharding import Layout
 
 K, G, E, L = 2, 2, 16, 256
 
@@ -31,7 +34,7 @@ def close(function, reference, arrays, message=""):
 
 
 def by(kind):
-  return lambda *a, **k: attention.attend(config_lib.Model(attention=kind), sharding.RULES, *a, **k)
+  return functools.partial(attention.attend, config_lib.Model(attention=kind), Layout())
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -39,7 +42,7 @@ def test_splash_attention_is_attend_on_the_clean_stream(documents):
   q, k, v = draw(0, 2, K, G, 1, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
   place = jnp.arange(L)
   start = jnp.stack([jnp.where(place < 100, 0, 100), jnp.where(place < 7, 0, 7)])[:, None] if documents else None
-  run = lambda kind: lambda q, k, v: by(kind)(q, (k, v), place[None, None] + 1, start, None, None, causal=True)
+  run = lambda kind: lambda q, k, v: by(kind)(q, (k, v), Visibility(place[None, None] + 1, start), causal=True)
   close(run("splash"), run("xla"), (q, k, v))
 
 
@@ -51,7 +54,9 @@ def test_splash_attention_is_attend_on_windows(documents):
   anchor = jnp.array([[0, 60, 200], [130, 239, 128]])[..., None]  # the first sees nothing before it
   start = jnp.minimum(anchor, 50) if documents else None
   visible = jnp.ones((S, S), bool)
-  run = lambda kind: lambda q, k, v, own_k, own_v: by(kind)(q, (k, v), anchor, start, (own_k, own_v), visible)
+  run = lambda kind: (
+    lambda q, k, v, own_k, own_v: by(kind)(q, (k, v), Visibility(anchor, start, visible), (own_k, own_v))
+  )
   close(run("splash"), run("xla"), (q, *past, *own))
 
 
@@ -60,7 +65,9 @@ def test_the_library_function_is_attend_on_the_clean_stream():
   q, k, v = draw(0, 2, K, G, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)
   close(
     lambda q, k, v: kernels.library_causal(q, k, v, "xla"),
-    lambda q, k, v: attention.attend_plain(q[:, :, :, None], (k, v), jnp.arange(L)[None, None] + 1)[:, :, :, 0],
+    lambda q, k, v: attention.attend_plain(q[:, :, :, None], (k, v), Visibility(jnp.arange(L)[None, None] + 1))[
+      :, :, :, 0
+    ],
     (q, k, v),
   )
 
@@ -69,9 +76,7 @@ def test_the_library_function_is_attend_on_the_clean_stream():
 def test_blocks_change_nothing(causal):
   q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
   stop = jnp.arange(L)[None, None] + 1
-  run = lambda block: (
-    lambda q, k, v: attention.attend_blockwise(block, q, (k, v), stop, None, None, None, causal=causal)
-  )
+  run = lambda block: lambda q, k, v: attention.attend_blockwise(block, q, (k, v), Visibility(stop), causal=causal)
   close(run(64), run(0), (q, *past))
 
 

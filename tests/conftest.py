@@ -28,8 +28,8 @@ os.environ["XDG_CACHE_HOME"] = _SCRATCH  # of tokens
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_SCRATCH, "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 from evo_jax import config as config_lib
 

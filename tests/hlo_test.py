@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
 from evo_jax.parallel import sharding
@@ -25,14 +26,11 @@ def compiled_step(mesh_sizes, **changes):
   """A training step's program as text, the mesh, and the parameters with their shardings."""
   config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,gate,up", **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh_sizes))
-  model = evo_lib.Evo(config.model, V)
+  model = evo_lib.Evo(config.model, V, sharding.Layout.of(mesh))
   with jax.set_mesh(mesh):
     state = state_lib.abstract_state(model, config, mesh)
-    batch = jax.ShapeDtypeStruct(
-      (config.data.batch_size, config.model.context + 1),
-      jnp.int32,
-      sharding=NamedSharding(mesh, sharding.RULES.spec(("batch",))),
-    )
+    shape = config.data.batch_size, config.model.context + 1
+    batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))
     return step_lib.make_step(model, config, mesh, "cpu").lower(state, batch).compile().as_text(), mesh, state.params
 
 
@@ -193,7 +191,7 @@ def traced_step(**changes):
   state = state_lib.abstract_state(
     evo_lib.Evo(config.model, V), config, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
   )
-  step = lambda s, b: step_lib.train_step(s, b, model=evo_lib.Evo(config.model, V), config=config)
+  step = lambda s, b: step_lib.train_step(s, Batch(b), model=evo_lib.Evo(config.model, V), config=config)
   return *flops.traced(step, state, jax.ShapeDtypeStruct((config.data.batch_size, 65), jnp.int32)), config
 
 

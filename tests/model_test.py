@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from evo_jax import config as config_lib
-from evo_jax.data import tokenizers
+from evo_jax.batch import Batch
 from evo_jax.flow import bound as bound_lib
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import objective
 from evo_jax.flow import windows as windows_lib
+from evo_jax.flow.interface import WindowInputs
 from evo_jax.network import attention
 from evo_jax.network import evo as evo_lib
+from evo_jax.network.attention import Visibility
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 
@@ -44,14 +46,19 @@ def build(vocab_size=V, **changes):
   return model.bind({"params": params}), statistics, config
 
 
+def batch(tokens):
+  """A batch in which token 0 begins documents."""
+  return Batch(tokens, segments=jnp.cumsum(tokens == 0, axis=1))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _losses(config, which, params, statistics, tokens, draw):
   """Value and gradient of the AR term (0), the window term (1) or their sum (2)."""
 
   def loss(params):
-    terms = objective.training_loss(
-      evo_lib.Evo(config.model, V).bind({"params": params}), statistics, tokens, draw, config.loss
-    )[0]
+    net = evo_lib.Evo(config.model, V).bind({"params": params})
+    whole = batch(tokens)
+    terms = objective.training_loss(net, statistics, whole, draw, objective.Counts.of(whole, draw), config.loss)[0]
     return (*terms, sum(terms))[which], terms
 
   return jax.value_and_grad(loss, has_aux=True)(params)
@@ -66,7 +73,7 @@ def _windows(model, params, statistics, tokens, time, seed):
   latent = windows_lib.observe_at(
     net.codes(), statistics.warp, slots[..., 1:], jnp.broadcast_to(time, (2, 2, 8)), noise
   )
-  cache = net.clean(tokens[:, :-1])[1]
+  cache = net.clean(tokens[:, :-1], batch(tokens).segments[:, :-1])[1]
   return bound_lib.window_logits(net, cache, anchor, slots[..., 0], latent, net.codes(), statistics.log_unigram_V)
 
 
@@ -83,7 +90,7 @@ def small():
 @pytest.fixture
 def tokens():
   sequence = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
-  return sequence.at[:, 0].set(tokenizers.DOCUMENT).at[1, 13].set(tokenizers.DOCUMENT)
+  return sequence.at[:, 0].set(0).at[1, 13].set(0)
 
 
 def test_clean_stream_is_causal(small, tokens):
@@ -134,7 +141,7 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
   past = tuple(tuple(map(empty, x)) for x in (cache.k, cache.v))
   place = first[:, None] + jnp.arange(9)
   x = net.embed_tokens(jnp.take_along_axis(tokens, place, axis=1))
-  found, (k, v) = apart.slots(past, first, 9, x, None, place, place + 1, None)
+  found, (k, v) = apart.decode(past, first, 9, x, None, place, place + 1, None)
   for b, a in enumerate(first.tolist()):
     np.testing.assert_allclose(found[b], hidden[b, a : a + 9], atol=2e-5)
     for layer in range(config.model.layers):
@@ -146,9 +153,9 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
   "changes", [{}, {"model__isolate_documents": True}, {"model__remat": "full", "model__attention_block": 8}], ids=str
 )
 def test_one_pass_reads_both_streams(tokens, changes):
-  """`clean_and_window` gives what `clean`, and then `window`, give, and their gradients."""
+  """`forward` in one pass gives what `clean`, and then `window`, give, and their gradients."""
   net, _, config = build(**changes)
-  tokens = tokens.at[:, 7].set(tokenizers.DOCUMENT)
+  tokens = tokens.at[:, 7].set(0)
   anchor = jnp.array([[0, 7], [5, 20]])
   time = jax.random.uniform(jax.random.key(1), (2, 2, 9)).at[..., 0].set(0.0)
   x_windows = jax.random.normal(jax.random.key(2), (2, 2, 9, config.model.width))
@@ -157,12 +164,9 @@ def test_one_pass_reads_both_streams(tokens, changes):
   def read(together, params, x_windows):
     def loss(params, x_windows):
       net_ = net.clone().bind({"params": params})
-      x = net_.embed_tokens(tokens[:, :-1])
-      if together:
-        found = net_.clean_and_window(tokens[:, :-1], x, anchor, x_windows, time)
-      else:
-        hidden, cache = net_.clean(tokens[:, :-1], x)
-        found = hidden, net_.window(cache, anchor, x_windows, time)
+      inputs = WindowInputs(anchor, x_windows, time)
+      segments = batch(tokens).segments[:, :-1]
+      found = net_.forward(net_.embed_tokens(tokens[:, :-1]), segments, inputs, one_pass=together)
       return sum(jnp.mean(jnp.sin(h)) for h in found), found
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_windows)
@@ -195,8 +199,8 @@ def test_one_pass_is_a_configuration_and_changes_no_value(small, tokens):
 
 def test_time_conditioning_vanishes_at_zero_and_only_there(small, tokens):
   net, _, _ = small
-  assert (np.asarray(net._time(jnp.zeros(3))) == 0).all()
-  assert (np.abs(np.asarray(net._time(jnp.array([0.1, 0.5, 1.0])))).sum(-1) > 0).all()
+  assert (np.asarray(net.time_conditioning(jnp.zeros(3))) == 0).all()
+  assert (np.abs(np.asarray(net.time_conditioning(jnp.array([0.1, 0.5, 1.0])))).sum(-1) > 0).all()
 
 
 def test_soft_input_at_the_ends(small):
@@ -233,7 +237,8 @@ def test_at_time_one_the_truth_is_not_seen(small, tokens):
 def test_documents_can_be_isolated(tokens):
   net, statistics, _ = build(model__isolate_documents=True)
   changed = tokens.at[1, 5].set(2)  # before the document that begins at 13
-  np.testing.assert_array_equal(net(tokens[:, :-1])[1, 13:], net(changed[:, :-1])[1, 13:])
+  hidden = lambda tokens: net.clean(tokens[:, :-1], batch(tokens).segments[:, :-1])[0]
+  np.testing.assert_array_equal(hidden(tokens)[1, 13:], hidden(changed)[1, 13:])
   before, after = windows(net, statistics, tokens, 0.5), windows(net, statistics, changed, 0.5)
   np.testing.assert_allclose(before[1, 1], after[1, 1], atol=1e-6)  # the window at 20
   shared = build()[0]
@@ -273,10 +278,12 @@ def test_grouped_queries_share_keys():
   q = jax.random.normal(keys[0], (2, 2, 1, 2, 5, 8))  # B K N G S E
   k, v = (jax.random.normal(key, (2, 2, 1, 5, 8)) for key in keys[1:])
   stop = jnp.arange(5)[None, None] + 1
-  grouped = attention.attend_plain(q, (k[:, :, 0], v[:, :, 0]), stop)
-  full = attention.attend_plain(q.reshape(2, 4, 1, 1, 5, 8), tuple(jnp.repeat(x[:, :, 0], 2, 1) for x in (k, v)), stop)
+  grouped = attention.attend_plain(q, (k[:, :, 0], v[:, :, 0]), Visibility(stop))
+  full = attention.attend_plain(
+    q.reshape(2, 4, 1, 1, 5, 8), tuple(jnp.repeat(x[:, :, 0], 2, 1) for x in (k, v)), Visibility(stop)
+  )
   np.testing.assert_allclose(grouped.reshape(full.shape), full, atol=1e-6)
-  own = attention.attend_plain(q, own=(k, v), visible_NxSxT=jnp.tri(5, dtype=bool))
+  own = attention.attend_plain(q, None, Visibility(None, None, jnp.tri(5, dtype=bool)), (k, v))
   np.testing.assert_allclose(grouped, own, atol=1e-6)
   heads_last = lambda x: x.reshape(2, -1, 5, 8).transpose(0, 2, 1, 3)
   want = jax.nn.dot_product_attention(heads_last(q), heads_last(k), heads_last(v), is_causal=True)
@@ -304,7 +311,9 @@ def test_every_config_has_its_size(name):
   model = evo_lib.Evo(config.model, vocab_size)
   state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32)
-  after, metrics = jax.eval_shape(lambda s, b: step_lib.train_step(s, b, model=model, config=config), state, batch)
+  after, metrics = jax.eval_shape(
+    lambda s, b: step_lib.train_step(s, Batch(b), model=model, config=config), state, batch
+  )
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
   assert metrics["bits"].shape == ()
 

@@ -13,12 +13,15 @@ import pytest
 from train_test import one_step
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.flow import bound as bound_lib
 from evo_jax.flow import objective, policies, schedules
 from evo_jax.flow import windows as windows_lib
+from evo_jax.flow.interface import WindowInputs
 from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
+from evo_jax.parallel import sharding
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 
@@ -28,6 +31,10 @@ NAMES = config_lib.TRAIN_PATHS
 def drawn(bound_windows=1, batch=2000, density=None, **changes):
   config = small_config(**{"loss__bound_windows": bound_windows, **changes})
   return windows_lib.draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
+
+
+def loss(net, statistics, batch, draw, config, learned=False):
+  return objective.training_loss(net, statistics, batch, draw, objective.Counts.of(batch, draw), config, learned)
 
 
 def only(name):
@@ -83,9 +90,7 @@ def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   config = small_config(loss__bound_windows=0, **only("erasure"))
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
   draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
-  (_, window), _, _ = objective.training_loss(
-    net, statistics, tokens, draw, dataclasses.replace(config.loss, window_weight=1.0)
-  )
+  (_, window), _, _ = loss(net, statistics, Batch(tokens), draw, dataclasses.replace(config.loss, window_weight=1.0))
   slots = windows_lib.gather_windows(tokens, draw.anchor, 8)
   latent = windows_lib.observe_at(net.codes(), statistics.warp, slots[..., 1:], draw.time, draw.noise)
   logits = bound_lib.window_logits(
@@ -103,8 +108,7 @@ def test_importance_sampled_steps_are_weighted_back():
   draw = drawn(1, density=density, paths__steps=(64,), **only("diagonal"))
   clock, weight = np.asarray(draw.clock[:, 0]), np.asarray(draw.weight)
   np.testing.assert_allclose(np.histogram(clock, 4, (0, 1))[0] / len(clock), density, atol=0.01)
-  for value in (np.ones_like(clock), clock, clock**2):
-    plain = np.mean((np.arange(64) / 64)[:, None] ** [0, 1, 2], 0)
+  plain = np.mean((np.arange(64) / 64)[:, None] ** [0, 1, 2], 0)
   for power, want in enumerate(plain):
     np.testing.assert_allclose(np.mean(weight[:, 0] * clock**power), want, atol=0.01)
   assert (weight[:, 1] == 1).all()
@@ -126,9 +130,8 @@ def test_clocks_start_as_soft_streams_and_are_learned():
   draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
 
   def losses(params, which):
-    terms, _, metrics = objective.training_loss(
-      model.bind({"params": params}), state.statistics, tokens, draw, config.loss, True
-    )
+    net = model.bind({"params": params})
+    terms, _, metrics = loss(net, state.statistics, Batch(tokens), draw, config.loss, True)
     return terms[which], metrics
 
   (_, metrics), gradient = jax.jit(jax.value_and_grad(lambda p: losses(p, 1), has_aux=True))(state.params)
@@ -170,15 +173,14 @@ def test_self_conditioning_reads_twice():
   net, statistics, config = build()
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
   draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
-  loss = lambda share: float(
-    objective.training_loss(net, statistics, tokens, draw, dataclasses.replace(config.loss, self_conditioning=share))[
-      0
-    ][1]
-  )
-  assert abs(loss(1.0) - loss(0.0)) > 1e-4
-  np.testing.assert_allclose(loss(1e-9), loss(0.0), rtol=1e-6)
+  at = lambda share: dataclasses.replace(config.loss, self_conditioning=share)
+  window = lambda share: float(loss(net, statistics, Batch(tokens), draw, at(share))[0][1])
+  assert abs(window(1.0) - window(0.0)) > 1e-4
+  np.testing.assert_allclose(window(1e-9), window(0.0), rtol=1e-6)
   cost = lambda path, on: np.asarray(
-    bound_lib.sequence_nll(net, statistics, tokens, jax.random.key(2), policies.make_policy(path, 8, 0.5), 8, on)[0]
+    bound_lib.sequence_nll(
+      net, statistics, Batch(tokens), jax.random.key(2), policies.make_policy(path, 8, 0.5), 8, on
+    )[0]
   )
   np.testing.assert_allclose(cost("diagonal:1", True), cost("diagonal:1", False), atol=1e-5)  # nothing was read before
   assert np.abs(cost("diagonal:2", True) - cost("diagonal:2", False)).max() > 1e-4
@@ -189,8 +191,9 @@ def test_a_window_of_the_whole_sequence_needs_no_clean_stream():
   tokens = jax.random.randint(jax.random.key(1), (2, 33), 1, V)
   anchor = jnp.zeros((2, 1), jnp.int32)
   x, time = net.embed_tokens(tokens)[:, None], jnp.full((2, 1, 33), 0.5)
-  with_cache, _ = net.window(net.clean(tokens[:, :-1])[1], anchor, x, time)
-  without, _ = net.window(None, anchor, x, time)
+  windows = WindowInputs(anchor, x, time)
+  with_cache, _ = net.window(net.clean(tokens[:, :-1])[1], windows)
+  without, _ = net.window(None, windows)
   np.testing.assert_allclose(with_cache, without, atol=1e-5)
 
 
@@ -222,7 +225,7 @@ def test_windows_can_start_later():
   state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 33), jnp.int32)
   names = lambda windows: jax.eval_shape(
-    lambda s, b: step_lib.train_step(s, b, model=model, config=config, windows=windows), state, batch
+    lambda s, b: step_lib.train_step(s, Batch(b), model=model, config=config, windows=windows), state, batch
   )[1]
   assert "window_ce" in names(True) and "window_ce" not in names(False)
   assert flops.train_run(config, 264) == 6 * flops.train_step(config, 264) + 6 * flops.train_step(config, 264, False)
@@ -255,7 +258,7 @@ def test_operations_by_formula_are_those_that_xla_counts(changes):
   model = state_lib.make_model(config, tokenizers.Bytes())
   state = jax.eval_shape(lambda: nn.unbox(state_lib.init_state(model, config)))
   batch = jax.ShapeDtypeStruct((8, 129), jnp.int32)
-  step = jax.jit(lambda s, b: step_lib.train_step(s, b, model=model, config=config)).lower(state, batch)
+  step = jax.jit(lambda s, b: step_lib.train_step(s, Batch(b), model=model, config=config)).lower(state, batch)
   assert abs(flops.train_step(config, model.rows) / step.cost_analysis()["flops"] - 1) < 0.06
 
 
@@ -271,7 +274,7 @@ def test_chunks_of_the_vocabulary_change_no_value_and_save_memory(changes):
     )
     model = state_lib.make_model(config, tokenizers.Bytes())
     state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
-    batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
+    batch = Batch(jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32))
     step = jax.jit(functools.partial(step_lib.train_step, model=model, config=config)).lower(state, batch).compile()
     after, metrics = step(state, batch)
     found[chunk] = after.params, metrics, step.memory_analysis().temp_size_in_bytes
@@ -279,3 +282,81 @@ def test_chunks_of_the_vocabulary_change_no_value_and_save_memory(changes):
     np.testing.assert_allclose(found[8][1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), found[0][0], found[8][0])
   assert found[8][2] < 0.7 * found[0][2], (found[8][2], found[0][2])
+
+
+def masked(seed=3):
+  """A batch of 8 sequences in which fewer and fewer tokens count, in two of them none."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(1, 257, (8, 33)).astype(np.int32)
+  counted = rng.uniform(size=(8, 33)) < np.array([1.0, 0.9, 0.5, 0.3, 0.1, 0.05, 0.0, 0.0])[:, None]
+  return Batch(jnp.asarray(tokens), jnp.asarray(counted))
+
+
+@functools.cache
+def masked_step(all_counted=None, mesh=None, **changes):
+  """Parameters and metrics after a step on the masked batch; all_counted: on its tokens, with or without a mask."""
+  config = small_config(optim__clip=0.0, optim__epsilon=1e-3, optim__warmup=0, model__kv_heads=2, **changes)
+  mesh = sharding.make_mesh(config_lib.Mesh(*(mesh or (1, 1, 1))), jax.devices()[: np.prod(mesh or (1, 1, 1))])
+  model = state_lib.make_model(config, tokenizers.Bytes(), mesh)
+  batch = masked()
+  if all_counted is not None:
+    batch = batch._replace(counted=jnp.ones_like(batch.counted) if all_counted else None)
+  with jax.set_mesh(mesh):
+    state = state_lib.sharded_init(model, config, mesh)
+    batch = sharding.global_batch(mesh, jax.tree.map(np.asarray, batch), 8)
+    after, metrics = step_lib.make_step(model, config, mesh, "cpu")(state, batch)
+  return jax.device_get((after.params, after.statistics, metrics))
+
+
+def same(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_a_mask_of_all_tokens_changes_nothing():
+  same(masked_step(True), masked_step(False), rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"train__accumulate": 4}, {"mesh": (4, 1, 1)}, {"mesh": (2, 4, 1)}, {"optim__separate_clip": True}],
+  ids=str,
+)
+def test_parts_with_unequal_counts_add_up(changes):
+  """Microbatches and shards hold from 0 to all tokens that count; sums and counts are added up and divided once. A mean
+  of means would be off by far more."""
+  params, statistics, metrics = masked_step()
+  other = masked_step(**changes)
+  same(params, other[0], rtol=2e-3, atol=2e-6)
+  same(statistics, other[1], rtol=2e-3, atol=1e-5)
+  for name in ("bits", "window_ce", "window_bound"):
+    np.testing.assert_allclose(metrics[name], other[2][name], rtol=1e-4, err_msg=name)
+  assert np.abs(params["embedding"] - masked_step(False)[0]["embedding"]).max() > 1e-5
+
+
+def test_the_ar_loss_is_the_mean_over_tokens_that_count():
+  net, statistics, config = build(257)
+  batch = masked()
+  (ar, _), measured, metrics = loss(net, statistics, batch, None, config.loss)
+  log_p = jax.nn.log_softmax(net(batch.tokens[:, :-1]))
+  nats = -np.take_along_axis(np.asarray(log_p), np.asarray(batch.tokens)[:, 1:, None], -1)[..., 0]
+  counted = np.asarray(batch.counted)[:, 1:]
+  np.testing.assert_allclose(ar, nats[counted].mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics["bits"].value, nats[counted].mean() / np.log(2), rtol=1e-5)
+  assert measured.token_weight.sum() == counted.sum()
+
+
+def test_windows_lie_where_something_counts():
+  """Every window of a sequence in which something counts holds a token that counts, and all such places occur; with all
+  tokens counted the draw is that without a mask."""
+  config = small_config()
+  draw = lambda counted: windows_lib.draw_windows(
+    jax.random.key(1), len(counted), 32, 4, config.window, config.paths, 1, None, counted
+  )
+  counted = jnp.zeros((2000, 33), bool).at[:, [12, 13, 30]].set(True).at[-1].set(False)
+  anchor = draw(counted).anchor
+  inside = np.asarray(windows_lib.gather_windows(counted, anchor, 8))[..., 1:].any(-1)
+  assert inside[:-1].all() and not inside[-1].any()
+  assert set(np.unique(anchor[:-1])) == set(range(4, 13)) | set(range(22, 25))
+  every = draw(jnp.ones((2000, 33), bool))
+  plain = windows_lib.draw_windows(jax.random.key(1), 2000, 32, 4, config.window, config.paths, 1)
+  jax.tree.map(np.testing.assert_array_equal, every, plain)

@@ -154,7 +154,7 @@ def test_masked_diffusion_costs_the_any_order_average(toy):
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_a_priced_pass_stands_for_a_walked_order(toy, passes):
-  """`erasure_cost` prices passes apart; walking the same policy from end to end costs the same in mean."""
+  """`erasure_nll` evaluates passes apart; walking the same policy from end to end costs the same in mean."""
   field, token = blunt(toy), jnp.repeat(jnp.asarray(STRINGS), 150, axis=0)
   policy = policies.RandomOrder(np.int32(passes))
   apart = np.asarray(bound_lib.erasure_nll(field, toy.codes, token, policy, jax.random.key(0))[0].sum(-1))
@@ -259,9 +259,9 @@ def test_the_rate_is_the_price_of_a_short_step(toy):
     jax.random.normal(jax.random.key(1), latent.y.shape),
   )
   log_belief = lambda y: latents_lib.log_belief(context, toy.codes, y)
-  step = np.asarray(taken.price([latents_lib.pick(log_belief(y), token) for y in (latent.y, *taken.ends)]))
+  step = np.asarray(taken.nll([latents_lib.pick(log_belief(y), token) for y in (latent.y, *taken.ends)]))
   rate = np.asarray(
-    taken.price(
+    taken.nll(
       [latents_lib.pick(log_belief(latent.y), token)], latents_lib.expected_code(log_belief(latent.y), toy.codes)
     )
   )

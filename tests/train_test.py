@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from evo_jax import run as run_lib
+from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.training import checkpoint
@@ -45,7 +46,7 @@ def one_step(**changes):
   model = state_lib.make_model(config, tokenizers.Bytes())
   state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
   batch = jnp.asarray(np.random.default_rng(0).integers(1, 257, (8, 33)), jnp.int32)
-  return jax.jit(lambda s, b: step_lib.train_step(s, b, model=model, config=config))(state, batch)
+  return jax.jit(lambda s, b: step_lib.train_step(s, Batch(b), model=model, config=config))(state, batch)
 
 
 def close(a, b, **tolerance):
@@ -54,7 +55,7 @@ def close(a, b, **tolerance):
 
 @pytest.fixture(scope="module")
 def plain():
-  return one_step(optim__clip=0.0, optim__epsilon=1e-3)
+  return one_step(optim__clip=0.0, optim__epsilon=1e-3, optim__warmup=0)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def plain():
 )
 def test_accumulation_and_separate_gradients_add_up(plain, changes):
   """Without a limit to clip to, the step is the same however its gradient is put together."""
-  state, found = one_step(optim__clip=0.0, optim__epsilon=1e-3, **changes)
+  state, found = one_step(optim__clip=0.0, optim__epsilon=1e-3, optim__warmup=0, **changes)
   close(plain[0].params, state.params, rtol=2e-3, atol=2e-6)
   close(plain[0].statistics, state.statistics, rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(plain[1]["bits"], found["bits"], rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from evo_jax.flow import interface
 from evo_jax.flow import latents as latents_lib
 from evo_jax.network import vocabulary
-from evo_jax.parallel import sharding
+from evo_jax.parallel.sharding import Layout
 
 V, D, M, B, N = 24, 6, 4, 2, 5
 
@@ -49,7 +49,7 @@ def test_log_probs_are_the_log_softmax_and_so_are_their_gradients(scene, chunk):
       interface.Beliefs(arrays["hidden"], arrays["ys"], arrays["codes"]),
       interface.Beliefs(arrays["hidden"][:, 1:]),
     )
-    first, second = vocabulary.log_probs(chunk, sharding.RULES, beliefs, (token, token[:, 1:]), arrays["table"], bias)
+    first, second = vocabulary.log_probs(chunk, Layout(), beliefs, (token, token[:, 1:]), arrays["table"], bias)
     return sum(jnp.sum(w * x) for w, x in zip(weight, first)) + jnp.sum(weight[3, :, 1:] * second[0])
 
   def plain(arrays):
@@ -68,9 +68,7 @@ def test_logits_far_from_those_before_are_summed_as_well(scene, rise):
   def ours(arrays):
     return jnp.sum(
       weight[0]
-      * vocabulary.log_probs(
-        8, sharding.RULES, (interface.Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias
-      )[0][0]
+      * vocabulary.log_probs(8, Layout(), (interface.Beliefs(arrays["hidden"]),), (token,), arrays["table"], bias)[0][0]
     )
 
   same(
@@ -89,7 +87,7 @@ def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk,
   def ours(arrays):
     hidden, table = (arrays["hidden"], arrays["table"]) if reads_context else (None, None)
     beliefs = tuple(interface.Beliefs(hidden, (y,), arrays["codes"]) for y in arrays["ys"])
-    first, second = vocabulary.expectations(chunk, sharding.RULES, beliefs, arrays["values"], table, bias)
+    first, second = vocabulary.expectations(chunk, Layout(), beliefs, arrays["values"], table, bias)
     return jnp.sum(weight * first) + jnp.sum(weight[::-1] * second)
 
   def plain(arrays):
@@ -105,7 +103,7 @@ def test_beliefs_that_are_nearly_certain_or_far_off_stay_finite(scene):
   for scale in (1e4, -1e4):
     value, gradient = jax.value_and_grad(
       lambda hidden: jnp.sum(
-        vocabulary.log_probs(8, sharding.RULES, (interface.Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]
+        vocabulary.log_probs(8, Layout(), (interface.Beliefs(hidden),), (token,), arrays["table"], bias)[0][0]
       )
     )(scale * arrays["hidden"])
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -124,7 +122,7 @@ def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
   rows, tokens = 40_000, 500
   loss = lambda hidden, table: jnp.sum(
     vocabulary.log_probs(
-      1000, sharding.RULES, (interface.Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows)
+      1000, Layout(), (interface.Beliefs(hidden),), (jnp.zeros(tokens, jnp.int32),), table, jnp.zeros(rows)
     )[0][0]
   )
   shapes = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((rows, 8), jnp.float32)

@@ -57,8 +57,12 @@ class Sampler:
     self._window = sampling.window or settings.default_window(sampling, run.config)
     self._mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
     self._everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-    self._model = run.model.clone(stacked=False)
-    boxed = jax.eval_shape(self._model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    self._model = run.model.clone(stacked=False, layout=sharding.Layout.of(self._mesh))
+    boxed = jax.eval_shape(
+      run.model.clone(stacked=False, layout=sharding.Layout()).init,
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, 2), jnp.int32),
+    )["params"]
     apart = sharding.shardings(self._mesh, boxed)
     self._params = jax.jit(evo_lib.unstack_layers, out_shardings=apart)(run.params)
     self._statistics = jax.jit(lambda s: s, out_shardings=self._everywhere)(run.statistics)

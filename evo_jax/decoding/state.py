@@ -210,7 +210,7 @@ def forward(
     stop = None if slots.stop is None else jnp.concatenate([stop, slots.stop], axis=1)
     visible = jnp.pad(jnp.broadcast_to(slots.sees_slot, (B, S, S)), [(0, 0), (fresh, 0), (0, 0)])
   past = None if stop is None else (texts.k, texts.v)
-  hidden, past = net.slots(past, texts.read, fresh, x, time, place, stop, visible)
+  hidden, past = net.decode(past, texts.read, fresh, x, time, place, stop, visible)
   if fresh:
     texts = texts.replace(k=past[0], v=past[1], read=texts.read + count_B)
   return hidden[:, :fresh], hidden[:, fresh:], texts

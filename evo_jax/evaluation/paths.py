@@ -31,6 +31,7 @@ import numpy as np
 
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
+from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow import bound as bound_lib
@@ -63,12 +64,14 @@ class Evaluator:
     self.key = jax.random.key(seed)
     self_conditioned = config.loss.self_conditioning > 0
 
+    model = model.clone(layout=sharding.Layout.of(mesh))
+
     @functools.partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     def cost(params, statistics, sequence_BxT, key, policy):
       return bound_lib.sequence_nll(
         model.bind({"params": params}),
         statistics,
-        sequence_BxT,
+        Batch(sequence_BxT),
         key,
         policy,
         self.window,

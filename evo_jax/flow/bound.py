@@ -1,31 +1,35 @@
-"""The training objective and the bound of any path, over an `apply`-like network. Pure functions, no linen.
+"""The variational bound on -log p(w) along any path, from a network's answers.
 
-One variational bound covers every path from t = 1 to t = 0: a path's total of step costs (`flow.step_cost`, and
-`flow.jump_cost` where a token becomes known), averaged over the latents' noise, is at least -log p(w) on average under
-the data. The staircase path has no Gaussian step and costs exactly the autoregressive cross-entropy, which the clean
-stream gives for all positions in one pass. All costs are in nats unless a name says bits.
+One bound covers every path from t = 1 to t = 0: the sum of its steps' NLLs (`latents.step_nll` for a Gaussian step,
+`latents.jump_nll` where a token becomes known), averaged over the latents' noise, is at least -log p(w) on average
+under the data. The staircase path has no Gaussian step, and its bound is exactly the autoregressive cross-entropy,
+which the clean stream gives for all positions in one pass. Everything is in nats unless a name says bits.
 
-Letters in names: B batch, L tokens of a sequence, N windows, W tokens of a window, S = W + 1 slots, V vocabulary,
-M code elements, K steps.
+Letters in names: B batch, L tokens of a sequence, N windows, W tokens of a window, V vocabulary, M code elements,
+T tokens of any run.
 """
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evo_jax.flow import interface, policies, schedules
+from evo_jax.batch import Batch
 from evo_jax.flow import latents as latents_lib
-from evo_jax.flow import statistics as statistics_lib
-from evo_jax.flow import warp as warp_lib
-from evo_jax.flow import windows as windows_lib
+from evo_jax.flow import policies, schedules
+from evo_jax.flow.interface import Beliefs, Network, WindowInputs
+from evo_jax.flow.statistics import Statistics
+from evo_jax.flow.warp import Warp, precision_at
+from evo_jax.flow.windows import for_slots, gather_windows, with_anchor
 
-BITS_PER_NAT = 1.0 / np.log(2.0)  # bits in a nat
-_ERASURE_PASSES = 32  # of a random order that are priced, at most
+BITS_PER_NAT = 1.0 / np.log(2.0)
+_ERASURE_PASSES = 32  # of a random order that are evaluated, at most
 
 
 def window_logits(
-  net: interface.Network,
+  net: Network,
   cache,
   anchor_BxN: jax.Array,
   anchor_token_BxN: jax.Array,
@@ -33,13 +37,13 @@ def window_logits(
   codes_VxM: jax.Array,
   prior_logits: jax.Array,
 ) -> jax.Array:
-  """Context logits (B, N, W, V) of a window's tokens, of which `latent` (B, N, W) is known.
+  """Context logits (B, N, W, V) of a window's tokens, given their `latent` (B, N, W).
 
   prior_logits: (V,), or (B, N, W, V) from the pass before (self-conditioning).
   """
-  slots = windows_lib.with_anchor(latent, anchor_token_BxN)
-  (x,) = net.embed((slots,), (codes_VxM,), windows_lib.for_slots(prior_logits))
-  hidden = net.window(cache, anchor_BxN, x, slots.time)
+  slots = with_anchor(latent, anchor_token_BxN)
+  (x,) = net.embed((slots,), (codes_VxM,), for_slots(prior_logits))
+  hidden = net.window(cache, WindowInputs(anchor_BxN, x, slots.time))
   return net.logits(hidden[:, :, :-1])
 
 
@@ -50,7 +54,7 @@ def gaussian_kl(q: tuple[jax.Array, jax.Array], p: tuple[jax.Array, jax.Array]) 
 
 
 def infer_clock(
-  net: interface.Network,
+  net: Network,
   hidden_BxLxD: jax.Array,
   nats_BxL: jax.Array,
   token_BxNxW: jax.Array,
@@ -58,11 +62,11 @@ def infer_clock(
   passes_BxN: jax.Array,
   noise_BxNxW: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """A learned clock for windows: delays, drawn from what the clean text proposes; sharpnesses, which the past alone
-  tells; and what the delays cost in nats, KL(q || p): each (B, N, W).
+  """A learned clock for windows, each (B, N, W): delays, drawn from the posterior; sharpnesses, from the prior; and
+  KL(q || p) of the delays in nats.
 
-  hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads learn from them and do
-  not teach them.
+  hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads are trained on them and pass
+  no gradient to them.
   """
   hidden_BxLxD, nats_BxL = jax.lax.stop_gradient((hidden_BxLxD, nats_BxL))
   anchor_hidden = jnp.take_along_axis(hidden_BxLxD, anchor_BxN[..., None], axis=1)
@@ -73,18 +77,18 @@ def infer_clock(
   return delay, sharpness, gaussian_kl(posterior, (mean, log_std))
 
 
-def token_nll(net: interface.Network, hidden_BxLxD: jax.Array, sequence_BxT: jax.Array, chunk: int = 0) -> jax.Array:
-  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1)."""
-  ((log_p,),) = net.log_probs((interface.Beliefs(hidden_BxLxD),), (sequence_BxT[:, 1:],), chunk)
+def token_nll(net: Network, hidden_BxLxD: jax.Array, tokens_BxT: jax.Array, chunk: int = 0) -> jax.Array:
+  """(B, L) autoregressive cross-entropies in nats of tokens 1..L of the sequences (B, L + 1). chunk: as loss.chunk."""
+  ((log_p,),) = net.log_probs((Beliefs(hidden_BxLxD),), (tokens_BxT[:, 1:],), chunk)
   return latents_lib.jump_nll(log_p)
 
 
 @flax.struct.dataclass
 class Step:
-  """A step of the true tokens from latents (..., T) to the next progressions, before it is priced.
+  """A step of the true tokens from latents (..., T) to the next progressions.
 
-  Fields: codes (V, M); `before` and `after`, latents; d (...): the step in precision; ends: latents' vectors y
-  (..., T, M) under the step's noise, the first of which is `after`'s.
+  codes: (V, M); before, after: latents; d (...): the step in precision; ends: y (..., T, M) after the step, one for
+  each noise, the first of which is `after`'s.
   """
 
   codes_VxM: jax.Array
@@ -97,29 +101,30 @@ class Step:
   def of(
     cls,
     codes_VxM: jax.Array,
-    warp: warp_lib.Warp,
+    warp: Warp,
     latent: latents_lib.Latent,
     token: jax.Array,
     time_next: jax.Array,
     noise: jax.Array,
     antithetic: bool = True,
   ) -> "Step":
-    """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M), and, `antithetic`,
+    """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M) and, if `antithetic`,
     with -`noise`, too."""
-    d = jnp.maximum(warp_lib.precision_at(warp, time_next) - warp_lib.precision_at(warp, latent.time), 0.0)
+    d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
     ends = tuple(
       latent.y + latents_lib.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise])
     )
     return cls(codes_VxM, latent, latents_lib.Latent(ends[0], time_next, token), d, ends)
 
-  def price(self, log_probs: tuple[jax.Array, ...], expected_code: jax.Array | None = None) -> jax.Array:
-    """Costs in nats (..., T): a known token costs nothing, one that becomes known pays for a jump, any other for its
-    Gaussian increment.
+  def nll(self, log_probs: tuple[jax.Array, ...], expected_code: jax.Array | None = None) -> jax.Array:
+    """The step's NLL in nats (..., T): nothing for a known token, a jump's for one that becomes known, a Gaussian
+    increment's for any other.
 
     log_probs: of the token in nats under the belief before, and with each of the `ends` as evidence. The mean over
-    antithetic ends has the expectation of one without the parts odd in the noise, of which the linear one is nearly all
-    of the variance of a short step that stands for its whole path. expected_code (..., T, M): of the belief before; the
-    increment is then priced by its limit for short steps, without noise, and `log_probs` need not have the ends'.
+    antithetic ends has the expectation of a single one without the parts odd in the noise, of which the linear one is
+    nearly all of the variance of a short step that stands for its whole path. expected_code (..., T, M): of the belief
+    before; the increment's NLL is then its limit for short steps, without noise, and `log_probs` need not have the
+    ends'.
     """
     before, *after = log_probs
     if expected_code is None:
@@ -129,65 +134,76 @@ class Step:
     return jnp.where(self.before.known, 0.0, jnp.where(self.after.known, latents_lib.jump_nll(before), increment))
 
 
+@flax.struct.dataclass
+class _PathState:
+  """Where a path is: latents, the solver's state, the last pass's context logits (None: not needed), the NLL so far
+  (..., T) and the passes (...)."""
+
+  latent: latents_lib.Latent
+  solver: latents_lib.SolverState
+  context: jax.Array | None
+  nats: jax.Array
+  passes: jax.Array
+
+
 def path_nll(
   field: latents_lib.Field,
   codes_VxM: jax.Array,
-  warp: warp_lib.Warp,
+  warp: Warp,
   token: jax.Array,
   policy: policies.Policy,
   key: jax.Array,
   prior_logits: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """One draw of a path's whole price in nats for every token (..., T), and the passes (...) that it took.
+  """One sample of a path's NLL bound in nats for every token (..., T), and the passes (...) that it took.
 
-  The price's mean bounds -log p from above. Steps are priced plainly, not in antithetic pairs: along one trajectory the
-  noise of a step's price is made good by the steps after it, and the sum scatters little. `policy` makes the path of
-  what is read. prior_logits (V,): what the field gets as the context logits before the first pass; later the last
-  pass's; None: the field is asked by the latents alone.
+  The bound's mean is at least -log p. Steps are not evaluated in antithetic pairs: along one trajectory the noise of a
+  step's NLL is made up for by the steps after it, and the sum scatters little. policy: makes the path from what each
+  pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
+  None: the field is called with the latents alone.
   """
-  shape = (*token.shape, codes_VxM.shape[1])
-  start = latents_lib.Latent(jnp.zeros(shape, codes_VxM.dtype), jnp.ones(token.shape, codes_VxM.dtype), token)
-  context = None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, prior_logits.shape[-1]))
-  uncertainty = warp.entropy()[0]
+  dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
 
-  def step(carry, index):
-    latent, motion, context, total, passes = carry
-    noise = jax.random.normal(jax.random.fold_in(key, index), shape, codes_VxM.dtype)
-    found = field(latent) if context is None else field(latent, context)
-    log_belief = latents_lib.log_belief(found, codes_VxM, latent.y)
-    reading = policies.Observation(index, latent.time, log_belief, uncertainty, motion, codes_VxM, warp)
-    time_next = jnp.broadcast_to(policy(reading), token.shape).astype(codes_VxM.dtype)
+  def step(path: _PathState, index: jax.Array) -> _PathState:
+    latent, solver = path.latent, path.solver
+    noise = jax.random.normal(jax.random.fold_in(key, index), latent.y.shape, dtype)
+    context = field(latent) if path.context is None else field(latent, path.context)
+    log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
+    observation = policies.Observation(index, latent.time, log_belief, uncertainty, solver, codes_VxM, warp)
+    time_next = jnp.broadcast_to(policy(observation), token.shape).astype(dtype)
     taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
-    after, log_after = taken.after, latents_lib.log_belief(found, codes_VxM, taken.after.y)
-    cost = taken.price((latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)))
-    precision = jnp.where(after.known, 0.0, warp_lib.precision_at(warp, after.time))
-    motion = motion.after(after.y, precision, latents_lib.expected_code(log_belief, codes_VxM))
-    return after, motion, None if context is None else found, total + cost, passes + jnp.any(~latent.known, axis=-1)
+    after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
+    nats = taken.nll((latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)))
+    precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
+    solver = solver.after(after.y, precision, latents_lib.expected_code(log_belief, codes_VxM))
+    passes = path.passes + jnp.any(~latent.known, axis=-1)
+    return _PathState(after, solver, None if path.context is None else context, path.nats + nats, passes)
 
-  carry = (
-    start,
-    latents_lib.SolverState.start(jnp.zeros(shape, codes_VxM.dtype)),
-    context,
-    jnp.zeros(token.shape, codes_VxM.dtype),
-    jnp.zeros(token.shape[:-1], jnp.int32),
+  zeros = jnp.zeros((*token.shape, codes_VxM.shape[1]), dtype)
+  start = _PathState(
+    latent=latents_lib.Latent(zeros, jnp.ones(token.shape, dtype), token),
+    solver=latents_lib.SolverState.start(zeros),
+    context=None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, len(prior_logits))),
+    nats=jnp.zeros(token.shape, dtype),
+    passes=jnp.zeros(token.shape[:-1], jnp.int32),
   )
-  *_, total, passes = policies.run_until_known(step, carry, lambda carry: jnp.any(~carry[0].known))
-  return total, passes
+  end = policies.run_until_known(step, start, lambda path: jnp.any(~path.latent.known))
+  return end.nats, end.passes
 
 
 def erasure_nll(
   field: latents_lib.Field, codes_VxM: jax.Array, token: jax.Array, policy: policies.RandomOrder, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """A random order's price in nats for every token (..., T), and its passes (...): `path_cost` of the same
-  policy in mean.
+  """A random order's NLL bound in nats for every token (..., T), and its passes (...): in mean that of `path_nll` under
+  the same policy.
 
-  Which tokens are known does not depend on what was read before, so each pass is priced by itself, over all tokens that
-  it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
+  Which tokens are known does not depend on what was read before, so each pass is evaluated by itself, on all tokens
+  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
   """
   T = token.shape[-1]
   count = jnp.minimum(policy.passes, _ERASURE_PASSES)
 
-  def price(i, total):
+  def add_pass(i, total):
     rank_key, pass_key = jax.random.split(jax.random.fold_in(key, i))
     low, high = i * policy.passes // count, (i + 1) * policy.passes // count  # the stratum's passes
     index = jax.random.randint(pass_key, (), low, high)
@@ -195,10 +211,10 @@ def erasure_nll(
     time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
     latent = latents_lib.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
     nats = latents_lib.jump_nll(latents_lib.log_prob(field(latent), token))
-    share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown that this pass reveals
+    share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown tokens that this pass reveals
     return total + jnp.where(latent.known, 0.0, nats * share)
 
-  total = jax.lax.fori_loop(0, count, price, jnp.zeros(token.shape, codes_VxM.dtype))
+  total = jax.lax.fori_loop(0, count, add_pass, jnp.zeros(token.shape, codes_VxM.dtype))
   return total, jnp.full(token.shape[:-1], policy.passes)
 
 
@@ -208,50 +224,54 @@ def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sequence_nll(
-  net: interface.Network,
-  statistics: statistics_lib.Statistics,
-  sequence_BxT: jax.Array,
+  net: Network,
+  statistics: Statistics,
+  batch: Batch,
   key: jax.Array,
   policy: policies.Policy | None = None,
   size: int = 0,
   self_conditioned: bool = False,
   chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """Prices in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only; and the
-  passes (B,) taken.
+  """NLL bounds in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only, whether they count or
+  not; and the passes (B,) taken.
 
   policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read
-  after the clean text before it, and the policy makes the path: the total is a bound on the sequence's -log p. A
-  learned clock's delays, drawn from what the clean text proposes, pay their KL. chunk: as loss.chunk, for the
-  clean stream.
+  after the clean text before it, and the policy makes the path: the sum bounds the sequence's -log p. The delays of a
+  learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream.
   """
-  B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
+  tokens = batch.tokens
+  B, L = tokens.shape[0], tokens.shape[1] - 1
   hidden, cache = None, None
   if policy is None or size < L:  # a window of the whole sequence has no past
-    hidden, cache = net.clean(sequence_BxT[:, :-1])
+    hidden, cache = net.clean(tokens[:, :-1], None if batch.segments is None else batch.segments[:, :-1])
   if policy is None:
-    return token_nll(net, hidden, sequence_BxT, chunk), jnp.full(B, L)
+    return token_nll(net, hidden, tokens, chunk), jnp.full(B, L)
   anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size))
-  tokens = windows_lib.gather_windows(sequence_BxT, anchor_BxN, size)
-  codes, prior = net.codes(), statistics.log_unigram_V
-  field = lambda latent, prior=prior: window_logits(net, cache, anchor_BxN, tokens[..., 0], latent, codes, prior)
-  token, kl = tokens[..., 1:], 0.0
+  slots = gather_windows(tokens, anchor_BxN, size)
+  token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
+  field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
   key, start_key = jax.random.split(key)
+  if isinstance(policy, policies.RandomOrder) and not self_conditioned:
+    nats, passes = erasure_nll(field, codes, token, policy, key)
+    return nats.reshape(B, L), jnp.sum(passes, axis=1)
+  kl = 0.0
   if isinstance(policy, policies.RandomOrder):
-    if not self_conditioned:
-      nats, passes = erasure_nll(field, codes, token, policy, key)
-      return nats.reshape(B, L), jnp.sum(passes, axis=1)
     policy = policy.replace(rank=random_rank(start_key, token.shape))
   if isinstance(policy, policies.LearnedClock):
-    delay, sharpness, kl = infer_clock(
-      net,
-      hidden,
-      token_nll(net, hidden, sequence_BxT, chunk),
-      token,
-      anchor_BxN,
-      jnp.broadcast_to(policy.passes, anchor_BxN.shape),
-      jax.random.normal(start_key, token.shape),
-    )
+    ar_nats = token_nll(net, hidden, tokens, chunk)
+    count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
+    noise = jax.random.normal(start_key, token.shape)
+    delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
     policy = policy.replace(delay=delay, sharpness=sharpness)
   nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, prior if self_conditioned else None)
   return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)
+
+
+def _window_field(net, cache, anchor_BxN, anchor_token_BxN, codes_VxM, log_unigram_V) -> Callable:
+  """The network as a field of windows' latents (B, N, W), and of the context logits of the pass before."""
+
+  def field(latent, prior_logits=log_unigram_V):
+    return window_logits(net, cache, anchor_BxN, anchor_token_BxN, latent, codes_VxM, prior_logits)
+
+  return field

@@ -1,6 +1,10 @@
-"""What the flow asks of a network."""
+"""What the flow asks of a network: the values that go in and out, and the methods that it needs.
 
-from typing import Protocol
+Letters in names: B batch, L clean positions, N windows, W tokens of a window, S = W + 1 slots, D width, V vocabulary,
+M code elements.
+"""
+
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -9,28 +13,25 @@ import jax.numpy as jnp
 from evo_jax.flow import latents as latents_lib
 
 
-class Network(Protocol):
-  """What the objective needs of a network; `Evo.bind` gives it (see model.py for shapes)."""
+@flax.struct.dataclass
+class WindowInputs:
+  """The slots of windows as a network reads them: a clean anchor token and, after it, tokens at any t.
 
-  def codes(self): ...
-  def clean(self, tokens_BxL, x_BxLxD=None): ...
-  def window(self, cache, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
-  def clean_and_window(self, tokens_BxL, x_BxLxD, anchor_BxN, x_BxNxSxD, time_BxNxS): ...
-  def slots(self, past, read_B, x_BxSxD, time_BxS, position_BxS, visible_BxSxS): ...
-  def embed(self, latents, codes, prior_logits, own=None, before=None, chunk=0): ...
-  def logits(self, hidden): ...
-  def log_probs(self, beliefs, tokens, chunk=0): ...
-  def embed_tokens(self, tokens): ...
-  def clock_prior(self, hidden_BxNxD, size, passes_BxN): ...
-  def clock_posterior(self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN): ...
+  anchor_BxN: int32, the anchors' positions; a window sees clean positions before its anchor. x_BxNxSxD: embedded slots.
+  time_BxNxS: their progressions t; 0 for the anchor and other known tokens.
+  """
+
+  anchor_BxN: jax.Array
+  x_BxNxSxD: jax.Array
+  time_BxNxS: jax.Array
 
 
 @flax.struct.dataclass
 class Beliefs:
-  """Logits c + E y, for some tokens (...), of one or several evidence vectors.
+  """Logits c + E y of the beliefs about some tokens (...), for one or several evidence vectors.
 
-  hidden (..., D): whose logits are the context's, c = hidden @ table.T; None: c is 0. evidence: tuple of y (..., M)
-  float32, one a belief; empty: one belief, c alone. codes_VxM: E; None where there is no evidence.
+  hidden (..., D): hidden states, whose logits are the context's, c = hidden @ table.T; None: c is 0. evidence: a tuple
+  of y (..., M) float32, one for each belief; empty: a single belief, c alone. codes_VxM: E; None without evidence.
   """
 
   hidden: jax.Array | None
@@ -44,8 +45,9 @@ class Beliefs:
       context = jnp.einsum("...d,vd->...v", self.hidden, table_VxD, preferred_element_type=jnp.float32) + bias_V
     return [latents_lib.belief_logits(context, self.codes_VxM, y) for y in self.evidence] or [context]
 
-  def pull(self, cotangents: list[jax.Array], table_VxD: jax.Array | None) -> tuple["Beliefs", jax.Array | None]:
-    """What cotangents (..., V) of `logits` are for the fields and for the table, all float32."""
+  def pull_back(self, cotangents: list[jax.Array], table_VxD: jax.Array | None) -> tuple["Beliefs", jax.Array | None]:
+    """The vector-Jacobian product of `logits`: cotangents (..., V) pulled back to the fields and to the table, all
+    float32."""
     evidence = tuple(jnp.einsum("...v,vm->...m", d, self.codes_VxM) for d in cotangents if self.evidence)
     codes = sum(outer_sum(d, y) for d, y in zip(cotangents, self.evidence)) if self.evidence else None
     if self.hidden is None:
@@ -56,6 +58,25 @@ class Beliefs:
 
 
 def outer_sum(a: jax.Array, b: jax.Array) -> jax.Array:
-  """(A, B) float32 from (..., A) and (..., B): their outer products, summed over all else."""
+  """(A, B) float32 from (..., A) and (..., B): their outer products, summed over the leading axes."""
   lead = tuple(range(a.ndim - 1))
   return jnp.tensordot(a, b, (lead, lead), preferred_element_type=jnp.float32)
+
+
+class Network(Protocol):
+  """What the objective and the bound need of a network; `network.evo.Evo` bound to parameters has it."""
+
+  def codes(self) -> jax.Array: ...
+  def embed_tokens(self, tokens: jax.Array) -> jax.Array: ...
+  def embed(
+    self, latents, codes, prior_logits, embeddings=None, previous_hidden=None, chunk: int = 0
+  ) -> tuple[jax.Array, ...]: ...
+  def clean(self, tokens_BxL, segments_BxL=None, x_BxLxD=None) -> tuple[jax.Array, Any]: ...
+  def window(self, cache: Any, windows: WindowInputs) -> jax.Array: ...
+  def forward(self, x_BxLxD, segments_BxL, windows: WindowInputs, one_pass: bool) -> tuple[jax.Array, jax.Array]: ...
+  def logits(self, hidden: jax.Array) -> jax.Array: ...
+  def log_probs(self, beliefs, tokens, chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]: ...
+  def clock_prior(self, hidden_BxNxD, size, passes_BxN) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+  def clock_posterior(
+    self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN
+  ) -> tuple[jax.Array, jax.Array]: ...

@@ -1,187 +1,362 @@
-"""The training objective."""
+"""The training objective: autoregressive cross-entropy on the clean stream, and a loss on windows along random paths.
 
+Of a sequence's N windows the first are trained by the variational bound, a single step of a path standing for the
+whole; the others by the cross-entropy of their beliefs, which has the same optimum for the network and a smoother
+gradient. All sums are over tokens that count, and are divided by the counts of the whole batch (`Counts`), so that
+microbatches and shards of any composition add up to the same loss.
+
+Letters in names: B batch, L tokens of a sequence (T = L + 1 with the first, which is context only), N windows,
+W tokens of a window, S = W + 1 slots, V vocabulary, M code elements, D width.
+"""
+
+import functools
+
+import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from evo_jax import config as config_lib
-from evo_jax.flow import bound as bound_lib
-from evo_jax.flow import interface, schedules
+from evo_jax.batch import Batch
 from evo_jax.flow import latents as latents_lib
-from evo_jax.flow import statistics as statistics_lib
-from evo_jax.flow import warp as warp_lib
-from evo_jax.flow import windows as windows_lib
+from evo_jax.flow import schedules
+from evo_jax.flow.bound import BITS_PER_NAT, Step, infer_clock, token_nll
+from evo_jax.flow.interface import Beliefs, Network, WindowInputs
+from evo_jax.flow.statistics import Mean, Measurement, Statistics
+from evo_jax.flow.warp import precision_at
+from evo_jax.flow.windows import (
+  ERASURE,
+  GAUSSIANS,
+  LEARNED,
+  RAGGED,
+  STREAMS,
+  WindowDraw,
+  gather_windows,
+  observe_at,
+  with_anchor,
+)
+
+Metrics = dict[str, Mean]
+
+
+@flax.struct.dataclass
+class Counts:
+  """What losses are divided by: tokens that count, and windows, each by the share of its tokens that count."""
+
+  tokens: jax.Array | float
+  windows: jax.Array | float
+
+  @classmethod
+  def of(cls, batch: Batch, draw: WindowDraw | None) -> "Counts":
+    """Of a whole batch, before it is cut into shards and microbatches."""
+    B, L = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    N = 0 if draw is None else draw.anchor.shape[1]
+    if batch.counted is None:
+      return cls(float(B * L), float(max(B * N, 1)))
+    tokens = jnp.maximum(jnp.sum(batch.counted[:, 1:].astype(jnp.float32)), 1.0)
+    if draw is None:
+      return cls(tokens, 1.0)
+    W = draw.time.shape[-1]
+    counted = gather_windows(batch.counted, draw.anchor, W)[..., 1:].astype(jnp.float32)
+    return cls(tokens, jnp.maximum(jnp.sum(counted), 1.0) / W)
 
 
 def training_loss(
-  net: interface.Network,
-  statistics: statistics_lib.Statistics,
-  sequence_BxT: jax.Array,
-  draw: windows_lib.WindowDraw | None,
+  net: Network,
+  statistics: Statistics,
+  batch: Batch,
+  draw: WindowDraw | None,
+  counts: Counts,
   config: config_lib.Loss,
   learned: bool = False,
-):
-  """The objective's two terms and what was measured on the way.
+) -> tuple[tuple[jax.Array, jax.Array], Measurement, Metrics]:
+  """The objective's two terms, and what was measured on the way.
 
   Args:
-    net: the network at the parameters to be taught.
+    net: the network at the parameters to be trained.
     statistics: read for the warp and the first pass's prior.
-    sequence_BxT: (B, L + 1) int32 tokens; the first is context only.
+    batch: B sequences, or a part of the batch that `counts` is of.
     draw: `draw_windows` for these sequences; None: there are no windows.
+    counts: what the terms are divided by.
     config: the weights.
-    learned: whether the network infers progression times (model.progression).
+    learned: whether the network infers progression times (config.model.progression).
 
   Returns:
-    (ar, window): weighted losses in nats a token, to be added up or clipped apart; a Measurement; and a dict of `Mean`s
-    in bits a token, unweighted: `bits` (autoregression; where nothing reads the clean stream, the windows'
-    cross-entropy), `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the windows of each path.
+    (ar, window): weighted losses in nats per token; the terms of all parts of a batch are to be added up. A
+    Measurement. And metrics in bits per token, unweighted: `bits` (autoregression; where nothing reads the clean
+    stream, the windows' cross-entropy), `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the
+    windows of each path.
   """
-  L = sequence_BxT.shape[1] - 1
-  # A window of the whole sequence has no past to read: diffusion alone needs no clean stream.
-  alone = config.ar_weight == 0 and draw is not None and draw.time.shape[-1] == L
-  # Where windows need nothing of the clean stream but its keys and values, one pass can read both.
-  waits = alone or learned or config.self_conditioning or config.clean_gradient != 1.0
-  together = config.one_pass and draw is not None and not waits
-  hidden, cache, metrics = None, None, {}
-  # Looked up once for both streams: the gradient of a lookup is as large as the table.
-  x_BxTxD = net.embed_tokens(sequence_BxT)
-  if not (alone or together):
-    hidden, cache = net.clean(sequence_BxT[:, :-1], x_BxTxD[:, :-1])
+  chex.assert_rank(batch.tokens, 2)
   if draw is None:
-    nats_BxL, none = bound_lib.token_nll(net, hidden, sequence_BxT, config.chunk), jnp.zeros((0,))
-    metrics["bits"] = statistics_lib.Mean.of(jax.lax.stop_gradient(nats_BxL) * bound_lib.BITS_PER_NAT)
-    return (
-      (config.ar_weight * jnp.mean(nats_BxL), jnp.zeros(())),
-      statistics_lib.Measurement(sequence_BxT[:, 1:], *[none] * 5),
-      metrics,
-    )
-
-  codes = net.codes() if config.codes != "frozen" else jax.lax.stop_gradient(net.codes())
-  W, bound_windows = draw.time.shape[-1], draw.step_noise.shape[1]
-  warp = jax.lax.stop_gradient(statistics.warp)
-  tokens = windows_lib.gather_windows(sequence_BxT, draw.anchor, W)
-  anchor_token, token = tokens[..., 0], tokens[..., 1:]
-  is_bound = jnp.arange(token.shape[1]) < bound_windows
-
-  time, time_next, kl, nats_BxL = draw.time, draw.time_next, jnp.zeros(()), None
-  if learned:
-    nats_BxL = bound_lib.token_nll(net, hidden, sequence_BxT, config.chunk)
-    delay, sharpness, kl = bound_lib.infer_clock(
-      net, hidden, nats_BxL, token, draw.anchor, draw.steps, draw.delay_noise
-    )
-    # Like the codes, clocks are taught by the bound alone: cross-entropy only wants all tokens known at once.
-    delay, sharpness = (jnp.where(is_bound[:, None], x, jax.lax.stop_gradient(x)) for x in (delay, sharpness))
-    use = (draw.path == windows_lib.LEARNED)[..., None]
-    time = jnp.where(use, schedules.learned_clock(delay, sharpness, draw.clock[..., None]), time)
-    time_next = jnp.where(use, schedules.learned_clock(delay, sharpness, draw.clock_next[..., None]), time_next)
-    kl = jnp.where(use, kl, 0.0)[:, :bound_windows]
-  latent = windows_lib.observe_at(codes, warp, token, time, draw.noise)
-
-  # Cross-entropy only wants codes far apart: by default its windows read them and do not teach them.
-  if config.codes == "bound":
-    latent = latent.replace(y=jnp.where(is_bound[:, None, None], latent.y, jax.lax.stop_gradient(latent.y)))
-  fixed = codes if config.codes != "bound" else jax.lax.stop_gradient(codes)
-  split = lambda tree: (
-    jax.tree.map(lambda x: x[:, :bound_windows], tree),
-    jax.tree.map(lambda x: x[:, bound_windows:], tree),
-  )
-  latent_b, latent_c = split(latent)
-  anchor_b, anchor_c = split(anchor_token)
-  if config.clean_gradient != 1.0 and cache is not None:  # the same values, bit for bit, with another gradient
-    through = lambda x: x + (config.clean_gradient - 1.0) * (x - jax.lax.stop_gradient(x))
-    cache = cache.replace(k=through(cache.k), v=through(cache.v))
-
-  # The windows taught by the bound, and by cross-entropy.
-  parts = slice(None, bound_windows), slice(bound_windows, None)
-  slots = windows_lib.with_anchor(latent_b, anchor_b), windows_lib.with_anchor(latent_c, anchor_c)
-  own = windows_lib.gather_windows(x_BxTxD, draw.anchor, W)
-
-  def embedded(before, prior):
-    """The windows' slots (B, N, S, D), behind the pass that left hidden states `before` (B, N, W, D;
-    None: the first)."""
-    if before is not None:
-      before = jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
-      before = tuple(before[:, some] for some in parts)
-    return jnp.concatenate(
-      net.embed(slots, (codes, fixed), prior, tuple(own[:, some] for some in parts), before, config.chunk), axis=1
-    )
-
-  prior, slot_time = statistics.log_unigram_V, windows_lib.with_anchor(latent, anchor_token).time
-  if together:
-    hidden, hidden_w = net.clean_and_window(
-      sequence_BxT[:, :-1], x_BxTxD[:, :-1], draw.anchor, embedded(None, prior), slot_time
-    )
-    hidden_w = hidden_w[:, :, :-1]
+    return _autoregression(net, batch, counts, config)
+  B, T = batch.tokens.shape
+  N, W = draw.time.shape[1:]
+  chex.assert_shape([draw.time, draw.time_next, draw.front], (B, N, W))
+  order = _reading_order(config, learned, whole=W == T - 1)
+  # Looked up once for both streams: the gradient of a lookup is as large as the table.
+  x_BxTxD = net.embed_tokens(batch.tokens)
+  hidden_BxLxD, cache = _read_clean(net, batch, x_BxTxD) if order == "clean first" else (None, None)
+  nats_BxL = token_nll(net, hidden_BxLxD, batch.tokens, config.chunk) if learned else None
+  scene = _Scene.of(net, statistics, batch, draw, config, hidden_BxLxD if learned else None, nats_BxL)
+  embed = functools.partial(_embed_windows, net, scene, draw, x_BxTxD, config)
+  if order == "joint":
+    windows = embed(statistics.log_unigram_V)
+    hidden_BxLxD, hidden = net.forward(x_BxTxD[:, :-1], _clean_segments(batch), windows, config.one_pass)
+    hidden_BxNxWxD = hidden[:, :, :-1]
   else:
-    read = lambda before, prior: net.window(cache, draw.anchor, embedded(before, prior), slot_time)[:, :, :-1]
-    before = None
-    if config.self_conditioning:
-      twice = draw.coin[0] < config.self_conditioning
-      first = lambda: jax.lax.stop_gradient(read(None, prior))
-      before = jax.lax.cond(
-        twice, first, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first))
-      )
-    hidden_w = read(before, prior if before is None else jnp.where(twice, 0.0, prior))
+    hidden_BxNxWxD = _read_windows(net, cache, embed, statistics.log_unigram_V, draw, config)
 
-  # All that is asked of the vocabulary's logits, in one reading of them.
-  step = bound_lib.Step.of(
-    codes, warp, latent_b, token[:, :bound_windows], time_next[:, :bound_windows], draw.step_noise, config.antithetic
+  step = scene.step(statistics, draw, config)
+  clean = None if hidden_BxLxD is None or learned else (Beliefs(hidden_BxLxD), batch.tokens[:, 1:])
+  log_p_bound, log_p_ce, log_p_clean = _log_probs(net, scene, step, hidden_BxNxWxD, clean, config)
+  if log_p_clean is not None:
+    nats_BxL = latents_lib.jump_nll(log_p_clean)
+  expected = _expected_code(net, scene, hidden_BxNxWxD) if config.integrand == "rate" else None
+  nats_BxNxW = jnp.where(scene.unknown, latents_lib.jump_nll(jnp.concatenate([log_p_bound[0], log_p_ce], axis=1)), 0.0)
+  window, path_nats, bound_nats = _window_sums(
+    scene, draw, step.nll(log_p_bound, expected), nats_BxNxW, config.bound_weight
   )
+  ar = jnp.zeros(()) if nats_BxL is None else _sum_counted(nats_BxL, batch) / counts.tokens
+  measured = _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats)
+  metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats)
+  terms = config.ar_weight * ar, config.window_weight * window / counts.windows
+  return terms, *jax.lax.stop_gradient((measured, metrics))
+
+
+def _autoregression(net, batch, counts, config):
+  """The objective without windows."""
+  hidden_BxLxD, _ = net.clean(batch.tokens[:, :-1], _clean_segments(batch))
+  nats_BxL = token_nll(net, hidden_BxLxD, batch.tokens, config.chunk)
+  ar = config.ar_weight * _sum_counted(nats_BxL, batch) / counts.tokens
+  none = jnp.zeros((0,))
+  measured = Measurement(batch.tokens[:, 1:], _counted_tokens(batch), none, none, none, none, none, None)
+  metrics = {"bits": Mean.of(nats_BxL * BITS_PER_NAT, _counted_tokens(batch))}
+  return (ar, jnp.zeros(())), measured, jax.lax.stop_gradient(metrics)
+
+
+def _reading_order(config: config_lib.Loss, learned: bool, whole: bool) -> str:
+  """How the streams are read: "windows alone", where windows are whole sequences and nothing trains the clean stream;
+  "clean first", where windows need more of the clean stream than its keys and values; "joint" otherwise."""
+  if config.ar_weight == 0 and whole:
+    return "windows alone"
+  if learned or config.self_conditioning or config.clean_gradient != 1.0:
+    return "clean first"
+  return "joint"
+
+
+def _clean_segments(batch: Batch) -> jax.Array | None:
+  return None if batch.segments is None else batch.segments[:, :-1]
+
+
+def _counted_tokens(batch: Batch) -> jax.Array | None:
+  return None if batch.counted is None else batch.counted[:, 1:].astype(jnp.float32)
+
+
+def _sum_counted(values_BxL: jax.Array, batch: Batch) -> jax.Array:
+  counted = _counted_tokens(batch)
+  return jnp.sum(values_BxL if counted is None else values_BxL * counted)
+
+
+def _read_clean(net, batch, x_BxTxD):
+  """Hidden states and KV cache of the clean stream."""
+  return net.clean(batch.tokens[:, :-1], _clean_segments(batch), x_BxTxD[:, :-1])
+
+
+@flax.struct.dataclass
+class _Scene:
+  """The windows of a step as the objective sees them; the first of N, `bound` in number, are trained by the bound."""
+
+  token_BxNxS: jax.Array  # the true tokens, the anchor's first
+  latent: latents_lib.Latent  # (B, N, W)
+  time_next: jax.Array  # (B, N, W)
+  kl: jax.Array | None  # (B, bound, W), nats: of the learned clock's delays
+  counted: jax.Array | None  # (B, N, W) float32; None: all tokens count
+  codes_VxM: jax.Array
+  fixed_codes_VxM: jax.Array  # the codes as cross-entropy reads them
+  bound: int = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, net, statistics, batch, draw, config, hidden_BxLxD, nats_BxL):
+    """hidden, nats: of the clean stream, where clocks are learned; None otherwise."""
+    codes = net.codes() if config.codes != "frozen" else jax.lax.stop_gradient(net.codes())
+    W, bound = draw.time.shape[-1], draw.step_noise.shape[1]
+    token = gather_windows(batch.tokens, draw.anchor, W)
+    is_bound = jnp.arange(token.shape[1]) < bound
+    time, time_next, kl = draw.time, draw.time_next, None
+    if nats_BxL is not None:
+      time, time_next, kl = _learned_times(net, draw, token[..., 1:], is_bound, hidden_BxLxD, nats_BxL)
+      kl = kl[:, :bound]
+    latent = observe_at(codes, jax.lax.stop_gradient(statistics.warp), token[..., 1:], time, draw.noise)
+    # Cross-entropy only wants codes far apart: by default its windows read them without training them.
+    if config.codes == "bound":
+      y = jnp.where(is_bound[:, None, None], latent.y, jax.lax.stop_gradient(latent.y))
+      latent = latent.replace(y=y)
+    fixed = codes if config.codes != "bound" else jax.lax.stop_gradient(codes)
+    counted = None
+    if batch.counted is not None:
+      counted = gather_windows(batch.counted, draw.anchor, W)[..., 1:].astype(jnp.float32)
+    return cls(token, latent, time_next, kl, counted, codes, fixed, bound)
+
+  @property
+  def token_BxNxW(self) -> jax.Array:
+    return self.token_BxNxS[..., 1:]
+
+  @property
+  def unknown(self) -> jax.Array:
+    """(B, N, W) bool."""
+    return ~self.latent.known
+
+  def split(self, tree):
+    """A tree of (B, N, ...) as those of the windows trained by the bound, and of the others."""
+    return (
+      jax.tree.map(lambda x: x[:, : self.bound], tree),
+      jax.tree.map(lambda x: x[:, self.bound :], tree),
+    )
+
+  def mask(self, values: jax.Array) -> jax.Array:
+    """Values of the first windows (B, n, W), zero where tokens do not count."""
+    return values if self.counted is None else values * self.counted[:, : values.shape[1]]
+
+  def step(self, statistics, draw, config) -> Step:
+    """The step of the windows trained by the bound."""
+    (latent, _), (token, _), (time_next, _) = map(self.split, (self.latent, self.token_BxNxW, self.time_next))
+    warp = jax.lax.stop_gradient(statistics.warp)
+    return Step.of(self.codes_VxM, warp, latent, token, time_next, draw.step_noise, config.antithetic)
+
+
+def _learned_times(net, draw, token_BxNxW, is_bound_N, hidden_BxLxD, nats_BxL):
+  """The draw's progressions, those of the learned clock on its path; and the KL of its delays (B, N, W) in nats."""
+  delay, sharpness, kl = infer_clock(
+    net, hidden_BxLxD, nats_BxL, token_BxNxW, draw.anchor, draw.steps, draw.delay_noise
+  )
+  # Like the codes, clocks are trained by the bound alone: cross-entropy only wants all tokens known at once.
+  delay, sharpness = (jnp.where(is_bound_N[:, None], x, jax.lax.stop_gradient(x)) for x in (delay, sharpness))
+  on_path = (draw.path == LEARNED)[..., None]
+  at = lambda clock, time: jnp.where(on_path, schedules.learned_clock(delay, sharpness, clock[..., None]), time)
+  return at(draw.clock, draw.time), at(draw.clock_next, draw.time_next), jnp.where(on_path, kl, 0.0)
+
+
+def _embed_windows(net, scene, draw, x_BxTxD, config, prior_logits, previous_hidden=None) -> WindowInputs:
+  """The windows' slots, embedded. prior_logits, previous_hidden (B, N, W, D): as in `Evo.embed`."""
+  slots = with_anchor(scene.latent, scene.token_BxNxS[..., 0])
+  embeddings = gather_windows(x_BxTxD, draw.anchor, scene.latent.time.shape[-1])
+  if previous_hidden is not None:
+    previous_hidden = jnp.pad(previous_hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
+    previous_hidden = scene.split(previous_hidden)
+  codes = scene.codes_VxM, scene.fixed_codes_VxM
+  x = net.embed(scene.split(slots), codes, prior_logits, scene.split(embeddings), previous_hidden, config.chunk)
+  return WindowInputs(draw.anchor, jnp.concatenate(x, axis=1), slots.time)
+
+
+def _read_windows(net, cache, embed, log_unigram_V, draw, config):
+  """Hidden states (B, N, W, D) of the windows' tokens; under self-conditioning of a second pass that reads the first's
+  belief, in a share of the steps. embed: `_embed_windows` by prior and previous hidden states."""
+  read = lambda *prior: net.window(_scale_gradient(cache, config.clean_gradient), embed(*prior))[:, :, :-1]
+  if not config.self_conditioning:
+    return read(log_unigram_V)
+  twice = draw.coin[0] < config.self_conditioning
+  first = lambda: jax.lax.stop_gradient(read(log_unigram_V))
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first))
+  previous = jax.lax.cond(twice, first, zeros)
+  return read(jnp.where(twice, 0.0, log_unigram_V), previous)
+
+
+def _scale_gradient(cache, scale):
+  """The clean stream's cache with the same values, bit for bit, and its gradient scaled."""
+  if scale == 1.0 or cache is None:
+    return cache
+  through = lambda x: x + (scale - 1.0) * (x - jax.lax.stop_gradient(x))
+  return cache.replace(k=through(cache.k), v=through(cache.v))
+
+
+def _log_probs(net, scene, step, hidden_BxNxWxD, clean, config):
+  """Log-probabilities in nats of the true tokens, in one reading of the vocabulary: for the windows trained by the
+  bound a tuple (before the step, and after it, by noise), for the others (B, N - bound, W), for the clean stream (B,
+  L).
+
+  clean: beliefs about the clean stream's tokens, and the tokens; None: they are not asked for.
+  """
+  (hidden_bound, hidden_ce), (token_bound, token_ce) = map(scene.split, (hidden_BxNxWxD, scene.token_BxNxW))
+  latent_bound, latent_ce = scene.split(scene.latent)
   ends = step.ends if config.integrand == "step" else ()
-  bound = interface.Beliefs(hidden_w[:, :bound_windows], (latent_b.y, *ends), codes)
-  beliefs = [
-    (bound, token[:, :bound_windows]),
-    (interface.Beliefs(hidden_w[:, bound_windows:], (latent_c.y,), fixed), token[:, bound_windows:]),
+  asked = [
+    (Beliefs(hidden_bound, (latent_bound.y, *ends), scene.codes_VxM), token_bound),
+    (Beliefs(hidden_ce, (latent_ce.y,), scene.fixed_codes_VxM), token_ce),
   ]
-  if hidden is not None and nats_BxL is None:
-    beliefs.append((interface.Beliefs(hidden), sequence_BxT[:, 1:]))
-  (of_bound, (of_rest,), *of_clean) = net.log_probs(*zip(*beliefs), config.chunk)
-  if of_clean:
-    nats_BxL = latents_lib.jump_nll(of_clean[0][0])
-  ar = jnp.zeros(())
-  if nats_BxL is not None:
-    ar = jnp.mean(nats_BxL)
-    metrics["bits"] = statistics_lib.Mean.of(jax.lax.stop_gradient(nats_BxL) * bound_lib.BITS_PER_NAT)
-  expected = None
-  if config.integrand == "rate":
-    expected = latents_lib.expected_code(latents_lib.log_belief(net.logits(bound.hidden), codes, latent_b.y), codes)
-  cost_b = step.price(of_bound, expected)
-  unknown = ~latent.known
-  nats = jnp.where(unknown, latents_lib.jump_nll(jnp.concatenate([of_bound[0], of_rest], axis=1)), 0.0)
-  whole_b = jnp.mean(cost_b, axis=-1) * draw.steps[:, :bound_windows]  # the path's cost that this step stands for
-  bound_BxN = whole_b * draw.weight[:, :bound_windows] + jnp.mean(kl)
-  # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
-  among = (draw.path == windows_lib.ERASURE) | (draw.path == windows_lib.RAGGED) | (draw.path == windows_lib.STREAMS)
-  share = jnp.where(among[..., None], unknown / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1), 1.0 / W)
-  # Of streams the bound asks only for what the next pass makes known; half of the weight stays with all, for
-  # more signal.
-  front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
-  share = jnp.where((draw.path == windows_lib.STREAMS)[..., None], 0.5 * (share + front), share)
-  ce_BxN = jnp.sum(nats * share, axis=-1)[:, bound_windows:]
-  window = (config.bound_weight * jnp.sum(bound_BxN) + jnp.sum(ce_BxN)) / (token.shape[0] * token.shape[1])
+  if clean is not None:
+    asked.append(clean)
+  bound, (ce,), *rest = net.log_probs(*zip(*asked), config.chunk)
+  return bound, ce, rest[0][0] if rest else None
 
-  nats, whole_b = jax.lax.stop_gradient((nats, whole_b))
-  if bound_windows < token.shape[1]:
-    metrics["window_ce"] = statistics_lib.Mean.of(
-      nats[:, bound_windows:] * bound_lib.BITS_PER_NAT, unknown[:, bound_windows:]
-    )
-  if bound_windows:
-    metrics["window_bound"] = statistics_lib.Mean.of(jax.lax.stop_gradient(bound_BxN) * bound_lib.BITS_PER_NAT)
-  if learned and bound_windows:
-    metrics["progression_kl"] = statistics_lib.Mean.of(
-      jax.lax.stop_gradient(kl) * bound_lib.BITS_PER_NAT, use[:, :bound_windows]
-    )
-  for i, name in enumerate(config_lib.TRAIN_PATHS):
-    metrics[f"ce_{name}"] = statistics_lib.Mean.of(nats * bound_lib.BITS_PER_NAT, unknown & (draw.path == i)[..., None])
-  if alone:
-    metrics["bits"] = statistics_lib.Mean.of(nats * bound_lib.BITS_PER_NAT, unknown)
-  # Where neighbours are known or not at all, nothing is learned of the price of partial knowledge.
-  partial = unknown & (draw.path < windows_lib.GAUSSIANS)[..., None]
-  measured = statistics_lib.Measurement(
-    sequence_BxT[:, 1:],
-    jax.lax.stop_gradient(warp_lib.precision_at(warp, time)),
-    nats,
-    partial.astype(jnp.float32),
-    draw.clock[:, :bound_windows],
-    whole_b,
+
+def _expected_code(net, scene, hidden_BxNxWxD):
+  """e_hat (B, bound, W, M) of the windows trained by the bound."""
+  hidden, _ = scene.split(hidden_BxNxWxD)
+  latent, _ = scene.split(scene.latent)
+  log_belief = latents_lib.log_belief(net.logits(hidden), scene.codes_VxM, latent.y)
+  return latents_lib.expected_code(log_belief, scene.codes_VxM)
+
+
+def _window_sums(scene, draw, step_nats, nats_BxNxW, bound_weight):
+  """The windows' loss, summed over windows, in nats per token of a window; and of the windows trained by the bound
+  (B, bound) the NLL bounds of their paths without and with importance weights and KL, in nats per token that counts.
+
+  step_nats: (B, bound, W) NLL of the bound's steps. nats_BxNxW: cross-entropies of unknown tokens.
+  """
+  W = nats_BxNxW.shape[-1]
+  steps, weight = draw.steps[:, : scene.bound], draw.weight[:, : scene.bound]
+  share = 1.0 if scene.counted is None else jnp.maximum(jnp.mean(scene.counted[:, : scene.bound], axis=-1), 1.0 / W)
+  # A single step stands for the whole path.
+  path_nats = jnp.mean(scene.mask(step_nats), axis=-1) * steps
+  kl = 0.0 if scene.kl is None else jnp.mean(scene.mask(scene.kl))
+  bound_nats = path_nats * weight + kl
+  # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
+  among_unknown = ((draw.path == ERASURE) | (draw.path == RAGGED) | (draw.path == STREAMS))[..., None]
+  unknown = scene.unknown
+  weights = jnp.where(among_unknown, unknown / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1), 1.0 / W)
+  # On streams the bound asks only for what the next pass commits; half of the weight stays with all, for more signal.
+  front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
+  weights = jnp.where((draw.path == STREAMS)[..., None], 0.5 * (weights + front), weights)
+  ce_nats = jnp.sum(scene.mask(nats_BxNxW) * weights, axis=-1)[:, scene.bound :]
+  total = bound_weight * jnp.sum(bound_nats) + jnp.sum(ce_nats)
+  return total, path_nats / share, bound_nats / share
+
+
+def _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats) -> Measurement:
+  # Where neighbours are known or not at all, nothing is learned of the NLL under partial evidence.
+  partial = scene.unknown & (draw.path < GAUSSIANS)[..., None]
+  path_weight = None
+  if scene.counted is not None:
+    path_weight = jnp.any(scene.counted[:, : scene.bound] > 0, axis=-1).astype(jnp.float32)
+  return Measurement(
+    token=batch.tokens[:, 1:],
+    token_weight=_counted_tokens(batch),
+    precision=precision_at(statistics.warp, scene.latent.time),
+    nats=nats_BxNxW,
+    weight=scene.mask(partial.astype(jnp.float32)),
+    clock=draw.clock[:, : scene.bound],
+    path_nats=path_nats,
+    path_weight=path_weight,
   )
-  return (config.ar_weight * ar, config.window_weight * window), measured, metrics
+
+
+def _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) -> Metrics:
+  unknown, bound = scene.unknown, scene.bound
+  mean = lambda nats, mask: Mean.of(nats * BITS_PER_NAT, mask)
+  metrics = {}
+  if nats_BxL is None:
+    metrics["bits"] = mean(nats_BxNxW, scene.mask(unknown))
+  else:
+    metrics["bits"] = mean(nats_BxL, _counted_tokens(batch))
+  if bound < nats_BxNxW.shape[1]:
+    metrics["window_ce"] = mean(nats_BxNxW[:, bound:], scene.mask(unknown)[:, bound:])
+  if bound:
+    counted = None if scene.counted is None else jnp.any(scene.counted[:, :bound] > 0, axis=-1)
+    metrics["window_bound"] = mean(bound_nats, counted)
+  if scene.kl is not None and bound:
+    on_path = jnp.broadcast_to((draw.path == LEARNED)[:, :bound, None], scene.kl.shape)
+    metrics["progression_kl"] = mean(scene.kl, scene.mask(on_path))
+  for i, name in enumerate(config_lib.TRAIN_PATHS):
+    metrics[f"ce_{name}"] = mean(nats_BxNxW, scene.mask(unknown & (draw.path == i)[..., None]))
+  return metrics

@@ -1,9 +1,9 @@
-"""Which tokens move in a pass, and how far: what makes a path of a network's answers. Pure functions.
+"""Policies: which tokens move in a pass, and how far; with a network's answers they make a path. Pure functions.
 
-A policy is asked once a pass, after the network was read, and gives the times that the window's tokens move to. It may
-look at all that a `Reading` holds, which is what a sampler knows, and never at a token that is not known yet. The same
-object therefore runs in the bound (`elbo.path_cost`) and in the sampler (`sample.sample_window`), and the price that
-the one measures is the price of what the other does.
+A policy is called once per pass, after the network was read, and gives the times that the window's tokens move to. It
+may look at all that an `Observation` holds, which is what a sampler knows, and never at a token that is not known yet.
+The same object therefore runs in the bound (`bound.path_nll`) and in the samplers (`steppers.sample_window`, decoding),
+and the NLL that the one measures is that of what the others do.
 
 Letters in names: T tokens of a window, K passes, V vocabulary.
 """
@@ -18,21 +18,21 @@ import numpy as np
 
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
-from evo_jax.flow import warp as warp_lib
+from evo_jax.flow.warp import Warp
 
 _SPREAD_ROUNDS = 3
-_SEED = 1e3  # bits: more than any entropy
-# Steps of t that are tried, from 1/32 to 1; the first is the least.
+_LATER = 1e3  # bits: more than any entropy
+# Steps of t that error control tries, from 1/32 to 1.
 _CONTROL_STEPS = tuple(2.0 ** (i / 2 - 5) for i in range(11))
 
 
 @flax.struct.dataclass
 class Observation:
-  """What one pass has told.
+  """What a policy knows after a pass.
 
   index: int32 scalar, the pass's number from 0. time: (..., T) progressions. log_belief: (..., T, V) in nats, the
-  belief about every token (of no meaning where it is known). uncertainty: scalar, CE(0) in nats, what a token costs
-  of which nothing is known. motion: where the tokens' latents are on the flow; codes_VxM: the codes; warp:
+  belief about every token (meaningless where it is known). uncertainty: scalar, CE(0) in nats, the cross-entropy of a
+  token of which nothing is known. solver: where the tokens' latents are on the flow; codes_VxM: the codes; warp:
   precisions by time.
   """
 
@@ -40,9 +40,9 @@ class Observation:
   time: jax.Array
   log_belief: jax.Array
   uncertainty: jax.Array
-  motion: latents_lib.SolverState
+  solver: latents_lib.SolverState
   codes_VxM: jax.Array
-  warp: warp_lib.Warp
+  warp: Warp
 
   @property
   def unknown(self) -> jax.Array:
@@ -61,57 +61,57 @@ class Observation:
 
 
 class Policy(Protocol):
-  def __call__(self, reading: Observation) -> jax.Array:
-    """Times (..., T), or broadcast to it, nowhere above reading.time; 0 makes a token known."""
+  def __call__(self, observation: Observation) -> jax.Array:
+    """Times (..., T), or broadcast to it, nowhere above observation.time; 0 makes a token known."""
 
 
 @flax.struct.dataclass
 class TimeGrid:
-  """Times that were fixed beforehand, whatever is read: times_KxT (K + 1, T), row k before pass k."""
+  """Times that are fixed beforehand: times_KxT (K + 1, T), row k before pass k."""
 
   times_KxT: jax.Array
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    return self.times_KxT[reading.index + 1]
+  def __call__(self, observation: Observation) -> jax.Array:
+    return self.times_KxT[observation.index + 1]
 
 
 @flax.struct.dataclass
 class LearnedClock:
-  """The learned clock in `passes` passes (int32 scalar); `delay` and `sharpness` (..., T) are inferred anew for each
+  """The learned clock in `passes` passes (int32 scalar); `delay` and `sharpness` (..., T) are inferred for each
   window."""
 
   passes: jax.Array
   delay: jax.Array | None = None
   sharpness: jax.Array | None = None
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    time = schedules.learned_clock(self.delay, self.sharpness, (reading.index + 1) / self.passes)
-    return jnp.minimum(time, reading.time)
+  def __call__(self, observation: Observation) -> jax.Array:
+    time = schedules.learned_clock(self.delay, self.sharpness, (observation.index + 1) / self.passes)
+    return jnp.minimum(time, observation.time)
 
 
 @flax.struct.dataclass
 class RandomOrder:
-  """Masked diffusion's reverse process on its linear schedule: in every of `passes` passes (int32 scalar) equally many
-  tokens jump, in the order `rank` (..., T) int32, drawn anew for each window."""
+  """Masked diffusion's reverse process on its linear schedule: in each of `passes` passes (int32 scalar) equally many
+  tokens jump, in the order `rank` (..., T) int32, drawn for each window."""
 
   passes: jax.Array
   rank: jax.Array | None = None
 
   def known_after(self, index: jax.Array, tokens: int) -> jax.Array:
-    """How many of `tokens` tokens are known when pass `index` is over (-1: before the first)."""
+    """How many of `tokens` tokens are known after pass `index` (-1: before the first)."""
     return jnp.minimum((index + 1) * tokens // self.passes, tokens)
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    return jnp.where(self.rank < self.known_after(reading.index, self.rank.shape[-1]), 0.0, reading.time)
+  def __call__(self, observation: Observation) -> jax.Array:
+    return jnp.where(self.rank < self.known_after(observation.index, self.rank.shape[-1]), 0.0, observation.time)
 
 
 @flax.struct.dataclass
 class MostCertain:
-  """Jumps of what is certain: of all unknown tokens that score below `threshold`, of the `count` with the lowest score,
-  and always of the leftmost.
+  """Jumps of the most certain tokens: all unknown ones that score below `threshold`, the `count` with the lowest
+  scores, and always the leftmost.
 
-  by: how a token scores:
-    "left"        its place: the leftmost first
+  by: the score:
+    "left"        the token's position: the leftmost first
     "entropy"     the belief's entropy in bits
     "confidence"  1 - the belief's largest probability
     "maturity"    t_hat = entropy / CE(0), the progression at which a belief is usually that sharp; tokens that do not
@@ -122,77 +122,77 @@ class MostCertain:
   count: jax.Array
   by: str = flax.struct.field(pytree_node=False)
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    unknown, time = reading.unknown, reading.time
+  def __call__(self, observation: Observation) -> jax.Array:
+    unknown, time = observation.unknown, observation.time
     if self.by == "left":
       score = jnp.broadcast_to(jnp.arange(unknown.shape[-1], dtype=time.dtype), unknown.shape)
     elif self.by == "confidence":
-      score = 1.0 - jnp.exp(jnp.max(reading.log_belief, axis=-1))
+      score = 1.0 - jnp.exp(jnp.max(observation.log_belief, axis=-1))
     else:
-      score = reading.entropy / (np.log(2.0) if self.by == "entropy" else reading.uncertainty)
+      score = observation.entropy / (np.log(2.0) if self.by == "entropy" else observation.uncertainty)
       if self.by == "maturity":
         time = jnp.minimum(time, jnp.maximum(score, 1.0 - self.threshold))
-    score = jnp.where(reading.leftmost, -jnp.inf, jnp.where(unknown, score, jnp.inf))
+    score = jnp.where(observation.leftmost, -jnp.inf, jnp.where(unknown, score, jnp.inf))
     jumps = unknown & ((score < self.threshold) | (schedules.rank(score) < jnp.maximum(self.count, 1)))
     return jnp.where(jumps, 0.0, time)
 
 
 @flax.struct.dataclass
 class Spread:
-  """Jumps that cost each other little, by one threshold in bits: what a token may be thought to lose because another
-  jumps in the same pass and it does not see it.
+  """Jumps of tokens that tell little about each other, by one threshold in bits: an estimate of what a token loses when
+  another jumps in the same pass and it does not see it.
 
-  That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold
-  jump. And it falls with distance: about CE(0) / d for tokens d apart, so that of the others tokens jump that are far
-  enough from each other: always the leftmost, then those that follow a known token, which the network knows best,
-  then seeds of new runs, evenly spread from the leftmost on; the most certain first. At 0 the leftmost jumps alone;
-  at CE(0) all jump at once.
+  That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold jump.
+  And it falls with distance, here about CE(0) / d for tokens d apart, so that of the others those jump that are far
+  enough from each other: always the leftmost, then those that follow a known token, which the network knows best, then
+  the first tokens of new runs, evenly spaced from the leftmost on; the most certain first. At 0 the leftmost jumps
+  alone; at CE(0) all jump at once.
   """
 
   threshold: jax.Array
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    T = reading.time.shape[-1]
-    entropy = reading.entropy / np.log(2.0)
-    spacing = reading.uncertainty / np.log(2.0) / jnp.maximum(self.threshold, 1e-6)
-    spacing = jnp.ceil(T / jnp.maximum(jnp.floor(T / spacing), 1.0))  # runs of one length, which end together
-    place = jnp.arange(T)
-    near_TxT = jnp.abs(place[:, None] - place) < spacing
-    follows = jnp.pad(~reading.unknown, [(0, 0)] * (entropy.ndim - 1) + [(1, 0)], constant_values=True)[..., :-1]
-    even = (place - jnp.argmax(reading.leftmost, axis=-1)[..., None]) % spacing == 0
-    score = jnp.where(follows, 0.0, jnp.where(even, _SEED, 2.0 * _SEED)) + entropy
-    order = schedules.rank(jnp.where(reading.leftmost, -jnp.inf, jnp.where(reading.unknown, score, jnp.inf)))
-    chosen, left = jnp.zeros(order.shape, bool), jnp.broadcast_to(reading.unknown, order.shape)
-    # Tokens that come first among all that are near and still left (Luby's independent set).
+  def __call__(self, observation: Observation) -> jax.Array:
+    T = observation.time.shape[-1]
+    entropy = observation.entropy / np.log(2.0)
+    spacing = observation.uncertainty / np.log(2.0) / jnp.maximum(self.threshold, 1e-6)
+    spacing = jnp.ceil(T / jnp.maximum(jnp.floor(T / spacing), 1.0))  # runs of equal length, which end together
+    position = jnp.arange(T)
+    near_TxT = jnp.abs(position[:, None] - position) < spacing
+    follows = jnp.pad(~observation.unknown, [(0, 0)] * (entropy.ndim - 1) + [(1, 0)], constant_values=True)[..., :-1]
+    even = (position - jnp.argmax(observation.leftmost, axis=-1)[..., None]) % spacing == 0
+    score = jnp.where(follows, 0.0, jnp.where(even, _LATER, 2.0 * _LATER)) + entropy
+    order = schedules.rank(jnp.where(observation.leftmost, -jnp.inf, jnp.where(observation.unknown, score, jnp.inf)))
+    chosen, candidates = jnp.zeros(order.shape, bool), jnp.broadcast_to(observation.unknown, order.shape)
+    # Tokens that come first among all near candidates (Luby's independent set).
     for _ in range(_SPREAD_ROUNDS):
-      first_TxT = order[..., :, None] <= jnp.where(left, order, T)[..., None, :]
-      best = left & jnp.all(first_TxT | ~near_TxT, axis=-1)
+      first_TxT = order[..., :, None] <= jnp.where(candidates, order, T)[..., None, :]
+      best = candidates & jnp.all(first_TxT | ~near_TxT, axis=-1)
       chosen |= best
-      left &= ~jnp.any(best[..., None, :] & near_TxT, axis=-1)
-    return jnp.where(chosen | (reading.unknown & (entropy < self.threshold)), 0.0, reading.time)
+      candidates &= ~jnp.any(best[..., None, :] & near_TxT, axis=-1)
+    return jnp.where(chosen | (observation.unknown & (entropy < self.threshold)), 0.0, observation.time)
 
 
 @flax.struct.dataclass
 class ErrorControlled:
   """All of a window's tokens together, as on the diagonal, in steps as long as their estimated error allows: the root
-  mean square, over the unknown tokens, of what a second-order step would add to z = y / sqrt(lambda),
-  whose noise is 1."""
+  mean square, over the unknown tokens, of what a second-order step would add to z = y / sqrt(lambda), whose noise has
+  variance 1."""
 
   tolerance: jax.Array
 
-  def __call__(self, reading: Observation) -> jax.Array:
-    unknown = reading.unknown
-    now = jnp.max(reading.time, axis=-1, keepdims=True)
-    code = latents_lib.expected_code(reading.log_belief, reading.codes_VxM)
+  def __call__(self, observation: Observation) -> jax.Array:
+    unknown = observation.unknown
+    now = jnp.max(observation.time, axis=-1, keepdims=True)
+    code = latents_lib.expected_code(observation.log_belief, observation.codes_VxM)
     best = jnp.maximum(now - _CONTROL_STEPS[0], 0.0)
     for step in _CONTROL_STEPS[1:]:
       time = jnp.maximum(now - step, 0.0)
-      precision = jnp.broadcast_to(reading.warp.precision(time), unknown.shape)
-      added = latents_lib.multistep_correction(reading.motion, code, precision) / jnp.sqrt(precision)[..., None]
+      precision = jnp.broadcast_to(observation.warp.precision(time), unknown.shape)
+      added = latents_lib.multistep_correction(observation.solver, code, precision) / jnp.sqrt(precision)[..., None]
       square = jnp.sum(jnp.where(unknown, jnp.sum(added**2, axis=-1), 0.0), axis=-1, keepdims=True)
       error = jnp.sqrt(square / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1))
       best = jnp.where((error <= self.tolerance) & (now < 1.0), time, best)
-    return jnp.where(unknown, jnp.minimum(jnp.where(best < schedules.END, 0.0, best), reading.time), 0.0)
+    return jnp.where(unknown, jnp.minimum(jnp.where(best < schedules.END, 0.0, best), observation.time), 0.0)
 
 
 def run_until_known(step: Callable, carry: Any, unfinished: Callable, first: int = 0) -> Any:
@@ -202,7 +202,7 @@ def run_until_known(step: Callable, carry: Any, unfinished: Callable, first: int
 
 
 def run_policy(policy: Policy, step: Callable, carry: Any, unfinished: Callable, first: int = 0) -> Any:
-  """The same for a policy; a grid's passes are scanned."""
+  """The same for a policy; a time grid's passes are scanned."""
   if not isinstance(policy, TimeGrid):
     return run_until_known(step, carry, unfinished, first)
   steps = jnp.arange(first, policy.times_KxT.shape[0] - 1)
@@ -212,10 +212,10 @@ def run_policy(policy: Policy, step: Callable, carry: Any, unfinished: Callable,
 def make_policy(
   path: str, tokens: int, rolling_width: float, most: int = 0, s: jax.Array | None = None
 ) -> Policy | None:
-  """The policy of a path's name over windows of `tokens` tokens; None for "ar", which needs no window.
+  """The policy that a path's name stands for, over windows of `tokens` tokens; None for "ar", which needs no window.
 
-  Grids are filled up with zeros to `most` passes, so that paths of different lengths share compiled code. s: the
-  clock of a grid, as in `paths.grid`. Raises UserError where the name is none.
+  Time grids are padded with zeros to `most` passes, so that paths of different lengths share compiled code. s: the
+  clock of a grid, as in `schedules.time_grid`. Raises UserError for an unknown name.
   """
   name, number = schedules.parse_path(path)
   if name == "ar":

@@ -1,20 +1,20 @@
-"""Paths from t = 1 to t = 0: the time warp, clocks, step grids and low-discrepancy draws. Pure arrays, no network.
+"""Paths from t = 1 to t = 0: their names, clocks and time grids, and low-discrepancy draws. Pure arrays, no network.
 
-A shared clock s runs from 0 to 1. On every path of this file token i keeps t = 1 until its start, then falls in a
-straight line, and is known after `width`:
+A shared clock s runs from 0 to 1. On every path but the learned one token i keeps t = 1 until its start, then
+falls linearly, and is known after `width`:
 
     t_i(s) = clip(1 - (s - start_i) / width, 0, 1)
 
     diagonal      start 0, width 1: all tokens together; the limit of many steps is diffusion
     rolling       starts evenly spread in order, width r: a wave from left to right
     independent   starts drawn at random, width r: tokens in any order and at any distance
-    staircase     start i / B, width 1 / B, on a grid of B steps: plain jumps one after another, autoregression
+    staircase     start i / T, width 1 / T, on a grid of T steps: plain jumps one after another, autoregression
     streams       n staircases side by side, one in each n-th of the window: tokens that jump together are far apart
 
 A learned clock gives each token a delay m and a sharpness b instead: t_i(s) = sigmoid(b_i (m_i - logit s)). m = 0 and
 b = 1 is the diagonal; a large b is a jump, at the clock's time sigmoid(m).
 
-Letters in names: B tokens of a window (T where it is any run of tokens), K steps, G knots.
+Letters in names: T tokens of a window, K steps.
 """
 
 import re
@@ -26,9 +26,9 @@ import numpy as np
 
 from evo_jax.errors import UserError
 
-_PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes a window
-_TOKENS = ("left", "certain", "streams")  # name:n, n tokens a pass
-# name:threshold, and its greatest value
+_PASSES = ("diagonal", "rolling", "random", "learned")  # name:K, K passes per window
+_TOKENS = ("left", "certain", "streams")  # name:n, n tokens per pass
+# name:threshold, and its largest value
 LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}
 _FORMS = "ar, staircase, " + ", ".join(
   [f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] + [f"{n}:threshold" for n in LIMITS]
@@ -90,7 +90,7 @@ def parse_path(path: str) -> tuple[str, float]:
       raise UserError(f"path {path!r}: needs a threshold from 0 to {LIMITS[name]:g}, as in {name}:0.5")
     return name, number
   if not re.fullmatch(r"[1-9]\d*", text):
-    what = "passes" if name in _PASSES else "tokens a pass"
+    what = "passes" if name in _PASSES else "tokens per pass"
     raise UserError(f"path {path!r}: needs a number of {what}, as in {name}:{16 if name in _PASSES else 2}")
   return name, int(text)
 
@@ -108,7 +108,7 @@ def time_grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None 
 
 
 def rank(values: jax.Array) -> jax.Array:
-  """Each value's place in ascending order over the last axis, int32 from 0; of uniform draws, a random order."""
+  """Each value's rank in ascending order over the last axis, int32 from 0; of uniform draws, a random order."""
   return jnp.argsort(jnp.argsort(values, axis=-1), axis=-1)
 
 

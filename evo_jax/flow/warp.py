@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LEAST_WEIGHT = 1e-3  # of a knot of the warp
+_LEAST_WEIGHT = 1e-3  # of a knot
 
 
 @flax.struct.dataclass
@@ -67,7 +67,7 @@ class Warp:
     both = jnp.broadcast_to(nats, (2, *nats.shape)).reshape(-1)
     add = lambda values: jax.ops.segment_sum(values, index, num_segments=last + 1)
     nats_G, weight_G = decay * self.nats_G + add(parts * both), decay * self.weight_G + add(parts)
-    keep_G = jnp.maximum(_LEAST_WEIGHT / weight_G, 1.0)  # what is not measured any more is forgotten, but for its mean
+    keep_G = jnp.maximum(_LEAST_WEIGHT / weight_G, 1.0)  # a knot that is no longer measured keeps its mean
     return self.replace(nats_G=keep_G * nats_G, weight_G=keep_G * weight_G)
 
 

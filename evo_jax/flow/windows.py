@@ -1,4 +1,8 @@
-"""Windows: where they lie, on which path, and at which point of it."""
+"""Windows in training: where they lie, on which path each is, and at which point of it.
+
+Letters in names: B batch, L tokens of a sequence, N windows of a sequence, W tokens of a window, S = W + 1 slots,
+M code elements, P paths of the mixture.
+"""
 
 import flax.struct
 import jax
@@ -8,7 +12,7 @@ import numpy as np
 from evo_jax import config as config_lib
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
-from evo_jax.flow import warp as warp_lib
+from evo_jax.flow.warp import Warp, precision_at
 
 LEARNED, STAIRCASE, STREAMS, ERASURE, RAGGED = (
   config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "streams", "erasure", "ragged")
@@ -18,18 +22,18 @@ GAUSSIANS = len(config_lib.GAUSSIAN_PATHS)  # paths of a lower index have partia
 
 @flax.struct.dataclass
 class WindowDraw:
-  """Everything random of one training step's windows. The first `bound_windows` of each sequence's N windows are taught
-  by the bound, on Gaussian paths; the others by cross-entropy, on all paths."""
+  """All random numbers of one training step's windows. The first `bound_windows` of each sequence's N windows are
+  trained by the bound, on Gaussian paths; the others by cross-entropy, on all paths."""
 
   anchor: jax.Array  # (B, N) int32: position of the anchor, the token before the window
   path: jax.Array  # (B, N) int32: index into config.TRAIN_PATHS
-  time: jax.Array  # (B, N, W): progressions at which the field is asked
-  time_next: jax.Array  # (B, N, W): where the step from there leads (read for bound windows)
+  time: jax.Array  # (B, N, W): progressions at which the field is read
+  time_next: jax.Array  # (B, N, W): where the step from there leads (used for bound windows)
   clock: jax.Array  # (B, N): the shared clock at `time`
   clock_next: jax.Array  # (B, N): and at `time_next`
-  front: jax.Array  # (B, N, W) bool: on streams, the tokens that the next pass makes known
+  front: jax.Array  # (B, N, W) bool: on streams, the tokens that the next pass commits
   steps: jax.Array  # (B, N): K of the path's discretization
-  weight: jax.Array  # (B, N): of the steps, 1 / (how much more often than evenly they are drawn)
+  weight: jax.Array  # (B, N): importance weight of the step, 1 / (how much more often than uniformly it is drawn)
   noise: jax.Array  # (B, N, W, M) standard normal
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
   delay_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
@@ -45,89 +49,140 @@ def draw_windows(
   mixture: config_lib.Paths,
   bound_windows: int,
   step_density_G: jax.Array | None = None,
+  counted_BxT: jax.Array | None = None,
 ) -> WindowDraw:
-  """Draws places, paths and points on them for `batch` sequences of `length` tokens.
+  """Draws positions, paths and points on them for `batch` sequences of `length` tokens.
 
-  Places are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
-  step_density_G: probabilities of evenly spaced bins of the clock for the bound's steps; None: all alike.
+  Positions are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
+
+  Args:
+    step_density_G: probabilities of evenly spaced bins of the clock for the bound's steps; None: uniform.
+    counted_BxT: (B, L + 1) bool, the tokens that count; windows lie where at least one does. None: all count.
   """
   N, W = window.count, window.size
   keys = jax.random.split(key, 6)
-  s_u, path_u, steps_u = jnp.moveaxis(schedules.low_discrepancy(keys[0], batch * N, 3).reshape(batch, N, 3), -1, 0)
+  point = schedules.low_discrepancy(keys[0], batch * N, 3).reshape(batch, N, 3)
+  s, path_u, steps_u = jnp.moveaxis(point, -1, 0)
   uniform = jax.random.uniform(keys[1], (batch, N, 1 + W))
   noise = jax.random.normal(keys[2], (batch, N + bound_windows, W, code_dim))
   by_bound = jnp.arange(N) < bound_windows
 
-  # N strata over the places; a random rotation, so that no window number prefers a stratum.
-  stratum = (jnp.arange(N) + jax.random.randint(keys[3], (batch, 1), 0, N)) % N
-  place = (stratum + uniform[..., 0]) / N
-  anchor = jnp.minimum((place * (length - W + 1)).astype(jnp.int32), length - W)
-
-  # On jumps alone the bound is the cross-entropy: windows taught by the bound take the other paths.
-  weights = np.array([getattr(mixture, name) for name in config_lib.TRAIN_PATHS])
-  gaussian = weights * (np.arange(len(weights)) < GAUSSIANS)
-  pick = lambda w: jnp.searchsorted(
-    jnp.asarray(np.cumsum(w / max(w.sum(), 1e-9))[:-1], jnp.float32), path_u.reshape(-1), side="right"
-  ).reshape(batch, N)
-  path = jnp.where(by_bound, pick(gaussian), pick(weights))
-
+  anchor = _draw_anchors(keys[3], uniform[..., 0], length, W, counted_BxT)
+  path = _draw_paths(path_u, by_bound, mixture)
   choose_steps = lambda choices: jnp.asarray(choices)[(steps_u * len(choices)).astype(jnp.int32)]
   # The staircase has its own grid of W jumps; in between it is not a staircase.
   steps = jnp.select(
     [path == STAIRCASE, path == LEARNED], [W, choose_steps(mixture.learned_steps)], choose_steps(mixture.steps)
   )
-  on_grid = by_bound | (path == STAIRCASE)
-  weight = jnp.ones_like(s_u)
-  if step_density_G is not None:
-    edges = jnp.concatenate([jnp.zeros(1), jnp.cumsum(step_density_G)])
-    s = jnp.interp(s_u, edges / edges[-1], jnp.linspace(0.0, 1.0, len(edges)))
-    found = jnp.minimum((s * len(step_density_G)).astype(jnp.int32), len(step_density_G) - 1)
-    weight = jnp.where(by_bound, 1.0 / (len(step_density_G) * step_density_G[found]), weight)
-    s_u = jnp.where(by_bound, jnp.minimum(s, 1.0 - 1e-6), s_u)
-  index = jnp.floor(s_u * steps)
-  clock = jnp.where(on_grid, index / steps, s_u)
+  s, weight = _importance_sampled(s, by_bound, step_density_G)
+  index = jnp.floor(s * steps)
+  clock = jnp.where(by_bound | (path == STAIRCASE), index / steps, s)
   clock_next = jnp.where(index + 1 >= steps, 1.0, (index + 1) / steps)
-
-  # Which tokens are unknown on the paths that only jump.
-  rank = schedules.rank(uniform[..., 1:])
-  low, high = mixture.erasure_range
-  erased = jnp.clip(jnp.ceil((low + (high - low) * s_u) * W), 1, W)[..., None]
-  first = jnp.floor(s_u * W)[..., None]
-  places = jnp.arange(W)
-  length = -(-W // choose_steps(mixture.stream_counts))[..., None]  # of a stream
-  in_stream, reached = places % length, jnp.floor(s_u[..., None] * length)
-  ragged = (places == first) | ((places > first) & (uniform[..., 1:] >= steps_u[..., None] ** 2))
-
-  def times(s):
-    found = []
-    for name in config_lib.TRAIN_PATHS:
-      if name == "erasure":
-        found.append(rank < erased)
-      elif name == "ragged":
-        found.append(ragged)
-      elif name == "streams":
-        found.append(in_stream >= reached)
-      else:  # of the learned clock's place the diagonal is a holder, until clocks are inferred
-        name = "diagonal" if name == "learned" else name
-        found.append(_snap(schedules.linear_clock(name, W, mixture.rolling_width, uniform[..., 1:])(s[..., None])))
-    stacked = jnp.stack([jnp.broadcast_to(t, (batch, N, W)).astype(s.dtype) for t in found])
-    return jnp.take_along_axis(stacked, path[None, ..., None], axis=0)[0]
-
+  stream_length = -(-W // choose_steps(mixture.stream_counts))
+  time, time_next, front = _times(mixture, path, s, clock, clock_next, uniform[..., 1:], steps_u, stream_length)
   return WindowDraw(
     anchor=anchor,
     path=path,
-    steps=steps,
-    weight=weight,
+    time=time,
+    time_next=time_next,
     clock=clock,
     clock_next=clock_next,
-    time=times(clock),
-    front=in_stream == reached,
-    time_next=jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next)),
+    front=front,
+    steps=steps,
+    weight=weight,
     noise=noise[:, :N],
     step_noise=noise[:, N:],
     delay_noise=jax.random.normal(keys[4], (batch, N, W)),
     coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)),
   )
+
+
+def _draw_anchors(key, uniform_BxN, length, size, counted_BxT):
+  """Anchors (B, N), one in each of N strata of the possible ones; strata are rotated at random, so that no window
+  number prefers one."""
+  batch, N = uniform_BxN.shape
+  stratum = (jnp.arange(N) + jax.random.randint(key, (batch, 1), 0, N)) % N
+  quantile = (stratum + uniform_BxN) / N
+  if counted_BxT is None:
+    return jnp.minimum((quantile * (length - size + 1)).astype(jnp.int32), length - size)
+  # Anchors behind which at least one token counts; in a sequence where none does, any: its windows count nothing.
+  sums = jnp.pad(jnp.cumsum(counted_BxT, axis=1), ((0, 0), (1, 0)))
+  possible = sums[:, size + 1 :] - sums[:, 1:-size] > 0  # (B, L - W + 1)
+  possible = possible | ~jnp.any(possible, axis=1, keepdims=True)
+  rank = jnp.cumsum(possible, axis=1)  # from 1
+  wanted = jnp.minimum((quantile * rank[:, -1:]).astype(jnp.int32) + 1, rank[:, -1:])
+  return jax.vmap(jnp.searchsorted)(rank, wanted).astype(jnp.int32)
+
+
+def _draw_paths(path_u_BxN, by_bound_N, mixture):
+  """Indices (B, N) into config.TRAIN_PATHS, by the mixture's weights. On jumps alone the bound is the cross-entropy:
+  windows trained by the bound take the Gaussian paths."""
+  weights = np.array([getattr(mixture, name) for name in config_lib.TRAIN_PATHS])
+  gaussian = weights * (np.arange(len(weights)) < GAUSSIANS)
+
+  def pick(weights):
+    edges = jnp.asarray(np.cumsum(weights / max(weights.sum(), 1e-9))[:-1], jnp.float32)
+    return jnp.searchsorted(edges, path_u_BxN.reshape(-1), side="right").reshape(path_u_BxN.shape)
+
+  return jnp.where(by_bound_N, pick(gaussian), pick(weights))
+
+
+def _importance_sampled(s_BxN, by_bound_N, density_G):
+  """Points of the clock for the bound's windows drawn by a density, and importance weights (B, N); the others as they
+  are."""
+  weight = jnp.ones_like(s_BxN)
+  if density_G is None:
+    return s_BxN, weight
+  bins = len(density_G)
+  edges = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density_G)])
+  s = jnp.interp(s_BxN, edges / edges[-1], jnp.linspace(0.0, 1.0, len(edges)))
+  index = jnp.minimum((s * bins).astype(jnp.int32), bins - 1)
+  weight = jnp.where(by_bound_N, 1.0 / (bins * density_G[index]), weight)
+  return jnp.where(by_bound_N, jnp.minimum(s, 1.0 - 1e-6), s_BxN), weight
+
+
+def _times(mixture, path, s, clock, clock_next, uniform_BxNxW, steps_u, stream_length):
+  """Progressions (B, N, W) at the point on the path and at the step's end, and the front of streams."""
+  W = uniform_BxNxW.shape[-1]
+  index = jnp.arange(W)
+  in_stream = index % stream_length[..., None]
+  reached = jnp.floor(s[..., None] * stream_length[..., None])
+  jumps = {
+    "streams": in_stream >= reached,
+    "erasure": _erased(mixture, s, uniform_BxNxW),
+    "ragged": _ragged(s, uniform_BxNxW, steps_u),
+  }
+
+  def times(clock):
+    by_path = []
+    for name in config_lib.TRAIN_PATHS:
+      if name in jumps:
+        by_path.append(jumps[name])
+      else:  # the diagonal stands in for the learned clock until it is inferred
+        name = "diagonal" if name == "learned" else name
+        linear = schedules.linear_clock(name, W, mixture.rolling_width, uniform_BxNxW)
+        by_path.append(_snap(linear(clock[..., None])))
+    stacked_PxBxNxW = jnp.stack([jnp.broadcast_to(t, uniform_BxNxW.shape).astype(s.dtype) for t in by_path])
+    return jnp.take_along_axis(stacked_PxBxNxW, path[None, ..., None], axis=0)[0]
+
+  time_next = jnp.where((clock_next >= 1.0)[..., None], 0.0, times(clock_next))
+  return times(clock), time_next, in_stream == reached
+
+
+def _erased(mixture, s, uniform_BxNxW):
+  """Unknown tokens on the path of erasure: n of a window at random, n uniform in the range's share of 1..W."""
+  W = uniform_BxNxW.shape[-1]
+  low, high = mixture.erasure_range
+  count = jnp.clip(jnp.ceil((low + (high - low) * s) * W), 1, W)[..., None]
+  return schedules.rank(uniform_BxNxW) < count
+
+
+def _ragged(s, uniform_BxNxW, steps_u):
+  """Unknown tokens on the ragged path: all are known up to somewhere, the next is unknown, of those behind a random
+  share is known."""
+  index = jnp.arange(uniform_BxNxW.shape[-1])
+  first = jnp.floor(s * uniform_BxNxW.shape[-1])[..., None]
+  return (index == first) | ((index > first) & (uniform_BxNxW >= steps_u[..., None] ** 2))
 
 
 def _snap(time: jax.Array) -> jax.Array:
@@ -136,34 +191,29 @@ def _snap(time: jax.Array) -> jax.Array:
 
 
 def observe_at(
-  codes_VxM: jax.Array, warp: warp_lib.Warp, token: jax.Array, time: jax.Array, noise: jax.Array
+  codes_VxM: jax.Array, warp: Warp, token: jax.Array, time: jax.Array, noise: jax.Array
 ) -> latents_lib.Latent:
   """The latent of known truth `token` (...) at progressions `time` (...) with standard normal `noise` (..., M)."""
-  return latents_lib.Latent(
-    latents_lib.observe(codes_VxM, token, warp_lib.precision_at(warp, time), noise), time, token
-  )
+  return latents_lib.Latent(latents_lib.observe(codes_VxM, token, precision_at(warp, time), noise), time, token)
 
 
 def with_anchor(latent: latents_lib.Latent, anchor_token: jax.Array) -> latents_lib.Latent:
   """A window's latent (..., W) with the clean anchor (...) in front: (..., W + 1)."""
   pad = [(0, 0)] * anchor_token.ndim + [(1, 0)]
-  return latents_lib.Latent(
-    jnp.pad(latent.y, [*pad, (0, 0)]),
-    jnp.pad(latent.time, pad),
-    jnp.concatenate([anchor_token[..., None], latent.token], axis=-1),
-  )
+  token = jnp.concatenate([anchor_token[..., None], latent.token], axis=-1)
+  return latents_lib.Latent(jnp.pad(latent.y, [*pad, (0, 0)]), jnp.pad(latent.time, pad), token)
 
 
-def gather_windows(sequence_BxT: jax.Array, anchor_BxN: jax.Array, size: int) -> jax.Array:
-  """Slots (B, N, size + 1, ...): the anchor's token and the `size` tokens after it, out of the sequence
-  (B, L + 1, ...)."""
+def gather_windows(values_BxT: jax.Array, anchor_BxN: jax.Array, size: int) -> jax.Array:
+  """Slots (B, N, size + 1, ...): what the sequence (B, L + 1, ...) holds at the anchor and the `size` positions after
+  it."""
   index = anchor_BxN[..., None] + jnp.arange(size + 1)
-  rest = sequence_BxT.shape[2:]
+  rest = values_BxT.shape[2:]
   flat = index.reshape(index.shape[0], -1, *(1,) * len(rest))
-  return jnp.take_along_axis(sequence_BxT, flat, axis=1).reshape(*index.shape, *rest)
+  return jnp.take_along_axis(values_BxT, flat, axis=1).reshape(*index.shape, *rest)
 
 
 def for_slots(logits: jax.Array) -> jax.Array:
-  """Logits (..., W, V) of a window's tokens as those of its slots (..., W + 1, V); the anchor's are not
-  read. (V,) stays."""
+  """Logits (..., W, V) of a window's tokens as those of its slots (..., W + 1, V); the anchor's are not read. (V,)
+  stays."""
   return logits if logits.ndim == 1 else jnp.pad(logits, [*[(0, 0)] * (logits.ndim - 2), (1, 0), (0, 0)])

@@ -1,7 +1,7 @@
 """Attention by fused kernels, which keep no scores in memory: splash attention (Pallas) on TPUs, cuDNN's on GPUs.
 
-They take what `attention.attend` takes, and give what it gives; letters in names are those of attention.py. On other
-platforms than a TPU splash attention is interpreted: slow, for tests.
+They take what `attention.attend` takes, and give what it gives; letters in names are those of attention.py. interpret:
+run splash attention without a TPU: slow, for tests.
 """
 
 import math
@@ -9,8 +9,6 @@ import math
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
-
-from evo_jax.parallel import sharding
 
 _LANES = 128  # lengths that splash attention takes are multiples of it
 Keys = tuple[jax.Array, jax.Array]
@@ -22,13 +20,17 @@ def splash_takes_length(length: int) -> bool:
 
 
 def splash_causal(
-  q_BxKxGxLxE: jax.Array, k_BxKxLxE: jax.Array, v_BxKxLxE: jax.Array, start_BxL: jax.Array | None = None
+  q_BxKxGxLxE: jax.Array,
+  k_BxKxLxE: jax.Array,
+  v_BxKxLxE: jax.Array,
+  start_BxL: jax.Array | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
   """Causal attention (B, K, G, L, E); from `start` on, which is the same for all positions of a document, where
   it is given."""
   G, L = q_BxKxGxLxE.shape[2:4]
   mask = splash.MultiHeadMask([splash.CausalMask((L, L))] * G)
-  kernel = _kernel(mask, _block(L), _block(L))
+  kernel = _kernel(mask, _block(L), _block(L), interpret)
 
   def row(q_KxGxLxE, k, v, start_L):
     ids = None if start_L is None else splash.SegmentIds(start_L, start_L)
@@ -44,6 +46,7 @@ def splash_windows(
   start_BxNxS: jax.Array | None,
   own: Keys,
   visible_NxSxT: jax.Array,
+  interpret: bool = False,
 ) -> jax.Array:
   """`attend` for windows: one softmax over the clean stream before each window's anchor and over its own keys.
 
@@ -70,7 +73,9 @@ def splash_windows(
     before = (place < stop.reshape(-1, 1)) & (place >= start.reshape(-1, 1))
     mask = jnp.pad(jnp.concatenate([before, inside], axis=1), ((0, rows - N * S), (0, keys - L - N * T)))
     mask = mask.at[N * S :, 0].set(True)  # rows that nobody reads see something, too
-    return jax.vmap(_kernel(mask[None], _block(rows), _block(keys)))(q, k, v)  # of one head, which then all G read
+    return jax.vmap(_kernel(mask[None], _block(rows), _block(keys), interpret))(
+      q, k, v
+    )  # of one head, which then all G read
 
   stop = jnp.broadcast_to(stop_BxNxS, (B, N, S))
   start = jnp.zeros_like(stop) if start_BxNxS is None else jnp.broadcast_to(start_BxNxS, (B, N, S))
@@ -112,7 +117,7 @@ def _block(length: int) -> int:
   return math.gcd(length, 512)
 
 
-def _kernel(mask, queries: int, keys: int):
+def _kernel(mask, queries: int, keys: int, interpret: bool):
   sizes = splash.BlockSizes(
     block_q=queries,
     block_kv=keys,
@@ -129,7 +134,7 @@ def _kernel(mask, queries: int, keys: int):
     head_shards=1,
     q_seq_shards=1,
     residual_checkpoint_name="attention",
-    interpret=sharding.platform() != "tpu",
+    interpret=interpret,
   )
   # Made inside jit, it has turned this plain bool, which it asks when called, into a traced one.
   kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=isinstance(mask, jax.Array))

@@ -1,4 +1,12 @@
-"""The Transformer block, its streams and its key-value cache."""
+"""The Transformer block (RMSNorm, rotary grouped-query attention, SwiGLU, as in Llama), for one or two streams.
+
+Slots at t > 0 are modulated by adaptive normalisation as in DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of
+low rank that is zero at t = 0: there the block is an ordinary Transformer's.
+
+Letters in names: B batch, L clean positions, N runs (windows), S slots of a run, T slots of all runs in one axis,
+D width, H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value),
+E elements of a head, F hidden, R rank of the time conditioning.
+"""
 
 import math
 
@@ -10,16 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import config as config_lib
-from evo_jax.network import attention, rotary
-from evo_jax.parallel import sharding
+from evo_jax.network import attention
+from evo_jax.network.attention import KeysValues, Visibility
+from evo_jax.network.rotary import Angles, apply_rotary
+from evo_jax.parallel.sharding import Layout
+
+# Rows of a slot's modulation: shift, scale and gate of attention, then of the hidden units.
+_ATTENTION, _MLP = 0, 3
 
 
 @flax.struct.dataclass
 class KVCache:
-  """What the clean stream leaves to be read: final keys and values of its positions.
+  """Keys and values of the clean stream.
 
-  k, v: (layers, B, K, L, E), or a tuple of (B, K, L, E) by layer from a model whose layers are apart; start: (B, L)
-  int32, the first position that each sees, its document's where documents are isolated.
+  k, v: (layers, B, K, L, E), or a tuple of (B, K, L, E) by layer from a model whose layers are unstacked; start: (B, L)
+  int32, the first position that each position sees, its document's where documents are isolated; None: 0.
   """
 
   k: jax.Array | tuple[jax.Array, ...]
@@ -29,17 +42,15 @@ class KVCache:
 
 @flax.struct.dataclass
 class Stream:
-  """How the slots of a stream read: N runs of S slots; the clean stream is one run.
+  """How the slots of a stream are read: N runs of S slots; the clean stream is one run.
 
-  angles: `attention.angles` of their places, whose shape tells N and S; stop, start: the clean positions that slots
-  see, as `attention.attend` takes them; visible: which slots of its run each sees, (B, N, S, T) or broadcastable to
-  it; None: there is nothing but clean slots; time_BxTxR: the time conditioning, T = N S; None: t is 0.
+  angles: `rotary.rotary_angles` of their positions, whose shape tells N and S; visibility: which keys they see; without
+  slots of their own run it is the clean stream, or clean slots that continue it; time_BxTxR: the time conditioning,
+  T = N S; None: t is 0.
   """
 
-  angles: tuple[jax.Array, jax.Array]
-  stop_BxNxS: jax.Array | None
-  start_BxNxS: jax.Array | None
-  visible_NxSxT: jax.Array | None
+  angles: Angles
+  visibility: Visibility
   time_BxTxR: jax.Array | None
 
   @property
@@ -51,6 +62,15 @@ class Stream:
     return self.angles[0].shape[4]
 
 
+@flax.struct.dataclass
+class CacheWrite:
+  """The first `count` slots, of one run, are clean: they enter the cache at first[b], first[b] + 1, ... before it is
+  read."""
+
+  first_B: jax.Array
+  count: int = flax.struct.field(pytree_node=False)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   """RMSNorm over the last axis, computed in float32; the result has x's dtype."""
   wide = x.astype(jnp.float32)
@@ -58,29 +78,24 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   return (wide * scale).astype(x.dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array, inputs: int = 1, flatten: bool = True) -> jax.Array:
   """x (..., in) times weight (in, out), either in several axes: `inputs` of the weight's are contracted; in x's dtype.
 
-  Done as a product by one matrix: of weights with more axes TPUs' compiler makes copies. XLA's CPU backward pass takes
-  twice as long over products of more axes, so that there x is a matrix, too; on TPUs making it one costs copies.
+  Computed as a product by one matrix: of weights with more axes TPUs' compiler makes copies. flatten: make x a matrix,
+  too (`Layout.flattens_products`).
   """
   lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
   size = math.prod(weight.shape[:inputs])
   matrix = weight.astype(x.dtype).reshape(size, -1)
-  rows = lead if sharding.platform() == "tpu" else (-1,)
+  rows = (-1,) if flatten else lead
   return (x.reshape(*rows, size) @ matrix).reshape(*lead, *out)
 
 
-def parameter(
-  module: nn.Module, rules: sharding.ShardingRules, name: str, init, shape, axes, param_dtype, dtype
-) -> jax.Array:
-  """A module's parameter with its logical axes; where a shard of the batch computes by hand, gathered in `dtype`
-  (None: its part)."""
-  if sharding.in_shard_map() and module.has_variable(
-    "params", name
-  ):  # this device's part, whose shape linen would not take
-    part = module.get_variable("params", name)
-    return part if dtype is None else rules.gather(part, axes, dtype)
+def parameter(module: nn.Module, layout: Layout, name: str, init, shape, axes, param_dtype, dtype) -> jax.Array:
+  """A module's parameter with its logical axes; inside a `shard_map` all-gathered in `dtype` (None: the shard)."""
+  if layout.manual and module.has_variable("params", name):  # a shard, whose shape linen would refuse
+    shard = module.get_variable("params", name)
+    return shard if dtype is None else layout.gather(shard, axes, dtype)
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(param_dtype))
 
 
@@ -88,7 +103,7 @@ class Block(nn.Module):
   """One layer, for both streams."""
 
   config: config_lib.Model
-  rules: sharding.ShardingRules
+  layout: Layout
 
   def setup(self):
     c = self.config
@@ -96,7 +111,7 @@ class Block(nn.Module):
     J = H // K + 2
 
     def param(name, init, shape, axes):
-      return parameter(self, self.rules, name, init, shape, axes, c.param_dtype, c.dtype)
+      return parameter(self, self.layout, name, init, shape, axes, c.param_dtype, c.dtype)
 
     def weight(name, shape, axes, fan_in, scale=1.0):
       return param(name, nn.initializers.truncated_normal(scale * fan_in**-0.5), shape, axes)
@@ -115,109 +130,123 @@ class Block(nn.Module):
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
 
-  def __call__(self, x_BxTxD, past, streams, write):
-    """Returns the new x and the keys and values (B, K, L, E) that are kept, of clean slots; None: there are none.
+  def __call__(
+    self, x_BxTxD: jax.Array, past: KeysValues | None, streams: tuple[Stream, ...], write: CacheWrite | None
+  ) -> tuple[jax.Array, KeysValues | None]:
+    """The new x, and the clean stream's keys and values (B, K, L, E); None where two streams are read, or none is
+    clean.
 
-    x_BxTxD: the slots of all streams, one after another; the slots of a stream's runs, too, lie in one axis, since TPUs
+    x_BxTxD: the slots of all streams, one after another; the slots of a stream's runs, too, are one axis, since TPUs
     pad the last two. past: keys and values of the clean stream; None: there are none, or the first of two streams is
-    the clean one, which the second reads: then none are kept. streams: tuple of `Stream`. write: (first_B, fresh): the
-    first `fresh` slots, of one run, are clean and enter `past` at these places before it is read.
+    the clean one, which the second reads. write: clean slots that enter `past` first.
     """
+    modulation = self._modulation(streams)
+    h = self._normed(x_BxTxD, self.attention_norm, modulation, _ATTENTION)
+    y, cache = self._attention(h, past, streams, write)
+    x = x_BxTxD + _gated(y, modulation, _ATTENTION)
+    h = self._normed(x, self.mlp_norm, modulation, _MLP)
+    # The gate's gradient needs what it scales. It is kept where anything is: else the product of all slots would be
+    # recomputed for it.
+    x = x + _gated(self._mlp(h), modulation, _MLP, name="mlp_out")
+    return self.layout.constrain(x, "batch", "slots", "width"), cache if len(streams) == 1 else None
+
+  def _linear(self, x, weight, inputs=1):
+    return linear(x, weight, inputs, self.layout.flattens_products)
+
+  def _modulation(self, streams):
+    """By conditioned stream (begin, end, the six parts (B, end - begin, D)) of the slots from begin to end."""
     c = self.config
-    x = x_BxTxD
-    B, T, _ = x.shape
     ends = np.cumsum([s.runs * s.slots for s in streams])
-    cut = lambda x, axis: jnp.split(x, ends[:-1], axis)
-    join = lambda parts, axis: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
     w_time_RxA = self.w_time_Rx6xD.reshape(c.time_dim, 6 * c.width)
-    conditioned = [
-      (end, jnp.split(linear(s.time_BxTxR, w_time_RxA), 6, axis=-1))
+    return [
+      (end - s.runs * s.slots, end, jnp.split(self._linear(s.time_BxTxR, w_time_RxA), 6, axis=-1))
       for s, end in zip(streams, ends)
       if s.time_BxTxR is not None
     ]
 
-    def add(x, change):
-      """x and, of slots that time conditions, change(x, modulation). Added in zeros, since cutting clean slots out
-      costs TPUs a copy."""
-      for end, modulation in conditioned:
-        begin = end - modulation[0].shape[1]
-        x = x + jnp.pad(change(x[:, begin:end], modulation), ((0, 0), (begin, T - end), (0, 0)))
-      return x
+  def _normed(self, x, norm, modulation, first):
+    x = rms_norm(x, norm.astype(jnp.float32), self.config.norm_epsilon)
+    return _add_to_slots(x, modulation, lambda x, parts: x * parts[first + 1] + parts[first])
 
-    def enter(x, norm, shift, scale):
-      return add(rms_norm(x, norm.astype(jnp.float32), c.norm_epsilon), lambda x, m: x * m[scale] + m[shift])
+  def _attention(self, h, past, streams, write):
+    B, T, _ = h.shape
+    ends = np.cumsum([s.runs * s.slots for s in streams])[:-1]
+    angles = tuple(map(_concatenate_angles, zip(*(s.angles for s in streams))))
+    qk, v = self._project(h, angles)
+    parts = zip(streams, jnp.split(qk[:, :, :-1], ends, 3), jnp.split(qk[:, :, -1], ends, 2), jnp.split(v, ends, 2))
+    outputs, cache = [], None
+    for stream, q, key, value in parts:
+      by_run = lambda x, s=stream: x.reshape(*x.shape[:-2], s.runs, s.slots, x.shape[-1])
+      has_own = stream.visibility.own_NxSxT is not None
+      own, is_clean = None, not has_own and past is None
+      if is_clean:
+        past = cache = (key, value)
+      elif write is not None:
+        n = write.count
+        past = cache = tuple(
+          attention.write_cache(old, write.first_B, new[:, :, :n]) for old, new in zip(past, (key, value))
+        )
+        own = (key[:, :, None, n:], value[:, :, None, n:]) if has_own else None
+      else:
+        own = (by_run(key), by_run(value))
+      y = attention.attend(self.config, self.layout, by_run(q), past, stream.visibility, own, causal=is_clean)
+      outputs.append(y.reshape(q.shape))
+    y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
+    y = y.transpose(0, 3, 1, 2, 4).reshape(B, T, self.config.heads, -1)
+    return self._linear(y, self.w_o_HxExD, 2), cache
 
-    def of_slots(parts):
-      """Something (B or 1, 1, 1, T, E / 2) of all slots, from what each stream has (B or 1, 1, 1, N, S, E / 2)."""
-      parts = [a.reshape(*a.shape[:3], -1, a.shape[-1]) for a in parts]
-      batch = max(len(a) for a in parts)  # places may be shared by the batch
-      return join([jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in parts], 3)
-
-    angles = tuple(map(of_slots, zip(*(s.angles for s in streams))))
-    h = enter(x, self.attention_norm, 0, 1)
-    qkv = self.rules.constrain(linear(h, self.w_qkv_DxKxJxE), "batch", "slots", "kv_heads", None, "head_dim")
+  def _project(self, h, angles):
+    """Rotated queries and key (B, K, G + 1, T, E), and the value (B, K, T, E)."""
+    qkv = self._linear(h, self.w_qkv_DxKxJxE)
+    qkv = self.layout.constrain(qkv, "batch", "slots", "kv_heads", None, "head_dim")
     # Heads to the front, so that attention's products are plain batches of matrix products.
     qkv_BxKxJxTxE = qkv.transpose(0, 2, 3, 1, 4)
-    qk, v = rotary.apply_rotary(qkv_BxKxJxTxE[:, :, :-1], angles), qkv_BxKxJxTxE[:, :, -1]
-    qk, v = checkpoint_name(qk, "qkv"), checkpoint_name(v, "qkv")
-    found, kept = [], None
-    for stream, q, k, v in zip(streams, cut(qk[:, :, :-1], 3), cut(qk[:, :, -1], 2), cut(v, 2)):
-      by_run = lambda x, shape=(stream.runs, stream.slots): x.reshape(*x.shape[:-2], *shape, x.shape[-1])
-      own, is_clean = None, stream.visible_NxSxT is None and past is None
-      if is_clean:
-        past = kept = (k, v)
-      elif write is not None:
-        first, fresh = write
-        past = kept = tuple(attention.write_cache(old, first, new[:, :, :fresh]) for old, new in zip(past, (k, v)))
-        own = (k[:, :, None, fresh:], v[:, :, None, fresh:]) if stream.visible_NxSxT is not None else None
-      else:
-        own = (by_run(k), by_run(v))
-      y_BxKxGxNxSxE = attention.attend(
-        c,
-        self.rules,
-        by_run(q),
-        past,
-        stream.stop_BxNxS,
-        stream.start_BxNxS,
-        own,
-        stream.visible_NxSxT,
-        causal=is_clean,
-      )
-      found.append(y_BxKxGxNxSxE.reshape(q.shape))
-    y = join(found, 3).transpose(0, 3, 1, 2, 4).reshape(B, T, c.heads, -1)
-    x = x + add(linear(y, self.w_o_HxExD, 2), lambda y, m: y * m[2])
-    h = enter(x, self.mlp_norm, 3, 4)
+    qk = apply_rotary(qkv_BxKxJxTxE[:, :, :-1], angles, self.layout.rotates_by_product)
+    return checkpoint_name(qk, "qkv"), checkpoint_name(qkv_BxKxJxTxE[:, :, -1], "qkv")
+
+  def _mlp(self, h):
     gate, up = (
-      checkpoint_name(self.rules.constrain(linear(h, w), "batch", "slots", "mlp"), name)
+      checkpoint_name(self.layout.constrain(self._linear(h, w), "batch", "slots", "mlp"), name)
       for name, w in (("gate", self.w_gate_DxF), ("up", self.w_up_DxF))
     )
-    h = nn.silu(gate) * up
-    # The modulation's gradient asks for what it scales. Kept where anything is: for it the product of all slots
-    # would be computed anew.
-    x = x + add(linear(h, self.w_down_FxD), lambda y, m: checkpoint_name(y, "mlp_out") * m[5])
-    return self.rules.constrain(x, "batch", "slots", "width"), kept if len(streams) == 1 else None
+    return self._linear(nn.silu(gate) * up, self.w_down_FxD)
 
 
-def _all_but_gathered(primitive, *_, **__) -> bool:
-  # A weight that was gathered, or was given another shape or dtype then, is gathered anew: kept, they would be the
-  # whole model.
-  return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")
+def _gated(y, modulation, first, name=None):
+  """y (B, T, D), of conditioned slots y (1 + gate). name: of what the gate scales, for `remat`."""
+  scaled = lambda y: checkpoint_name(y, name) if name else y
+  return _add_to_slots(y, modulation, lambda y, parts: scaled(y) * parts[first + 2])
+
+
+def _add_to_slots(x, modulation, change):
+  """x and, of conditioned slots, change(x, parts). Added in zeros, since slicing clean slots out costs TPUs a copy."""
+  T = x.shape[1]
+  result = x
+  for begin, end, parts in modulation:
+    result = result + jnp.pad(change(x[:, begin:end], parts), ((0, 0), (begin, T - end), (0, 0)))
+  return result
+
+
+def _concatenate_angles(parts):
+  """(B or 1, 1, 1, T, E / 2) of all slots, from what each stream has, (B or 1, 1, 1, N, S, E / 2)."""
+  parts = [a.reshape(*a.shape[:3], -1, a.shape[-1]) for a in parts]
+  batch = max(len(a) for a in parts)  # positions may be shared by the batch
+  parts = [jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in parts]
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 3)
 
 
 def remat_policy(remat: str):
-  """The policy of `jax.checkpoint` that config.remat names."""
+  """The policy of `jax.checkpoint` that config.model.remat names."""
   if remat.startswith("save:"):
     return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix("save:").split(","), "mlp_out")
-  return {"none": _all_but_gathered, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[
-    remat
-  ]
+  return {
+    "none": _save_all_but_gathered,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }[remat]
 
 
-def flatten_runs(x_BxNxSxD: jax.Array) -> jax.Array:
-  """The slots of all runs one after another: (B, N S, D)."""
-  return x_BxNxSxD.reshape(x_BxNxSxD.shape[0], -1, x_BxNxSxD.shape[-1])
-
-
-def document_starts(clean: Stream) -> jax.Array | None:
-  """(B, L) int32: of each position of a clean stream the first that it sees."""
-  return None if clean.start_BxNxS is None else clean.start_BxNxS[:, 0]
+def _save_all_but_gathered(primitive, *_, **__) -> bool:
+  # A weight that was all-gathered, or then cast or reshaped, is gathered again: kept, the weights would be the whole
+  # model.
+  return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")

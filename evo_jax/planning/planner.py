@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
@@ -101,7 +102,6 @@ def make_plan(config: config_lib.Config, topology: str, compiles: bool = True) -
   vocab = (
     config.model.vocab_size or tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path).vocab_size
   )
-  model = evo_lib.Evo(config.model, vocab)
   if compiles:
     mesh = sharding.make_mesh(config.mesh, chips.devices_of(topology))
     inside = jax.set_mesh(mesh)
@@ -113,12 +113,13 @@ def make_plan(config: config_lib.Config, topology: str, compiles: bool = True) -
       abstract_device=jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=1, platform="tpu"),
     )
     inside = jax.sharding.use_abstract_mesh(mesh)
+  model = evo_lib.Evo(config.model, vocab, sharding.Layout.of(mesh))
   state_lib.check_batch(config, mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(inside)
     state = state_lib.abstract_state(model, config, mesh)
-    rows = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(("batch",)))
-    batch = jax.ShapeDtypeStruct((config.data.batch_size, config.model.context + 1), jnp.int32, sharding=rows)
+    shape = config.data.batch_size, config.model.context + 1
+    batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))
     here = lambda tree: sum(
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

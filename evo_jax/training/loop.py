@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.data import tokenizers
@@ -65,8 +66,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
       raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
-  model = state_lib.make_model(config, tokenizer)
   mesh = sharding.make_mesh(config.mesh)
+  model = state_lib.make_model(config, tokenizer, mesh)
   state_lib.check_batch(config, mesh)
   state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
   folder = checkpoint.make_workdir(workdir)
@@ -110,7 +111,7 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     for step in range(done + 1, config.train.steps + 1):
       profiler.before(step)
       with report.throughput.waits("data_wait"):
-        batch = sharding.global_batch(mesh, next(iterator), config.data.batch_size)
+        batch = sharding.global_batch(mesh, Batch(next(iterator)), config.data.batch_size)
       windows = step > config.windows_start
       state, metrics = step_fn(state, batch, windows=windows)
       profiler.after(step, metrics)
@@ -148,8 +149,8 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
     return state_lib.sharded_init(model, config, mesh), 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
   say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return state_lib.TrainState(step=jax.device_put(np.int32(done), replicated), **{"ema": None, **items}), done
+  step = jax.device_put(np.int32(done), sharding.replicated(mesh))
+  return state_lib.TrainState(step=step, **{"ema": None, **items}), done
 
 
 @dataclasses.dataclass(frozen=True)

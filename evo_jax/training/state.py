@@ -45,18 +45,23 @@ def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode())), step)
 
 
-def make_model(config: config_lib.Config, tokenizer: tokenizers.Tokenizer) -> evo_lib.Evo:
-  """The network for a tokenizer. Raises UserError if its vocabulary does not fit the configuration."""
+def make_model(
+  config: config_lib.Config, tokenizer: tokenizers.Tokenizer, mesh: jax.sharding.Mesh | None = None
+) -> evo_lib.Evo:
+  """The network for a tokenizer, to compute on a mesh (None: on one device). Raises UserError if the vocabulary does
+  not fit the configuration."""
   if config.model.vocab_size and tokenizer.vocab_size > config.model.vocab_size:
     raise UserError(
       f"config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens"
     )
-  return evo_lib.Evo(config.model, tokenizer.vocab_size)
+  layout = sharding.Layout() if mesh is None else sharding.Layout.of(mesh)
+  return evo_lib.Evo(config.model, tokenizer.vocab_size, layout)
 
 
 def init_state(model: evo_lib.Evo, config: config_lib.Config) -> TrainState:
   """The state before training, parameters in boxes that carry their logical axes (`flax.core.meta`)."""
   seed = config.train.seed
+  model = model.clone(layout=sharding.Layout())  # nothing of it depends on a mesh
   params = model.init(key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
   optimizer = optim.make_optimizer(config.optim, config.train.steps).init(params)
   codes = model.apply({"params": params}, method=evo_lib.Evo.codes)
@@ -94,7 +99,7 @@ def abstract_items(
 
 def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
   """Raises UserError where a microbatch does not divide by the shards of the batch."""
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  shards = sharding.batch_shards(mesh)
   if config.data.batch_size // config.train.accumulate % shards:
     raise UserError(
       f"config.data.batch_size: {config.data.batch_size} sequences in {config.train.accumulate} "

@@ -1,108 +1,143 @@
-"""One pure training step."""
+"""One pure training step: draw windows, gradients in shards and microbatches, clip, update."""
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.flow import objective
-from evo_jax.flow import windows as windows_lib
+from evo_jax.flow.windows import WindowDraw, draw_windows
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
 from evo_jax.training import optim
 from evo_jax.training import state as state_lib
+from evo_jax.training.state import TrainState
 
 
 def train_step(
-  state: state_lib.TrainState,
-  sequence_BxT: jax.Array,
-  *,
-  model: evo_lib.Evo,
-  config: config_lib.Config,
-  windows: bool = True,
-) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
-  """One step on a global batch (B, L + 1) of int32 tokens: the new state and metrics (losses in bits a token).
+  state: TrainState, batch: Batch, *, model: evo_lib.Evo, config: config_lib.Config, windows: bool = True
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step on a global batch: the new state and metrics (losses in bits per token).
 
   windows: False leaves them out (before `config.windows_start`).
   """
-  B, L = sequence_BxT.shape[0], sequence_BxT.shape[1] - 1
-  draw, learned = None, config.model.progression == "learned"
-  if config.window.count and windows:
-    density = state.statistics.step_density() if config.paths.step_sampling == "importance" else None
-    draw = windows_lib.draw_windows(
-      state_lib.key_for(config.train.seed, "windows", state.step),
-      B,
-      L,
-      config.model.code_dim,
-      config.window,
-      config.paths,
-      config.loss.bound_windows,
-      density,
-    )
-
-  def losses(params, statistics, sequence, draw):
-    net = model.bind({"params": params})
-    terms, measured, metrics = objective.training_loss(net, statistics, sequence, draw, config.loss, learned)
-    return terms, (metrics, measured)
-
-  def gradients(params, statistics, batch):
-    """Gradients of the AR term and the window term: of their sum, unless they are clipped apart. With metrics and
-    measurements."""
-    if not config.optim.separate_clip:
-      joint = lambda params: (lambda terms, aux: (sum(terms), aux))(*losses(params, statistics, *batch))
-      gradient, aux = jax.grad(joint, has_aux=True)(params)
-      return (gradient,), *aux
-    _, pull, aux = jax.vjp(lambda params: losses(params, statistics, *batch), params, has_aux=True)
-    return (pull((jnp.ones(()), jnp.zeros(())))[0], pull((jnp.zeros(()), jnp.ones(())))[0]), *aux
-
-  def accumulated(params, statistics, batch):
-    """The same in microbatches, of which one is in memory at a time."""
-    micro = config.train.accumulate
-    if micro == 1:
-      return gradients(params, statistics, batch)
-    parts = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-
-    def body(total, part):
-      gradient, *aux = gradients(params, statistics, part)
-      return jax.tree.map(lambda a, b: a + b / micro, total, gradient), aux
-
-    gradient, (metrics, measured) = jax.lax.scan(body, (zeros,) * terms, parts)
-    return (
-      gradient,
-      jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics),
-      jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured),
-    )
-
-  terms = 2 if config.optim.separate_clip else 1
-  specs = sharding.specs(evo_lib.abstract_params(model.config, model.vocab_size), model.rules)
-  gradient, metrics, measured = sharding.per_shard(accumulated, specs, terms, model.rules)(
-    state.params, state.statistics, (sequence_BxT, draw)
+  draw = _draw(state, batch, config) if config.window.count and windows else None
+  counts = objective.Counts.of(batch, draw)
+  gradients_of = functools.partial(_gradients, model=model, config=config)
+  params_specs = sharding.specs(model.layout, evo_lib.abstract_params(model.config, model.vocab_size))
+  number = 2 if config.optim.separate_clip else 1
+  gradients, sums, measured = model.layout.map_batch_shards(gradients_of, params_specs, number)(
+    state.params, (state.statistics, counts), (batch, draw)
   )
-  metrics = {name: mean.value for name, mean in metrics.items()}
-  clipped, norms = zip(*(optim.clip(g, config.optim.clip) for g in gradient))
+  clipped, norms = zip(*(optim.clip(gradient, config.optim.clip) for gradient in gradients))
   gradient = jax.tree.map(lambda *parts: sum(parts), *clipped)
-  updates, optimizer = optim.make_optimizer(config.optim, config.train.steps).update(
-    gradient, state.optimizer, state.params
-  )
+  optimizer = optim.make_optimizer(config.optim, config.train.steps)
+  updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - config.optim.ema)
   statistics = state.statistics.update(measured, config.warp.decay)
+  new = TrainState(state.step + 1, params, ema, optimizer_state, statistics)
 
-  names = ("gradient_norm",) if len(norms) == 1 else ("gradient_norm_ar", "gradient_norm_window")
-  metrics |= dict(zip(names, norms))
-  metrics["parameter_norm"] = optax.tree.norm(params)  # finite: these parameters may be saved
+  names = ("gradient_norm",) if number == 1 else ("gradient_norm_ar", "gradient_norm_window")
+  metrics = {name: mean.value for name, mean in sums.items()} | dict(zip(names, norms))
   metrics["gradient_norm_codes"] = optax.tree.norm(gradient["codes"])
   metrics["learning_rate"] = optim.learning_rate_schedule(config.optim, config.train.steps)(state.step)
-  codes = model.apply({"params": params}, method=evo_lib.Evo.codes)
-  metrics["codes_spread"] = 1.0 - jnp.sum((statistics.unigram_V @ codes) ** 2)  # 0: all codes are one
-  if draw is not None:
+  return new, metrics | _state_metrics(new, model, draw is not None)
+
+
+def _draw(state: TrainState, batch: Batch, config: config_lib.Config) -> WindowDraw:
+  """The step's windows."""
+  B, L = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+  density = state.statistics.step_density() if config.paths.step_sampling == "importance" else None
+  return draw_windows(
+    state_lib.key_for(config.train.seed, "windows", state.step),
+    B,
+    L,
+    config.model.code_dim,
+    config.window,
+    config.paths,
+    config.loss.bound_windows,
+    density,
+    batch.counted,
+  )
+
+
+def _state_metrics(state: TrainState, model: evo_lib.Evo, with_windows: bool) -> dict[str, jax.Array]:
+  """Metrics of a state by itself."""
+  statistics = state.statistics
+  codes = model.apply({"params": state.params}, method=evo_lib.Evo.codes)
+  metrics = {
+    "parameter_norm": optax.tree.norm(state.params),  # finite: these parameters may be saved
+    "codes_spread": 1.0 - jnp.sum((statistics.unigram_V @ codes) ** 2),  # 0: all codes are one
+  }
+  if with_windows:
     metrics["warp_nats"] = statistics.warp.entropy()[0]
     for percent in (25, 50, 75):
       metrics[f"warp_precision_{percent}"] = statistics.warp.precision(jnp.float32(percent / 100))
-  return state_lib.TrainState(state.step + 1, params, ema, optimizer, statistics), metrics
+  return metrics
+
+
+def _gradients(params, shared, batch, *, model: evo_lib.Evo, config: config_lib.Config):
+  """Of one shard of the batch, in microbatches, of which one is in memory at a time: gradients (of the AR term and the
+  window term where they are clipped apart, of their sum otherwise), metrics as sums and counts, and measurements.
+
+  shared: statistics, and the counts of the whole batch. batch: sequences and their windows.
+  """
+  statistics, counts = shared
+  # Inside the shard_map, if there is one.
+  local = model.clone(layout=model.layout.per_batch_shard())
+
+  def losses(params, batch, draw):
+    net = local.bind({"params": params})
+    learned = config.model.progression == "learned"
+    terms, measured, metrics = objective.training_loss(net, statistics, batch, draw, counts, config.loss, learned)
+    return terms, (metrics, measured)
+
+  gradient = _gradient_by_term(losses) if config.optim.separate_clip else _gradient_of_sum(losses)
+  micro = config.train.accumulate
+  if micro == 1:
+    return gradient(params, *batch)
+  parts = jax.tree.map(lambda x: x.reshape(micro, x.shape[0] // micro, *x.shape[1:]), batch)
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+  def accumulate(total, part):
+    trees, *aux = gradient(params, *part)
+    return jax.tree.map(jnp.add, total, trees), aux
+
+  number = 2 if config.optim.separate_clip else 1
+  trees, (metrics, measured) = jax.lax.scan(accumulate, (zeros,) * number, parts)
+  metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+  return trees, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
+
+
+def _gradient_of_sum(losses: Callable) -> Callable[..., tuple[tuple[Any], Any, Any]]:
+  """(gradient of the terms' sum,), and what `losses` gives beside the terms."""
+
+  def total(params, *batch):
+    terms, aux = losses(params, *batch)
+    return sum(terms), aux
+
+  def gradient(params, *batch):
+    tree, aux = jax.grad(total, has_aux=True)(params, *batch)
+    return (tree,), *aux
+
+  return gradient
+
+
+def _gradient_by_term(losses: Callable) -> Callable[..., tuple[tuple[Any, Any], Any, Any]]:
+  """The gradient of each of the two terms, and what `losses` gives beside them."""
+
+  def gradient(params, *batch):
+    _, vjp, aux = jax.vjp(lambda params: losses(params, *batch), params, has_aux=True)
+    one, zero = jnp.ones(()), jnp.zeros(())
+    return (vjp((one, zero))[0], vjp((zero, one))[0]), *aux
+
+  return gradient
 
 
 _FUSION, _SPARSE_CORE = "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_sparse_core_collective_offload_"
