@@ -14,3 +14,7 @@ class Batch(NamedTuple):
   tokens: Any
   counted: Any = None
   segments: Any = None
+
+  def rows(self, index: Any) -> "Batch":
+    """The batch of the rows that `index`, a slice or integers (n,), selects."""
+    return Batch(*(None if field is None else field[index] for field in self))

@@ -92,7 +92,8 @@ class Measured:
       self._evaluator = paths_lib.Evaluator(
         self._run.model, self.config, self._run.tokenizer, sharding.make_mesh(config_lib.Mesh())
       )
-    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)[::every]
+    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)
+    text = text.rows(slice(None, None, every))
     return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 

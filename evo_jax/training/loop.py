@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.data import tokenizers
@@ -39,7 +40,7 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 class Setup:
   """A run before its first step: all input is read and checked, nothing is compiled.
 
-  held_out: (n, L + 1) int32, sequences of the validation split.
+  held_out: sequences of the validation split.
   """
 
   config: config_lib.Config
@@ -48,7 +49,7 @@ class Setup:
   mesh: jax.sharding.Mesh
   folder: epath.Path
   corpora: list[corpora_lib.Corpus]
-  held_out: np.ndarray
+  held_out: Batch
 
 
 def say(text: str) -> None:
@@ -110,7 +111,7 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     for step in range(done + 1, config.train.steps + 1):
       profiler.before(step)
       with report.throughput.waits("data_wait"):
-        batch = sharding.global_batch(mesh, next(iterator), config.data.batch_size)
+        batch = sharding.global_batch(mesh, next(iterator).tokens, config.data.batch_size)
       windows = step > config.windows_start
       state, metrics = step_fn(state, batch, windows=windows)
       profiler.after(step, metrics)
