@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
@@ -27,8 +28,9 @@ from evo_jax.training import loop
 RESULTS = Path(__file__).parent / "results"
 
 
-def load_config(path: str) -> ml_collections.ConfigDict:
-  """The ConfigDict of a configuration file."""
+def load_config(name: str) -> ml_collections.ConfigDict:
+  """The ConfigDict of a shipped configuration's name, or of a file's path. Raises UserError."""
+  path = cli.config_file(name)
   spec = importlib.util.spec_from_file_location(Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
