@@ -3,6 +3,7 @@
 All three have one special id, 0: it begins a sequence, separates documents and ends a text.
 """
 
+from collections.abc import Iterable
 import hashlib
 import io
 from typing import Protocol
@@ -41,7 +42,7 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 class Bytes:
-  """Byte b is token b + 1."""
+  """UTF-8 bytes: byte b is token b + 1."""
 
   vocab_size = 257
   unit = "byte"
@@ -63,7 +64,7 @@ class Bytes:
     return (tokens - 1).astype(np.uint8).tobytes().decode(errors="replace")
 
   def lost(self, text: str) -> str:
-    """None: every text is bytes."""
+    """Nothing: every text is bytes."""
     return ""
 
   def lengths(self) -> np.ndarray:
@@ -72,7 +73,7 @@ class Bytes:
 
 
 class Chars27:
-  """Space and a-z, as in text8: lower-cased, every run of other characters made one space. Space is token 1."""
+  """Space (token 1) and a-z, as in text8: text in lower case, each run of other characters replaced by one space."""
 
   vocab_size = 28
   unit = "character"
@@ -84,7 +85,7 @@ class Chars27:
   turn_end_ids = ()
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """(n,) uint8 ids. No text is refused: what is not a letter is a space."""
+    """(n,) uint8 ids. Accepts any text."""
     text = text.decode() if isinstance(text, bytes) else text
     raw = np.frombuffer(text.lower().encode("ascii", errors="replace"), np.uint8)
     letter = (raw >= ord("a")) & (raw <= ord("z"))
@@ -106,7 +107,10 @@ class Chars27:
 
 
 class SentencePiece:
-  """A SentencePiece model that `train` made: piece 0 is the document token, unknown characters fall back to bytes."""
+  """A model of `train_sentencepiece`. Characters without a piece fall back to bytes.
+
+  proto: the serialized model.
+  """
 
   unit = "byte"
   binary = False
@@ -116,6 +120,7 @@ class SentencePiece:
   turn_end_ids = ()
 
   def __init__(self, folder: str):
+    """Loads the model in `folder`. Raises UserError where there is none, or of another kind."""
     self.path = epath.Path(folder) / MODEL_FILE
     try:
       self.proto = self.path.read_bytes()
@@ -127,12 +132,12 @@ class SentencePiece:
     except RuntimeError as error:
       raise UserError(f"{self.path}: is not a SentencePiece model") from error
     if self._processor.bos_id() != 0 or self._processor.eos_id() != -1:
-      raise UserError(f"{self.path}: piece 0 is not the document token; train one with python -m evo_jax.tokenizer")
+      raise UserError(f"{self.path}: piece 0 is not the special one; train a model with python -m evo_jax.tokenizer")
     self.vocab_size = self._processor.vocab_size()
     self.identity = f"sentencepiece:{hashlib.sha256(self.proto).hexdigest()[:16]}"
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """(n,) uint16 or uint32 ids."""
+    """(n,) ids, uint16 if the vocabulary fits, else uint32."""
     text = text.decode() if isinstance(text, bytes) else text
     ids = self._processor.EncodeAsIds(text)
     return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
@@ -142,7 +147,7 @@ class SentencePiece:
     return self._processor.DecodeIds(_checked(tokens, self).tolist())
 
   def lost(self, text: str) -> str:
-    """None: what has no piece falls back to bytes."""
+    """Nothing: characters without a piece fall back to bytes."""
     return ""
 
   def lengths(self) -> np.ndarray:
@@ -163,7 +168,7 @@ class SentencePiece:
 
 
 def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
-  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path."""
+  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
   if name != "sentencepiece":
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
@@ -188,8 +193,11 @@ def _checked(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return tokens
 
 
-def train_sentencepiece(texts, vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
-  """Trains a SentencePiece unigram model with byte fallback on an iterator of texts, into the folder `output`."""
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
+  """Trains a SentencePiece unigram model with byte fallback on an iterable of texts, into the folder `output`.
+
+  Raises UserError where the text does not suffice for the vocabulary, or the folder cannot be written.
+  """
   model = io.BytesIO()
   sentences = (line for text in texts for line in text.splitlines() if line.strip())
   sentencepiece.set_random_generator_seed(seed)
