@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from evo_jax import cli
+from evo_jax import cli, main
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
@@ -23,7 +23,6 @@ from evo_jax.data import corpora as corpora_lib
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.parallel import sharding
-from evo_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,7 +87,7 @@ class Measured:
 
   def _measure(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     if self._run is None:
-      loop.train(self.config, str(self.workdir))
+      main.train(self.config, str(self.workdir))
       self._run = run_lib.load_run(str(self.workdir))
       self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
       self._evaluator = paths_lib.Evaluator(

@@ -29,6 +29,7 @@ from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.decoding import sampler as sampler_lib
+from evo_jax.decoding import settings
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.parallel import sharding
@@ -117,9 +118,9 @@ def main() -> None:
     f"{'distinct-2':>12}{'-4':>7}{'entropy':>9}{'MB':>7}"
   )
   show(results[0])
-  settings = SETTINGS | (MASKED if "masked" in others else {})
-  for name in common.chosen(args.only, settings):
-    sampling = settings.Sampling(**settings[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
+  modes = SETTINGS | (MASKED if "masked" in others else {})
+  for name in common.chosen(args.only, modes):
+    sampling = settings.Sampling(**modes[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
     for batch in batches if name in SPEED else [max(batches)]:
       sampler = sampler_lib.Sampler(
         others["masked"] if name in MASKED else run, dataclasses.replace(sampling, batch_size=batch)
