@@ -1,7 +1,7 @@
 """150 million parameters: one GPU, or a small TPU slice.
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=32000 --output=tokenizer
-  python -m evo_jax.main --config=configs/evo150m.py --workdir=runs/evo150m \\
+  python -m evo_jax.main --config=evo150m --workdir=runs/evo150m \\
       --config.data.path='text/*.txt' --config.data.tokenizer_path=tokenizer
 """
 

@@ -1,7 +1,7 @@
 """1.2 billion parameters, tied embeddings: a TPU slice, or a node of GPUs.
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=tokenizer
-  python -m evo_jax.main --config=configs/evo1b.py --workdir=runs/evo1b \\
+  python -m evo_jax.main --config=evo1b --workdir=runs/evo1b \\
       --config.data.path='text/*.txt' --config.data.tokenizer_path=tokenizer --config.mesh.fsdp=8
 """
 

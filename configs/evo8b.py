@@ -2,10 +2,12 @@
 
 On every host of a TPU pod:
 
-  python -m evo_jax.main --config=configs/evo8b.py --workdir=gs://BUCKET/evo8b \\
+  python -m evo_jax.main --config=evo8b --workdir=gs://BUCKET/evo8b \\
       --config.data.path='/data/text/*.jsonl.gz' --config.data.tokenizer_path=/data/tokenizer
 
-The tokenizer: python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=/data/tokenizer
+The tokenizer:
+
+  python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=/data/tokenizer
 """
 
 from evo_jax import config as config_lib
@@ -31,7 +33,8 @@ def get_config():
   c.window.count = 32
   c.loss.bound_windows = 8
   c.loss.chunk = 9216
-  # Planned: what moves is hidden behind products, and arrays of both streams do not stay in fast memory.
+  # Planned step times are shorter with two passes: communication is hidden behind matrix products anyway, and arrays of
+  # both streams together do not stay in fast memory.
   c.loss.one_pass = False
   c.data.path = ""
   c.data.tokenizer = "sentencepiece"

@@ -1,8 +1,8 @@
-"""Minutes on two CPU cores: bytes of Python's standard library.
+"""A million parameters, minutes on two CPU cores: the bytes of Python's standard library.
 
-  python -m evo_jax.main --config=configs/tiny.py
+  python -m evo_jax.main --config=tiny
 
-Own text: --config.data.path='dir/*.txt'. A longer run: --config.train.steps=5000.
+Your own text: --config.data.path='dir/*.txt'. A longer run: --config.train.steps=5000.
 """
 
 from evo_jax import config as config_lib

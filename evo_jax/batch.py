@@ -1,4 +1,4 @@
-"""A batch of sequences: the value that text becomes and that losses, prices and texts are computed from."""
+"""A batch of sequences: the value that text becomes and that losses and NLL bounds are computed from."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 class Batch(NamedTuple):
   """B sequences of L + 1 tokens, of which the first is context only. On the host numpy arrays, on devices JAX arrays.
 
-  tokens: (B, L + 1) int32 ids. counted: (B, L + 1) bool, which of them losses and prices count; None: all (of the
+  tokens: (B, L + 1) int32 ids. counted: (B, L + 1) bool, which of them losses and NLL bounds count; None: all (of the
   first there is none). segments: (B, L + 1) int32, numbers that differ between neighbouring documents; None: each
   sequence is one document.
   """
@@ -14,3 +14,7 @@ class Batch(NamedTuple):
   tokens: Any
   counted: Any = None
   segments: Any = None
+
+  def rows(self, index: Any) -> "Batch":
+    """The batch of the rows that `index`, a slice or integers (n,), selects."""
+    return Batch(*(None if field is None else field[index] for field in self))

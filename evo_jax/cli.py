@@ -1,6 +1,7 @@
-"""What every command shares: one clear line for bad input, and a non-zero exit."""
+"""What every command shares: --config, one clear line for bad input, and a non-zero exit."""
 
 from collections.abc import Callable
+from pathlib import Path
 import re
 import sys
 
@@ -11,17 +12,28 @@ from ml_collections import config_flags
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
 
+_SHIPPED = Path(__file__).parent / "configs"  # a link to the checkout's configs/, and a package of the wheel
+
 
 def define_config() -> None:
   """Defines --config, and with it --config.SECTION.FIELD."""
-  config_flags.DEFINE_config_file("config", None, "The configuration, a file with get_config().")
+  config_flags.DEFINE_config_file("config", None, "The configuration: NAME of a shipped one, or a file's path.")
 
 
-def read_config():
-  """The checked `Config` that --config names, and the name. Raises UserError."""
+def config_file(name: str) -> str:
+  """The path of the configuration file that --config names: a shipped NAME, or a path. Raises UserError."""
+  if not re.fullmatch(r"\w+", name):
+    return name
+  shipped = {file.stem: str(file) for file in sorted(_SHIPPED.glob("*.py"))}
+  if name not in shipped:
+    raise UserError(f"--config={name}: is not one of {', '.join(shipped)}, and not the path of a .py file")
+  return shipped[name]
 
+
+def read_config() -> tuple[config_lib.Config, str]:
+  """The checked configuration that --config names, and its file. Raises UserError."""
   if not flags.FLAGS["config"].present:
-    raise UserError("--config is needed, as in --config=configs/tiny.py")
+    raise UserError("--config is needed, as in --config=tiny")
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   try:
     values = dict(flags.FLAGS.config)
@@ -33,16 +45,19 @@ def read_config():
 def run(main: Callable[[], None]) -> None:
   """Parses flags, runs `main`, and turns bad input into one line on stderr and exit status 1.
 
-  A library's own bug or an unforeseen failure keeps its traceback: only `UserError` (and bad flags) are user's input.
+  Only `UserError` and bad flags are the user's; a bug, or an unforeseen failure in a library, keeps its traceback.
   """
-  logging.set_verbosity(logging.FATAL)  # libraries' reports are not the user's: what is wrong comes as an exception
+  logging.set_verbosity(logging.FATAL)  # libraries' messages are not for users: errors arrive as exceptions
   sys.unraisablehook = _show_unraisable
   app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
 
 
 def _show_unraisable(problem) -> None:
-  """Prints what a thread could not raise, but for the writers of a checkpoint that failed: Orbax closes its loop at
-  the first failure, and each of TensorStore's threads that has another to report then fails on the closed loop."""
+  """Prints an exception that a thread could not raise, but for a repeated failure to write a checkpoint.
+
+  Orbax closes its event loop at the first failure; each of TensorStore's threads that has another to report then fails
+  on the closed loop.
+  """
   if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
     sys.__unraisablehook__(problem)
 
@@ -56,6 +71,8 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
   # --show-progression is --show_progression; values, and fields of a configuration, stay as they are.
   argv = [re.sub(r"^--[a-z-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
+  if "config" in flags.FLAGS:
+    argv = _with_config_file(argv)
   try:
     return flags.FLAGS(argv, known_only=False)
   except flags.Error as error:
@@ -64,6 +81,18 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(_field_error(error, argv)) from error
   except (TypeError, ValueError) as error:
     raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
+
+
+def _with_config_file(argv: list[str]) -> list[str]:
+  """The arguments with the file's path as the value of --config."""
+  argv = list(argv)
+  for i, argument in enumerate(argv):
+    if re.match(r"--?config=", argument):
+      flag, value = argument.split("=", 1)
+      argv[i] = f"{flag}={config_file(value)}"
+    elif argument in ("-config", "--config") and i + 1 < len(argv):
+      argv[i + 1] = config_file(argv[i + 1])
+  return argv
 
 
 def _field_error(error: Exception, argv: list[str]) -> str:

@@ -1,17 +1,43 @@
-"""Bits per byte or character of text, on any path."""
+"""Measures bits per byte or character of text on any path: upper bounds on the model's own code length.
+
+  python -m evo_jax.evaluate --workdir=DIR [--paths=ar,diagonal:16,entropy:0.5] [--data='dir/*.txt'] [--json=FILE]
+  python -m evo_jax.evaluate --workdir=DIR --show-progression
+
+Paths, over windows of the training size (or --window), each after the text before it:
+
+  ar            autoregression on the clean stream: one token per pass
+  staircase     the same inside the windows; left:n is n tokens per pass, leftmost first
+  streams:n     n staircases side by side, one in each n-th of the window: n tokens per pass that are far apart
+  diagonal:K    all of a window's tokens together, in K passes of partial evidence
+  rolling:K     a wave of partial evidence from left to right, in K passes
+  learned:K     each token by the clock that the model infers for it, in K passes (model.progression = learned)
+  random:K      masked diffusion: equally many tokens per pass, in random order
+  certain:n     n tokens per pass: the leftmost and those whose beliefs have the least entropy
+  entropy:h     all tokens whose beliefs have less than h bits, and the leftmost; also confidence:p (largest
+                probability above p) and maturity:t (inferred progression below t; the others gather evidence)
+  spread:h      the leftmost, all of less than h bits, and others that are far enough apart
+  error:e       all of a window's tokens together, in steps as long as their estimated error allows
+
+Text is cut into consecutive sequences of the model's context, each without what came before it; the remainder at the
+end is dropped. Where `ar` and diagonals of two lengths are among the paths, the path gap is printed too.
+"""
 
 import json
+from typing import Any
 
 from absl import flags
 from etils import epath
+import numpy as np
 
 from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
+from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
+from evo_jax.evaluation import progression
 from evo_jax.flow import schedules
 from evo_jax.parallel import sharding
 
@@ -20,11 +46,43 @@ GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "ra
 
 def main() -> None:
   args = flags.FLAGS
-  paths = tuple(path.strip() for path in args.paths.split(",") if path.strip())
-  if args.paths and not paths:
+  paths = parse_paths(args.paths)
+  check_flags(args)
+  run = run_lib.load_run(args.workdir, args.step)
+  window = args.window or run.config.window.size
+  if run.config.model.context % window:
+    raise UserError(f"--window={args.window}: does not divide the context of {run.config.model.context}")
+  batch, source = read_text(args, run, 1 if args.show_progression else args.sequences)
+  if args.show_progression:
+    result, text = show_progression(run, batch.tokens[0], window, args.passes)
+  else:
+    result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
+    text = (
+      f"{source}: {len(batch.tokens)} sequences of {run.config.model.context} tokens, "
+      f"windows of {window}, step {run.step}\n{text}"
+    )
+  print(text)
+  if args.json:
+    epath.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse_paths(value: str) -> tuple[str, ...]:
+  """The paths of --paths; () where it is not given. Raises UserError for a path that does not exist."""
+  paths = tuple(path.strip() for path in value.split(",") if path.strip())
+  if value and not paths:
     raise UserError("--paths: is empty; give paths as in --paths=ar,diagonal:16,rolling:8")
   for path in paths:
     schedules.parse_path(path)
+  return paths
+
+
+def default_paths(run: run_lib.Run) -> tuple[str, ...]:
+  """The paths whose gap is of interest, as far as the model has them."""
+  return GAP_PATHS + (("learned:8",) if run.config.model.progression == "learned" else ())
+
+
+def check_flags(args: flags.FlagValues) -> None:
+  """Raises UserError for flags that are impossible whatever the run is."""
   for name in ("sequences", "window"):
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
@@ -33,50 +91,52 @@ def main() -> None:
       epath.Path(args.json).open("a").close()
     except OSError as error:
       raise UserError(f"--json={args.json}: cannot be written: {error.strerror or error}") from error
-  run = run_lib.load_run(args.workdir, args.step)
-  L = run.config.model.context
-  window = args.window or run.config.window.size
-  if L % window:
-    raise UserError(f"--window={args.window}: does not divide the context of {L}")
-  if not paths:
-    paths = GAP_PATHS + (("learned:8",) if run.config.model.progression == "learned" else ())
+
+
+def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
+  """The sequences to measure, at most `count` (0: all), and what to call them."""
   if args.data:
-    corpora, split = [corpora_lib.all_text(args.data, run.tokenizer, "--data")], "test"
+    corpora, split, source = [corpora_lib.all_text(args.data, run.tokenizer, "--data")], "test", args.data
   else:
     corpora, split = corpora_lib.load_corpora(run.config.data.path, run.tokenizer), args.split
-  if args.show_progression:
-    sequence = batches_lib.held_out(corpora, split, L, 1)[0]
-    found = paths_lib.progression(run, sequence, window, args.passes)
-    print(paths_lib.format_progression(found, run.tokenizer, window))
-    if args.json:
-      epath.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
-    return
-  sequences = batches_lib.held_out(corpora, split, L, args.sequences)
+    source = f"{run.config.data.path} ({split})"
+  model = run.config.model
+  return batches_lib.held_out(corpora, split, model.context, count, model.isolate_documents), source
+
+
+def measure(
+  run: run_lib.Run, batch: Batch, paths: tuple[str, ...], window: int, seed: int
+) -> tuple[list[dict[str, Any]], str]:
+  """The table of the paths, and as text, with the path gap where there is one."""
   mesh = sharding.make_mesh(config_lib.Mesh())
-  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, mesh, args.seed, window=window)
-  table = evaluator(run.params, run.statistics, sequences, paths)
-  print(
-    f"{args.data or run.config.data.path + ' (' + split + ')'}: {len(sequences)} sequences of {L} tokens, "
-    f"windows of {window}, step {run.step}\n{paths_lib.format_table(table)}"
-  )
+  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, mesh, seed, window=window)
+  table = evaluator(run.params, run.statistics, batch, paths)
+  text = paths_lib.format_table(table)
   if gap := paths_lib.path_gap(table):
-    print("\n" + paths_lib.format_gap(gap, table[0]["unit"]))
-  if args.json:
-    epath.Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+    text += "\n\n" + paths_lib.format_gap(gap, table[0]["unit"])
+  return table, text
+
+
+def show_progression(
+  run: run_lib.Run, sequence: np.ndarray, window: int, passes: int
+) -> tuple[list[dict[str, Any]], str]:
+  """The inferred progression of one sequence (L + 1,), and as text."""
+  entries = progression.infer_progression(run, sequence, window, passes)
+  return entries, progression.format_progression(entries, run.tokenizer, window)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", "", "A run's work directory.")
-  flags.DEFINE_string("paths", "", f"Comma-separated paths; default: {','.join(GAP_PATHS)}, and learned:8 where it is.")
+  flags.DEFINE_string(
+    "paths", "", f"Comma-separated paths; default: {','.join(GAP_PATHS)}, and learned:8 where the clock is learned."
+  )
   flags.DEFINE_string("data", "", "Text to measure: comma-separated globs; empty: the run's own held-out text.")
-  flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run's.")
+  flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which of the run's held-out texts.")
   flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")
   flags.DEFINE_integer("window", 0, "Tokens of a window; 0: as in training.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
-  flags.DEFINE_integer("seed", 0, "Of the latents' noise.")
-  flags.DEFINE_bool(
-    "show_progression", False, "Print a passage's tokens with the times that the model infers for them."
-  )
-  flags.DEFINE_integer("passes", 8, "For --show_progression: the passes a window.")
+  flags.DEFINE_integer("seed", 0, "Seed of the latents' noise.")
+  flags.DEFINE_bool("show_progression", False, "Print the tokens of a passage with the times inferred for them.")
+  flags.DEFINE_integer("passes", 8, "For --show_progression: passes per window.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
   cli.run(main)

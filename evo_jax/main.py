@@ -26,7 +26,8 @@ def train(config: config_lib.Config, workdir: str) -> None:
   """Trains, or goes on training, in `workdir`; then prints and writes a table of held-out bits, and samples."""
   setup = loop.prepare(config, workdir)
   evaluator = paths_lib.Evaluator(setup.model, config, setup.tokenizer, setup.mesh)
-  some = setup.held_out[:: -(-len(setup.held_out) // config.eval.train_sequences)]
+  count = len(setup.held_out.tokens)
+  some = setup.held_out.rows(slice(None, None, -(-count // config.eval.train_sequences)))
 
   def evaluate(params, statistics):
     table = evaluator(params, statistics, some, config.eval.train_paths)
@@ -38,7 +39,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
   run = run_lib.Run(config, setup.tokenizer, setup.model, state.averaged, state.statistics, config.train.steps)
   table = evaluator(run.params, run.statistics, setup.held_out, config.eval.paths)
   text = paths_lib.format_table(table)
-  loop.say(f"\nheld-out text, {len(setup.held_out)} sequences of {config.model.context} tokens\n{text}")
+  loop.say(f"\nheld-out text, {count} sequences of {config.model.context} tokens\n{text}")
   samples = final_samples(run, setup.mesh)
   loop.say("\n" + samples)
   if jax.process_index() == 0:

@@ -1,4 +1,7 @@
-"""Trains a SentencePiece tokenizer."""
+"""Trains a SentencePiece tokenizer.
+
+python -m evo_jax.tokenizer --input='dir/*.txt' --vocab_size=8000 --output=DIR
+"""
 
 from absl import flags
 
@@ -9,7 +12,6 @@ from evo_jax.errors import UserError
 
 
 def main() -> None:
-
   args = flags.FLAGS
   if not args.input or not args.output:
     raise UserError("--input and --output are needed, as in --input='dir/*.txt' --output=DIR")
@@ -22,6 +24,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("input", None, "Comma-separated globs of text files (.txt, .jsonl, also .gz and .xz).")
-  flags.DEFINE_integer("vocab_size", 8000, "Number of pieces, document token and bytes included.")
+  flags.DEFINE_integer("vocab_size", 8000, "Number of pieces, including the special one and the bytes.")
   flags.DEFINE_string("output", None, "Folder for the model.")
   cli.run(main)

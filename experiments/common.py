@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from evo_jax import cli, main
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
@@ -22,13 +23,13 @@ from evo_jax.data import corpora as corpora_lib
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.parallel import sharding
-from evo_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def load_config(path: str) -> ml_collections.ConfigDict:
-  """The ConfigDict of a configuration file."""
+def load_config(name: str) -> ml_collections.ConfigDict:
+  """The ConfigDict of a shipped configuration's name, or of a file's path. Raises UserError."""
+  path = cli.config_file(name)
   spec = importlib.util.spec_from_file_location(Path(path).stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -86,13 +87,14 @@ class Measured:
 
   def _measure(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     if self._run is None:
-      loop.train(self.config, str(self.workdir))
+      main.train(self.config, str(self.workdir))
       self._run = run_lib.load_run(str(self.workdir))
       self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
       self._evaluator = paths_lib.Evaluator(
         self._run.model, self.config, self._run.tokenizer, sharding.make_mesh(config_lib.Mesh())
       )
-    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)[::every]
+    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)
+    text = text.rows(slice(None, None, every))
     return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
 
 

@@ -25,9 +25,11 @@ import numpy as np
 from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
+from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.decoding import sampler as sampler_lib
+from evo_jax.decoding import settings
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.parallel import sharding
@@ -78,7 +80,7 @@ class Judge:
     for row, prompt, text in zip(rows, prompts, texts):
       row[1 : len(prompt) + len(text) + 1] = prompt + text
     with jax.set_mesh(self._evaluator.mesh):
-      nats, _ = self._evaluator.nats(self._run.params, self._run.statistics, rows, "ar")
+      nats, _ = self._evaluator.token_nll(self._run.params, self._run.statistics, Batch(rows), "ar")
     each = np.array([n[len(p) : len(p) + len(t)].sum() for n, p, t in zip(nats, prompts, texts)]) / np.log(2.0)
     return paths_lib.ratio(each, np.array([len(t) for t in texts]))
 
@@ -101,7 +103,7 @@ def main() -> None:
   if not 0 < args.tokens < L:
     raise UserError(f"--tokens={args.tokens}: is not in 1..{L - 1}, inside the model's context")
   corpora = corpora_lib.load_corpora(args.data or run.config.data.path, run.tokenizer)
-  held = batches_lib.held_out(corpora, "valid", L, args.texts)
+  held = batches_lib.held_out(corpora, "valid", L, args.texts).tokens
   prompts = [row[1 : L - args.tokens + 1].tolist() for row in held]
   true = [row[L - args.tokens + 1 :].tolist() for row in held]
   measure = lambda prompts, texts: {
@@ -116,9 +118,9 @@ def main() -> None:
     f"{'distinct-2':>12}{'-4':>7}{'entropy':>9}{'MB':>7}"
   )
   show(results[0])
-  settings = SETTINGS | (MASKED if "masked" in others else {})
-  for name in common.chosen(args.only, settings):
-    sampling = settings.Sampling(**settings[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
+  modes = SETTINGS | (MASKED if "masked" in others else {})
+  for name in common.chosen(args.only, modes):
+    sampling = settings.Sampling(**modes[name], max_tokens=args.tokens, endless=True, batch_size=max(batches))
     for batch in batches if name in SPEED else [max(batches)]:
       sampler = sampler_lib.Sampler(
         others["masked"] if name in MASKED else run, dataclasses.replace(sampling, batch_size=batch)

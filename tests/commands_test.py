@@ -7,9 +7,6 @@ import re
 from conftest import ROOT, run, train_flags
 import pytest
 
-from evo_jax import config as config_lib
-from evo_jax.errors import UserError
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, text):
@@ -236,30 +233,3 @@ def test_ci_runs_the_readmes_tests():
   readme, ci = ((pathlib.Path(ROOT) / name).read_text() for name in ("README.md", ".ci/run"))
   command = re.search(r"^\.venv/bin/pip install -e '\.\[test\]' && \.venv/bin/python -m pytest$", readme, re.M)
   assert command and command[0] in ci
-
-
-@pytest.mark.parametrize(
-  "values, message",
-  [
-    ({"model": {"widht": 3}}, "config.model.widht: no such field"),
-    ({"model": {"width": 3.5}}, "config.model.width: 3.5 is not of type int"),
-    ({"model": {"width": True}}, "config.model.width: True is not of type int"),
-    ({"modl": {}}, "config.modl: no such field"),
-    ({"model": 3}, "config.model: is a section"),
-    ({"eval": {"paths": "ar"}}, "config.eval.paths: 'ar' is not a tuple"),
-    ({"train": {"steps": -1}}, "config.train.steps: -1 is not positive"),
-    ({"model": {"progression": "learned"}}, "config.paths.learned: 0.0 does not go with model.progression = learned"),
-    ({"paths": {"erasure_range": (0.9, 0.1)}}, "config.paths.erasure_range: (0.9, 0.1) is not LOW, HIGH"),
-    (
-      {"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}},
-      "config.loss.bound_windows: 1 needs one of",
-    ),
-    ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
-    ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
-    ({"data": {"weights": (1.0,), "path": "a,b"}}, "config.data.weights"),
-    ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of"),
-  ],
-)
-def test_impossible_fields_are_named(values, message):
-  with pytest.raises(UserError, match=re.escape(message)):
-    config_lib.from_dict(values)

@@ -58,7 +58,7 @@ def test_bad_files_are_named(tmp_path, name):
 
 
 def test_no_match_is_named(tmp_path):
-  with pytest.raises(UserError, match="config.data.path: no file matches"):
+  with pytest.raises(UserError, match=r"config\.data\.path: no file matches"):
     corpora_lib.load_corpora(str(tmp_path / "*.none"), BYTES)
 
 
@@ -85,22 +85,27 @@ def test_tokens_are_cached_and_mapped(tmp_path):
 
 def corpus(count, name="made", first=1):
   tokens = np.arange(first, first + count).astype(np.uint32)
-  return corpora_lib.Corpus(name, dict.fromkeys(corpora_lib.SPLITS, tokens), "")
+  return corpora_lib.Corpus(name, dict.fromkeys(corpora_lib.SPLITS, tokens), "", begin_id=0, separator_id=0)
 
 
 def take(stream, count):
+  """The tokens of the first batches."""
+  return [batch.tokens for batch in take_batches(stream, count)]
+
+
+def take_batches(stream, count):
   iterator = iter(stream)
-  found = [next(iterator) for _ in range(count)]
+  batches = [next(iterator) for _ in range(count)]
   iterator.close()
-  return found
+  return batches
 
 
-def stream(rows=None, corpora=None, start=0, **changes):
+def stream(rows=None, corpora=None, start=0, segments=False, **changes):
   config = config_lib.Data(batch_size=8, **changes)
-  return batches_lib.training_stream(corpora or [corpus(107)], config, 8, rows, start)
+  return batches_lib.training_stream(corpora or [corpus(107)], config, 8, rows, start, segments)
 
 
-def test_every_place_comes_once_before_any_comes_again():
+def test_every_position_comes_once_before_any_comes_again():
   batches = np.concatenate(take(stream(), 25))
   assert batches.shape == (200, 9) and (batches[:, 0] == 0).all() and (np.diff(batches[:, 1:], axis=1) == 1).all()
   assert sorted(batches[:100, 1]) == list(range(1, 101)) and sorted(batches[100:, 1]) == list(range(1, 101))
@@ -132,7 +137,7 @@ def test_sources_are_mixed_by_weight():
 
 
 def test_short_and_foreign_corpora_are_named():
-  with pytest.raises(UserError, match="made: 5 training tokens are fewer than one sequence .config.model.context"):
+  with pytest.raises(UserError, match=r"made: 5 training tokens are fewer than one sequence \(config\.model\.context"):
     stream(corpora=[corpus(5)])
   with pytest.raises(UserError, match="valid split is shorter than one sequence"):
     batches_lib.held_out([corpus(5)], "valid", 8)
@@ -141,7 +146,44 @@ def test_short_and_foreign_corpora_are_named():
 
 
 def test_held_out_sequences_are_consecutive():
-  found = batches_lib.held_out([corpus(107)], "valid", 8)
-  assert found.shape == (13, 9) and (found[:, 0] == 0).all()
-  np.testing.assert_array_equal(found[:, 1:].reshape(-1), np.arange(1, 105))
-  np.testing.assert_array_equal(batches_lib.held_out([corpus(107)], "valid", 8, 3), found[[0, 6, 12]])
+  batch = batches_lib.held_out([corpus(107)], "valid", 8)
+  assert batch.tokens.shape == (13, 9) and (batch.tokens[:, 0] == 0).all()
+  assert batch.counted is None and batch.segments is None
+  np.testing.assert_array_equal(batch.tokens[:, 1:].reshape(-1), np.arange(1, 105))
+  few = batches_lib.held_out([corpus(107)], "valid", 8, 3)
+  np.testing.assert_array_equal(few.tokens, batch.rows([0, 6, 12]).tokens)
+
+
+def special(separator_id):
+  """A corpus of a tokenizer whose begin token is 90."""
+  tokens = np.array([4, 5, separator_id, 6, separator_id, separator_id, 7, 8], np.uint32)
+  return corpora_lib.Corpus("special", dict.fromkeys(corpora_lib.SPLITS, tokens), "", 90, separator_id)
+
+
+@pytest.mark.parametrize("separator_id", [90, 91])
+def test_batches_say_which_document_a_token_belongs_to(separator_id):
+  batch = batches_lib.held_out([special(separator_id)], "test", 8, segments=True)
+  assert batch.tokens.tolist() == [[90, 4, 5, separator_id, 6, separator_id, separator_id, 7, 8]]
+  assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4]] and batch.segments.dtype == np.int32
+  (training,) = take_batches(stream(corpora=[special(separator_id)], segments=True), 1)
+  np.testing.assert_array_equal(training.segments, np.repeat(batch.segments, 8, axis=0))
+  assert training.rows(slice(2)).segments.shape == (2, 9) and training.rows([1]).counted is None
+
+
+def test_the_tokenizers_separator_stands_after_each_document(tmp_path):
+  class Separated(tokenizers.Bytes):
+    identity = "separated"
+    begin_id, separator_id = 7, 1
+
+  for i in range(20):
+    write(tmp_path / f"{i:02d}.txt", "ab")
+  (corpus,) = corpora_lib.load_corpora(str(tmp_path / "*.txt"), Separated())
+  assert corpus.begin_id == 7 and corpus.tokens["train"].tolist() == [98, 99, 1] * 18
+  everything = corpora_lib.all_text(str(tmp_path / "0*.txt"), Separated(), "--data")
+  assert everything.tokens["test"].tolist() == [98, 99, 1] * 10 and everything.separator_id == 1
+
+
+def test_a_source_without_text_is_named(tmp_path):
+  write(tmp_path / "a.jsonl", '{"text": ""}\n')
+  with pytest.raises(UserError, match=r"a\.jsonl: no line has text"):
+    corpora_lib.load_corpora(str(tmp_path / "a.jsonl"), BYTES)

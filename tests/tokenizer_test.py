@@ -24,10 +24,25 @@ def test_chars27_is_text8s():
   assert tokenizer.lengths()[ids].sum() == len(ids)
 
 
-def test_text_ends_at_the_document_token():
+def test_text_ends_at_an_end_id():
   for tokenizer in (tokenizers.Bytes(), tokenizers.Chars27()):
-    ids = np.concatenate([tokenizer.encode("ab"), [0], tokenizer.encode("cd")])
+    (end,) = tokenizer.end_ids
+    ids = np.concatenate([tokenizer.encode("ab"), [end], tokenizer.encode("cd")])
     assert tokenizer.decode(ids) == "ab"
+
+
+def test_a_tokenizer_may_have_several_special_ids():
+  class Lines(tokenizers.Bytes):
+    """Bytes of which a zero byte separates documents and a newline or a carriage return ends a text."""
+
+    separator_id = 1
+    end_ids = (11, 14)
+    turn_end_ids = (14,)
+
+  tokenizer = Lines()
+  assert tokenizers.special_ids(tokenizer) == [0, 1, 11, 14]
+  assert tokenizer.decode(tokenizer.encode("ab\ncd")) == tokenizer.decode(tokenizer.encode("ab\rcd")) == "ab"
+  assert list(np.flatnonzero(tokenizer.lengths() == 0)) == [0, 1, 11, 14]
 
 
 def test_tokens_outside_the_vocabulary_are_named():
@@ -49,6 +64,7 @@ def test_sentencepiece_keeps_text_as_it_is(trained):
     assert trained.decode(ids) == text
     assert trained.lengths()[ids].sum() == len(text.encode())
     assert ids.min() > 0
+  assert list(np.flatnonzero(trained.lengths() == 0)) == tokenizers.special_ids(trained) == [0]
   assert trained.vocab_size == 290 and len(trained.encode("the river runs")) < 8
 
 
@@ -60,7 +76,7 @@ def test_bad_input_is_one_line(tmp_path, text):
   ):
     done = run("evo_jax.tokenizer", *flags)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-  with pytest.raises(UserError, match="tokenizer.model: cannot be read"):
+  with pytest.raises(UserError, match=r"tokenizer\.model: cannot be read"):
     tokenizers.load_tokenizer("sentencepiece", str(tmp_path))
   (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
   with pytest.raises(UserError, match="is not a SentencePiece model"):

@@ -1,4 +1,4 @@
-"""Readers: files to documents."""
+"""Readers: text files (.txt or any other name, .jsonl, both also .gz and .xz) to documents."""
 
 from collections.abc import Iterator
 import glob
@@ -29,42 +29,49 @@ def find_files(pattern: str, field: str) -> list[str]:
 
 
 def read_documents(files: list[str], binary: bool) -> Iterator[tuple[str, str | bytes]]:
-  """(name, text) of every document; with `binary`, files that are no .jsonl are bytes, whatever their encoding.
+  """(name, text) of every document: a file, or a line of a .jsonl file.
 
-  Raises UserError with the file's name (and line) for what is empty, unreadable, cut off, or not UTF-8.
+  Raises UserError with the file's name (and line) for what is empty, unreadable, cut off, or not UTF-8. binary: files
+  other than .jsonl are given as bytes, whatever their encoding.
   """
   for file in files:
     raw = _read_file(file)
     if not raw.strip():
       raise UserError(f"{file}: is empty")
-    is_jsonl = any(file.endswith(".jsonl" + suffix) for suffix in ("", ".gz", ".xz"))
-    if binary and not is_jsonl:
-      yield file, raw
-      continue
-    try:
-      text = raw.decode()
-    except UnicodeDecodeError as error:
-      raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from error
-    if not is_jsonl:
-      yield file, text
-      continue
-    for number, line in enumerate(text.split("\n"), 1):
-      if not line.strip():
-        continue
-      try:
-        value = json.loads(line)["text"]
-      except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {number} is not JSON ({error.msg})") from error
-      except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: line {number} has no field 'text'") from error
-      if not isinstance(value, str):
-        raise UserError(f"{file}: line {number}: field 'text' is not a string")
-      try:
-        value.encode()
-      except UnicodeEncodeError as error:
-        raise UserError(f"{file}: line {number}: field 'text' is not valid Unicode") from error
-      if value:
-        yield f"{file}:{number}", value
+    if any(file.endswith(".jsonl" + suffix) for suffix in ("", ".gz", ".xz")):
+      yield from _jsonl_documents(file, _decode(file, raw))
+    else:
+      yield file, raw if binary else _decode(file, raw)
+
+
+def _jsonl_documents(file: str, lines: str) -> Iterator[tuple[str, str]]:
+  """The field "text" of each line; empty lines and texts are skipped."""
+  for number, line in enumerate(lines.split("\n"), 1):
+    if line.strip() and (text := _text_field(line, f"{file}: line {number}")):
+      yield f"{file}:{number}", text
+
+
+def _text_field(line: str, where: str) -> str:
+  try:
+    text = json.loads(line)["text"]
+  except json.JSONDecodeError as error:
+    raise UserError(f"{where} is not JSON ({error.msg})") from error
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{where} has no field 'text'") from error
+  if not isinstance(text, str):
+    raise UserError(f"{where}: field 'text' is not a string")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
+    raise UserError(f"{where}: field 'text' is not valid Unicode") from error
+  return text
+
+
+def _decode(file: str, raw: bytes) -> str:
+  try:
+    return raw.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from error
 
 
 def _read_file(file: str) -> bytes:

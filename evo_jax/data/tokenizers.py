@@ -1,10 +1,9 @@
-"""Tokenizers: bytes, 27 characters, SentencePiece. And `python -m evo_jax.tokenizer`, which trains the last.
+"""Tokenizers: UTF-8 bytes, 27 characters, SentencePiece.
 
-In every vocabulary token 0 (`DOCUMENT`) stands between documents, in front of every sequence, and ends a text.
-
-  python -m evo_jax.tokenizer --input='dir/*.txt' --vocab_size=8000 --output=DIR
+All three have one special id, 0: it begins a sequence, separates documents and ends a text.
 """
 
+from collections.abc import Iterable
 import hashlib
 import io
 from typing import Protocol
@@ -16,34 +15,43 @@ import sentencepiece
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
-DOCUMENT = 0  # the token between documents, in front of every sequence, and the end of a text
+DOCUMENT = 0
 
 
 class Tokenizer(Protocol):
-  """Text to token ids and back.
-
-  `unit` is what `length` counts, the denominator of bits: "byte" or "character". `identity` is a string that differs
-  between tokenizers that differ. `binary`: whether documents are taken as raw bytes, valid UTF-8 or not.
-  """
+  """Text to token ids and back. Special ids stand for no text."""
 
   vocab_size: int
-  unit: str
-  identity: str
-  binary: bool
+  unit: str  # what `lengths` counts, the denominator of bits: "byte" or "character"
+  identity: str  # differs between tokenizers that differ
+  binary: bool  # whether documents are raw bytes, valid UTF-8 or not
+  begin_id: int  # put in front of every sequence
+  separator_id: int  # stands after each document in the token stream
+  end_ids: tuple[int, ...]  # any of them ends a text
+  turn_end_ids: tuple[int, ...]  # any of them ends a turn of a conversation
 
-  def encode(self, text: str | bytes) -> np.ndarray: ...
+  def encode(self, text: str | bytes) -> np.ndarray: ...  # no special id is among the result
   def decode(self, tokens: np.ndarray) -> str: ...
   def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
   def lengths(self) -> np.ndarray: ...
 
 
+def special_ids(tokenizer: Tokenizer) -> list[int]:
+  """The ids that stand for no text, sorted."""
+  return sorted({tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids})
+
+
 class Bytes:
-  """Byte b is token b + 1."""
+  """UTF-8 bytes: byte b is token b + 1."""
 
   vocab_size = 257
   unit = "byte"
   identity = "bytes"
   binary = True
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """(n,) uint16 ids; text is taken as UTF-8."""
@@ -51,29 +59,33 @@ class Bytes:
     return np.frombuffer(raw, np.uint8).astype(np.uint16) + 1
 
   def decode(self, tokens: np.ndarray) -> str:
-    """Text up to the end of the document; bytes that are no UTF-8 show as U+FFFD."""
+    """Text up to the first end id; bytes that are not UTF-8 become U+FFFD."""
     tokens = _checked(tokens, self)
     return (tokens - 1).astype(np.uint8).tobytes().decode(errors="replace")
 
   def lost(self, text: str) -> str:
-    """None: every text is bytes."""
+    """Nothing: every text is bytes."""
     return ""
 
   def lengths(self) -> np.ndarray:
-    """(vocab_size,) how many units of text each token stands for; the document token stands for none."""
-    return (np.arange(self.vocab_size) > 0).astype(np.int64)
+    """(vocab_size,) int64, bytes of text that each token stands for: 0 for special ids."""
+    return _one_each(self)
 
 
 class Chars27:
-  """Space and a-z, as in text8: lower-cased, every run of other characters made one space. Space is token 1."""
+  """Space (token 1) and a-z, as in text8: text in lower case, each run of other characters replaced by one space."""
 
   vocab_size = 28
   unit = "character"
   identity = "chars27"
   binary = False
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """(n,) uint8 ids. No text is refused: what is not a letter is a space."""
+    """(n,) uint8 ids. Accepts any text."""
     text = text.decode() if isinstance(text, bytes) else text
     raw = np.frombuffer(text.lower().encode("ascii", errors="replace"), np.uint8)
     letter = (raw >= ord("a")) & (raw <= ord("z"))
@@ -81,7 +93,7 @@ class Chars27:
     return np.where(letter, raw - (ord("a") - 2), 1).astype(np.uint8)[keep]
 
   def decode(self, tokens: np.ndarray) -> str:
-    """Text up to the end of the document."""
+    """Text up to the first end id."""
     alphabet = np.frombuffer(b"? abcdefghijklmnopqrstuvwxyz", np.uint8)
     return alphabet[_checked(tokens, self)].tobytes().decode()
 
@@ -90,17 +102,25 @@ class Chars27:
     return "".join(c for c in text if not ("a" <= c.lower() <= "z" or c.isspace()))
 
   def lengths(self) -> np.ndarray:
-    """(vocab_size,) characters of each token."""
-    return (np.arange(self.vocab_size) > 0).astype(np.int64)
+    """(vocab_size,) int64, characters that each token stands for: 0 for special ids."""
+    return _one_each(self)
 
 
 class SentencePiece:
-  """A SentencePiece model that `train` made: piece 0 is the document token, unknown characters fall back to bytes."""
+  """A model of `train_sentencepiece`. Characters without a piece fall back to bytes.
+
+  proto: the serialized model.
+  """
 
   unit = "byte"
   binary = False
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def __init__(self, folder: str):
+    """Loads the model in `folder`. Raises UserError where there is none, or of another kind."""
     self.path = epath.Path(folder) / MODEL_FILE
     try:
       self.proto = self.path.read_bytes()
@@ -112,42 +132,43 @@ class SentencePiece:
     except RuntimeError as error:
       raise UserError(f"{self.path}: is not a SentencePiece model") from error
     if self._processor.bos_id() != 0 or self._processor.eos_id() != -1:
-      raise UserError(f"{self.path}: piece 0 is not the document token; train one with python -m evo_jax.tokenizer")
+      raise UserError(f"{self.path}: piece 0 is not the special one; train a model with python -m evo_jax.tokenizer")
     self.vocab_size = self._processor.vocab_size()
     self.identity = f"sentencepiece:{hashlib.sha256(self.proto).hexdigest()[:16]}"
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """(n,) uint16 or uint32 ids."""
+    """(n,) ids, uint16 if the vocabulary fits, else uint32."""
     text = text.decode() if isinstance(text, bytes) else text
     ids = self._processor.EncodeAsIds(text)
     return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
   def decode(self, tokens: np.ndarray) -> str:
-    """Text up to the end of the document."""
+    """Text up to the first end id."""
     return self._processor.DecodeIds(_checked(tokens, self).tolist())
 
   def lost(self, text: str) -> str:
-    """None: what has no piece falls back to bytes."""
+    """Nothing: characters without a piece fall back to bytes."""
     return ""
 
   def lengths(self) -> np.ndarray:
-    """(vocab_size,) UTF-8 bytes of each piece. `train` leaves text as it is, so that they add up to the text's."""
-    pieces = range(self.vocab_size)
-    return np.asarray(
-      [
-        0
-        if self._processor.IsControl(i)
-        else 1
-        if self._processor.IsByte(i)
-        else len(self._processor.IdToPiece(i).replace("\u2581", " ").encode())
-        for i in pieces
-      ],
-      np.int64,
-    )
+    """(vocab_size,) int64, UTF-8 bytes that each piece stands for: 0 for special ids.
+
+    `train_sentencepiece` normalizes nothing, so that the lengths of a text's pieces add up to the text's.
+    """
+    lengths = np.asarray([self._piece_length(i) for i in range(self.vocab_size)], np.int64)
+    lengths[special_ids(self)] = 0
+    return lengths
+
+  def _piece_length(self, i: int) -> int:
+    if self._processor.IsControl(i):
+      return 0
+    if self._processor.IsByte(i):
+      return 1
+    return len(self._processor.IdToPiece(i).replace("\u2581", " ").encode())
 
 
 def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
-  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path."""
+  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
   if name != "sentencepiece":
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
@@ -155,9 +176,16 @@ def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
   return SentencePiece(folder)
 
 
+def _one_each(tokenizer: Tokenizer) -> np.ndarray:
+  lengths = np.ones(tokenizer.vocab_size, np.int64)
+  lengths[special_ids(tokenizer)] = 0
+  return lengths
+
+
 def _checked(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+  """The tokens before the first end id, as int64. Raises UserError where one is outside the vocabulary."""
   tokens = np.asarray(tokens, np.int64)
-  end = np.flatnonzero(tokens == 0)
+  end = np.flatnonzero(np.isin(tokens, tokenizer.end_ids))
   tokens = tokens[: end[0]] if end.size else tokens
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
     outside = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)][0]
@@ -165,8 +193,11 @@ def _checked(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return tokens
 
 
-def train_sentencepiece(texts, vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
-  """Trains a SentencePiece unigram model with byte fallback on an iterator of texts, into the folder `output`."""
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
+  """Trains a SentencePiece unigram model with byte fallback on an iterable of texts, into the folder `output`.
+
+  Raises UserError where the text does not suffice for the vocabulary, or the folder cannot be written.
+  """
   model = io.BytesIO()
   sentences = (line for text in texts for line in text.splitlines() if line.strip())
   sentencepiece.set_random_generator_seed(seed)

@@ -1,11 +1,12 @@
-"""Checkpoints: the training state, and what a finished run leaves to readers.
+"""Work directories and their checkpoints (Orbax).
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The place in the data
-is the step. Orbax writes a checkpoint aside and renames it when it is whole, so that a killed run leaves none that is
-half-written; it restores into any mesh, any number of processes, and other dtypes.
+`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The position in the data
+is the step. Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that a killed run
+leaves no partial one; it restores onto any mesh, any number of processes, and other dtypes.
 """
 
+from collections.abc import Callable
 import json
 import re
 import shutil
@@ -28,67 +29,73 @@ args = ocp.args
 class CheckpointStore:
   """The checkpoints of one work directory. Saving runs in the background."""
 
-  def __init__(self, workdir: epath.Path, keep: int):
+  def __init__(self, workdir: epath.Path, keep: int | None):
+    """keep: how many checkpoints a save leaves; None: all. Raises UserError if the folder cannot be written."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     self.folder = workdir / "checkpoints"
     try:
-      self.manager = ocp.CheckpointManager(self.folder, options=options)
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
       raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
+  def steps(self) -> list[int]:
+    """The steps of all complete checkpoints."""
+    return sorted(self._manager.all_steps())
+
   def latest(self) -> int | None:
-    """The step of the last whole checkpoint."""
-    return self.manager.latest_step()
+    """The step of the last complete checkpoint."""
+    return self._manager.latest_step()
 
   def save(self, step: int, items: dict[str, Any]) -> None:
-    """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the save before failed."""
+    """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the previous save failed."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(
         f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
-        f"the last whole one is of step {self._last_whole()}"
+        f"the last whole one is of step {self._last_complete()}"
       )
-    self._guarded(
-      lambda: self.manager.save(
-        step, args=args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
-      )
-    )
+    composite = args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
+    self._guarded(lambda: self._manager.save(step, args=composite))
 
   def wait(self) -> None:
     """Returns when everything is on disk. Raises UserError if it could not be written."""
-    self._guarded(self.manager.wait_until_finished)
+    self._guarded(self._manager.wait_until_finished)
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The items as arrays of the shapes, dtypes and shardings in `abstract`. Raises UserError, in all
-    processes if in one."""
-    wanted = {name: args.StandardRestore(item) for name, item in abstract.items()}
-    found, problem = {}, None
+    """The items as arrays of the shapes, dtypes and shardings in `abstract`.
+
+    Raises UserError if they cannot be read: in all processes if in one.
+    """
+    composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
+    items, problem = {}, None
     try:
-      found = dict(self.manager.restore(step, args=args.Composite(**wanted)))
-    except Exception as error:  # the readers underneath raise many kinds, too
+      items = dict(self._manager.restore(step, args=composite))
+    except Exception as error:  # Orbax and TensorStore raise many kinds, too
       problem = error
-    if not _all_well(problem is None):
-      why = _first_line(problem) if problem else "another process could not read it"
-      raise UserError(f"{self.folder / str(step)}: cannot be restored: {why}") from problem
-    return found
+    if not _all_succeeded(problem is None):
+      reason = _summary(problem) if problem else "another process could not read it"
+      raise UserError(f"{self.folder / str(step)}: cannot be restored: {reason}") from problem
+    return items
 
   def restore_latest(self, abstract: dict[str, Any], set_aside: bool = True) -> tuple[int, dict[str, Any]]:
-    """The last checkpoint that can be read, and its step. One that cannot is passed over with a warning and, with
-    `set_aside`, moved to `damaged/STEP`, so that its step can be saved anew. Raises UserError if there are some, and
-    none can be read."""
+    """The step and the items of the last checkpoint that can be read; each that cannot is skipped with a warning.
+
+    Raises UserError if none can be read. set_aside: move skipped checkpoints to `damaged/STEP`, so that their steps
+    can be saved again.
+    """
     problems = []
-    for step in sorted(self.manager.all_steps(), reverse=True):
+    for step in reversed(self.steps()):
       try:
-        found = self.restore(step, abstract)
+        items = self.restore(step, abstract)
       except UserError as error:
         problems.append(error)
         continue
-      if problems and jax.process_index() == 0:
+      if jax.process_index() == 0:
         for problem in problems:
           print(f"evo_jax: warning: {problem}; step {step} is read instead", file=sys.stderr, flush=True)
       if problems and set_aside:
-        self._set_aside([s for s in self.manager.all_steps() if s > step])
-      return step, found
+        self._set_aside([damaged for damaged in self.steps() if damaged > step])
+      return step, items
     raise problems[0]
 
   def _set_aside(self, steps: list[int]) -> None:
@@ -96,48 +103,70 @@ class CheckpointStore:
       damaged = self.folder.parent / "damaged"
       damaged.mkdir(exist_ok=True)
       for step in steps:
-        place = next(p for i in range(1000) if not (p := damaged / f"{step}{f'-{i}' if i else ''}").exists())
-        (self.folder / str(step)).rename(place)
-    _all_well(True)  # waits for process 0
-    self.manager.reload()
+        names = (f"{step}{f'-{i}' if i else ''}" for i in range(1000))
+        target = next(path for name in names if not (path := damaged / name).exists())
+        (self.folder / str(step)).rename(target)
+    _all_succeeded(True)  # a barrier: the others wait for process 0
+    self._manager.reload()
 
   def close(self) -> None:
-    self.manager.close()
+    self._manager.close()
 
-  def _guarded(self, act) -> None:
+  def _guarded(self, act: Callable[[], Any]) -> None:
     try:
       act()
-      self.manager.check_for_errors()
-    except Exception as error:  # the writers underneath raise many kinds: OSError, ValueError, RuntimeError
+      self._manager.check_for_errors()
+    except Exception as error:  # Orbax and TensorStore raise many kinds: OSError, ValueError, RuntimeError
       raise UserError(
-        f"{self.folder}: a checkpoint cannot be written: {_first_line(error)}; "
-        f"the last whole one is of step {self._last_whole()}"
+        f"{self.folder}: a checkpoint cannot be written: {_summary(error)}; "
+        f"the last whole one is of step {self._last_complete()}"
       ) from error
 
-  def _last_whole(self) -> int | None:
-    return max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
+  def _last_complete(self) -> int | None:
+    """As `latest`, from the file system: after a failed save the manager counts that step too."""
+    return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
 
 
-def _all_well(well: bool) -> bool:
-  """Whether all processes are."""
-  return bool(np.all(multihost_utils.process_allgather(np.array(well)))) if jax.process_count() > 1 else well
+def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
+  """The step and the items, as in `abstract`, of the checkpoint of `step`, or of the last that can be read (None).
+
+  Nothing in the work directory is changed. Raises UserError where there is no such checkpoint, or it cannot be read.
+  """
+  if not (workdir / "checkpoints").is_dir():
+    raise UserError(f"{workdir}: holds no checkpoint")
+  checkpoints = CheckpointStore(workdir, keep=None)
+  try:
+    if not checkpoints.steps() or step not in (None, *checkpoints.steps()):
+      raise UserError(f"{workdir}: holds no checkpoint" + ("" if step is None else f" of step {step}"))
+    if step is None:
+      return checkpoints.restore_latest(abstract, set_aside=False)
+    return step, checkpoints.restore(step, abstract)
+  finally:
+    checkpoints.close()
 
 
-def _first_line(error: BaseException) -> str:
-  """What an error says first, and the arrays, a line `NAME:` each, that Orbax finds on one side alone."""
+def _all_succeeded(succeeded: bool) -> bool:
+  """Whether all processes did. Returns when all have called it."""
+  if jax.process_count() == 1:
+    return succeeded
+  return bool(np.all(multihost_utils.process_allgather(np.array(succeeded))))
+
+
+def _summary(error: BaseException) -> str:
+  """The first line of an error, and the arrays, a line `NAME:` each, that Orbax finds on one side only."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   names = [line[:-1] for line in lines[1:] if re.fullmatch(r"[\w.]+:", line)]
   return " ".join([lines[0][:300], ", ".join(names)]).strip() if lines else type(error).__name__
 
 
 def resolve_workdir(workdir: str) -> epath.Path:
-  """The folder that --workdir names: absolute, as Orbax wants it, unless it is in a bucket."""
+  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket."""
   folder = epath.Path(workdir).expanduser()
   return folder if workdir.startswith("gs://") else folder.absolute()
 
 
 def make_workdir(workdir: str) -> epath.Path:
-  """The folder, made and tried. Raises UserError if nothing can be written there."""
+  """Creates the folder that --workdir names. Raises UserError if nothing can be written there."""
   folder = resolve_workdir(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,10 +179,10 @@ def make_workdir(workdir: str) -> epath.Path:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes aside, then renames: a reader never sees half a file."""
-  aside = path.parent / f".{path.name}.tmp"
-  aside.write_text(json.dumps(value, indent=2) + "\n")
-  aside.replace(path)
+  """Writes a temporary file, then renames it: a reader never sees a partial one."""
+  temporary = path.parent / f".{path.name}.tmp"
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  temporary.replace(path)
 
 
 def write_config(
@@ -163,29 +192,13 @@ def write_config(
   parameters: int,
   fingerprints: list[str],
 ) -> None:
-  """Writes config.json, and the tokenizer's model beside it. Raises UserError where an earlier run's does not fit.
+  """Writes config.json, and the tokenizer's model beside it. Raises UserError where an earlier run's does not match.
 
-  Fields that the checkpoint's contents depend on may not change; a change of another is printed and taken over.
+  Fields that determine a checkpoint's contents may not change; a change of another is printed and accepted.
   """
   path = workdir / "config.json"
   if path.exists():
-    old = read_config(workdir)
-    for field, before, after, pinned in config_lib.differences(old["config"], config):
-      if pinned:
-        raise UserError(
-          f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
-        )
-      if jax.process_index() == 0:
-        print(f"config.{field}: {before!r} -> {after!r}", flush=True)
-    if old["tokenizer"] != tokenizer.identity:
-      raise UserError(
-        f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
-      )
-    if old["text"] != fingerprints:
-      raise UserError(
-        f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
-        "files were changed, added or removed; use another --workdir"
-      )
+    _check_resumable(workdir, config, tokenizer, fingerprints)
   if jax.process_index() == 0:
     if isinstance(tokenizer, tokenizers.SentencePiece):
       (workdir / "tokenizer").mkdir(exist_ok=True)
@@ -199,6 +212,28 @@ def write_config(
         "parameters": parameters,
         "text": fingerprints,
       },
+    )
+
+
+def _check_resumable(
+  workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, fingerprints: list[str]
+) -> None:
+  old = read_config(workdir)
+  for field, before, after, pinned in config_lib.differences(old["config"], config):
+    if pinned:
+      raise UserError(
+        f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
+      )
+    if jax.process_index() == 0:
+      print(f"config.{field}: {before!r} -> {after!r}", flush=True)
+  if old["tokenizer"] != tokenizer.identity:
+    raise UserError(
+      f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
+    )
+  if old["text"] != fingerprints:
+    raise UserError(
+      f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
+      "files were changed, added or removed; use another --workdir"
     )
 
 

@@ -40,7 +40,7 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 class Setup:
   """A run before its first step: all input is read and checked, nothing is compiled.
 
-  held_out: (n, L + 1) int32, sequences of the validation split.
+  held_out: sequences of the validation split.
   """
 
   config: config_lib.Config
@@ -49,7 +49,7 @@ class Setup:
   mesh: jax.sharding.Mesh
   folder: epath.Path
   corpora: list[corpora_lib.Corpus]
-  held_out: np.ndarray
+  held_out: Batch
 
 
 def say(text: str) -> None:
@@ -75,7 +75,7 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
   corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
   L = config.model.context
   batches_lib.training_stream(corpora, config.data, L)  # names text that is too short
-  held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences)
+  held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
   parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
   checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
   say(
@@ -98,7 +98,9 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     stack.enter_context(jax.set_mesh(mesh))
     state, done = _restore_or_initialize(setup, checkpoints)
     rows = sharding.batch_rows(mesh, config.data.batch_size)
-    iterator = iter(batches_lib.training_stream(setup.corpora, config.data, L, rows, start=done))
+    iterator = iter(
+      batches_lib.training_stream(setup.corpora, config.data, L, rows, done, config.model.isolate_documents)
+    )
     stack.callback(iterator.close)
     report = _Report(setup, done, checkpoints)
     stack.callback(report.close)
@@ -111,7 +113,7 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     for step in range(done + 1, config.train.steps + 1):
       profiler.before(step)
       with report.throughput.waits("data_wait"):
-        batch = sharding.global_batch(mesh, Batch(next(iterator)), config.data.batch_size)
+        batch = sharding.global_batch(mesh, next(iterator), config.data.batch_size)
       windows = step > config.windows_start
       state, metrics = step_fn(state, batch, windows=windows)
       profiler.after(step, metrics)

@@ -1,4 +1,4 @@
-"""The optimizer: schedules, the decay mask, AdamW as an optax chain."""
+"""The optimizer: learning-rate schedules, AdamW with a weight-decay mask, gradient clipping."""
 
 import jax
 import optax
@@ -9,7 +9,10 @@ _DECAYED = ("w_qkv", "w_o", "w_gate", "w_up", "w_down", "head")
 
 
 def learning_rate_schedule(config: config_lib.Optim, steps: int) -> optax.Schedule:
-  """The learning rate by step: linear warm-up, then "cosine" to final x peak, or "wsd": stable, then linear decay."""
+  """The learning rate by step: linear warm-up to the peak, then "cosine" decay, or "wsd": constant, then linear decay.
+
+  Both end at `final` times the peak.
+  """
   peak = config.learning_rate
   warmup = min(config.warmup, max(steps - 1, 0))
   if config.schedule == "cosine":
@@ -29,13 +32,13 @@ def learning_rate_schedule(config: config_lib.Optim, steps: int) -> optax.Schedu
 
 
 def decay_mask(params) -> dict:
-  """True for the matrices that weight decay pulls to zero: those of the blocks and the head."""
-  names = lambda path: {getattr(entry, "key", None) for entry in path}  # linen's boxes add entries without a key
+  """A tree like the parameters, True where weight decay applies: matrices of the blocks, and the head."""
+  names = lambda path: {getattr(entry, "key", None) for entry in path}  # boxes of flax add entries without a key
   return jax.tree_util.tree_map_with_path(lambda path, _: bool(names(path) & set(_DECAYED)), params)
 
 
 def make_optimizer(config: config_lib.Optim, steps: int) -> optax.GradientTransformation:
-  """AdamW without clipping: the training step clips, since it may clip two gradients apart."""
+  """AdamW without clipping: the training step clips, since it may clip two gradients separately."""
   return optax.adamw(
     learning_rate_schedule(config, steps),
     b1=config.beta1,
@@ -48,7 +51,7 @@ def make_optimizer(config: config_lib.Optim, steps: int) -> optax.GradientTransf
 
 
 def clip(gradient, limit: float):
-  """The gradient scaled to a global norm of at most `limit` (0: as it is), and its norm before."""
+  """The gradient, scaled to a global norm of at most `limit` (0: unchanged), and its norm before scaling."""
   norm = optax.tree.norm(gradient)
   if limit:
     gradient, _ = optax.clip_by_global_norm(limit).update(gradient, optax.EmptyState())

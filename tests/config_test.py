@@ -1,0 +1,62 @@
+"""The configuration: checks that name a field, differences, and the shipped files."""
+
+import dataclasses
+import re
+
+import pytest
+
+from evo_jax import config as config_lib
+from evo_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"model": {"widht": 3}}, "config.model.widht: no such field"),
+    ({"model": {"width": 3.5}}, "config.model.width: 3.5 is not of type int"),
+    ({"model": {"width": True}}, "config.model.width: True is not of type int"),
+    ({"modl": {}}, "config.modl: no such field"),
+    ({"model": 3}, "config.model: is a section"),
+    ({"eval": {"paths": "ar"}}, "config.eval.paths: 'ar' is not a tuple"),
+    ({"train": {"steps": -1}}, "config.train.steps: -1 is not positive"),
+    ({"model": {"progression": "learned"}}, "config.paths.learned: 0.0 does not go with model.progression = learned"),
+    ({"paths": {"erasure_range": (0.9, 0.1)}}, "config.paths.erasure_range: (0.9, 0.1) is not LOW, HIGH"),
+    (
+      {"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}},
+      "config.loss.bound_windows: 1 needs one of",
+    ),
+    ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
+    ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
+    ({"data": {"weights": (1.0,), "path": "a,b"}}, "config.data.weights"),
+    ({"data": {"weights": (1.0, -1.0), "path": "a,b"}}, "config.data.weights: (1.0, -1.0) must be positive"),
+    ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of"),
+    ({"optim": {"clip": -1.0}}, "config.optim.clip: -1.0 is negative"),
+    ({"model": {"width": 130}}, "config.model.width: 130 does not divide into 4 heads"),
+    ({"model": {"attention": "cudnn"}}, "config.model.attention: 'cudnn' needs model.dtype = bfloat16"),
+    ({"model": {"remat": "save:qkv,x"}}, "config.model.remat: 'save:qkv,x' is not one of none, full, dots, or save:"),
+    ({"window": {"size": 48}}, "config.window.size: 48 does not divide model.context = 256"),
+    ({"paths": {"streams": 1.0}, "window": {"size": 4}}, "config.paths.stream_counts: (2, 4, 8) has more streams than"),
+    ({"paths": {"steps": ()}}, "config.paths.steps: () must hold positive numbers"),
+    (
+      {"model": {"progression": "learned"}, "paths": {"learned": 1.0}, "window": {"size": 256}},
+      "config.model.progression: 'learned' needs a past",
+    ),
+    ({"loss": {"ar_weight": 0}, "window": {"count": 0}}, "config.loss.ar_weight: 0.0 with window.count = 0 trains"),
+    ({"warp": {"decay": 1.0}}, "config.warp.decay: 1.0 is not in [0, 1)"),
+    ({"train": {"profile": "5:2"}}, "config.train.profile: '5:2' is not START:STOP"),
+    ({"train": {"accumulate": 3}}, "config.train.accumulate: 3 does not divide data.batch_size = 16"),
+    ({"eval": {"samples": -1}}, "config.eval.samples: -1 is negative"),
+    ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp: 0 is neither positive nor -1"),
+    ({"mesh": {"tensor": -1}}, "config.mesh.data: -1 and another axis are both -1"),
+  ],
+)
+def test_impossible_fields_are_named(values, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    config_lib.from_dict(values)
+
+
+def test_differences_say_what_is_pinned():
+  old = config_lib.Config()
+  new = dataclasses.replace(old, model=config_lib.Model(layers=5), train=config_lib.Train(steps=7))
+  assert config_lib.differences(old, new) == [("model.layers", 4, 5, True), ("train.steps", 1000, 7, False)]
+  assert config_lib.from_dict(config_lib.to_dict(new)) == new

@@ -1,0 +1,72 @@
+"""The evaluator: sums and counts over sequences of which some tokens may not count; the path gap."""
+
+from conftest import small_config
+import jax
+import numpy as np
+import pytest
+
+from evo_jax import config as config_lib
+from evo_jax.batch import Batch
+from evo_jax.data import tokenizers
+from evo_jax.evaluation import paths as paths_lib
+from evo_jax.parallel import sharding
+from evo_jax.training import state as state_lib
+
+PATHS = ("ar", "diagonal:2")
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+  config, tokenizer = small_config(eval__batch_size=4), tokenizers.Bytes()
+  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  return paths_lib.Evaluator(state_lib.make_model(config, tokenizer), config, tokenizer, mesh)
+
+
+@pytest.fixture(scope="module")
+def state():
+  config = small_config()
+  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  return state_lib.sharded_init(state_lib.make_model(config, tokenizers.Bytes()), config, mesh)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+  """Six sequences with a few separators: one and a half of the evaluator's batches."""
+  tokens = np.random.default_rng(0).integers(1, 257, (6, 33)).astype(np.int32)
+  tokens[:, 0] = tokens[2, 5] = tokens[3, 9:12] = 0
+  return tokens
+
+
+def test_only_counted_tokens_enter_bits_and_units(evaluator, state, tokens):
+  counted = np.random.default_rng(1).random(tokens.shape) < 0.5
+  batch = Batch(tokens, counted)
+  for path, (entry, bits) in zip(PATHS, evaluator.measure(state.params, state.statistics, batch, PATHS)):
+    with jax.set_mesh(evaluator.mesh):
+      nll, passes = evaluator.token_nll(state.params, state.statistics, batch, path)
+    assert nll.shape == (6, 32) and passes.shape == (6,)
+    np.testing.assert_allclose(bits, (nll * counted[:, 1:]).sum(1, dtype=np.float64) / np.log(2), rtol=1e-6)
+    units = (counted[:, 1:] & (tokens[:, 1:] > 0)).sum()
+    assert entry["bits"] == pytest.approx(bits.sum() / units) and entry["stderr"] > 0
+    assert entry["passes_per_token"] == {"ar": 1.0, "diagonal:2": 0.25}[path]
+
+
+def test_a_mask_that_counts_everything_changes_nothing(evaluator, state, tokens):
+  measure = lambda batch: evaluator(state.params, state.statistics, batch, PATHS)
+  assert measure(Batch(tokens)) == measure(Batch(tokens, np.ones(tokens.shape, bool)))
+
+
+def test_a_sequence_without_counted_tokens_is_as_good_as_absent(evaluator, state, tokens):
+  counted = np.ones(tokens.shape, bool)
+  counted[4:] = False
+  masked = evaluator(state.params, state.statistics, Batch(tokens, counted), ("ar",))[0]
+  absent = evaluator(state.params, state.statistics, Batch(tokens[:4]), ("ar",))[0]
+  assert masked["bits"] == absent["bits"]
+
+
+def test_the_gap_extrapolates_the_two_longest_diagonals():
+  """A diagonal whose excess over `ar` is 0.5 + 2 / K bits."""
+  bits = {"ar": 3.0, **{f"diagonal:{K}": 3.5 + 2 / K for K in (1, 4, 16)}}
+  table = [{"path": path, "bits": value} for path, value in bits.items()]
+  gap = {entry["path"]: entry["gap"] for entry in paths_lib.path_gap(table)}
+  assert gap == pytest.approx({"diagonal:1": 2.5, "diagonal:4": 1.0, "diagonal:16": 0.625, "diagonal:inf": 0.5})
+  assert not paths_lib.path_gap(table[1:]) and not paths_lib.path_gap(table[:2])
