@@ -72,8 +72,8 @@ class Evaluator:
     return nll, passes
 
   def _to_devices(self, batch: Batch) -> Batch:
-    places = sharding.batch_sharding(self.mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, places, lambda index: x[index]), batch)
+    rows = sharding.batch_sharding(self.mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
 
   def __call__(self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[str, ...]) -> list[dict[str, Any]]:
     """One object per path: `path`, `bits` per byte or character, its `stderr`, `passes_per_token` and `unit`.

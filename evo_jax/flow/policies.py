@@ -139,7 +139,7 @@ class MostCertain:
 
 @flax.struct.dataclass
 class Spread:
-  """Jumps of tokens that tell little about each other, by one threshold in bits: an estimate of what a token loses when
+  """Jumps of tokens with little mutual information, by one threshold in bits: an estimate of what a token loses when
   another jumps in the same pass and it does not see it.
 
   That loss is the tokens' mutual information. It is at most a token's entropy, so all tokens below the threshold jump.

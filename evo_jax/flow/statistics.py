@@ -1,4 +1,5 @@
-"""What training measures instead of learning by gradient: the time warp, unigram frequencies, squared step costs.
+"""What training measures instead of learning by gradient: the time warp, unigram frequencies, how much the bound's
+steps scatter.
 
 Letters in names: V vocabulary, M code elements, G bins of the clock.
 """
@@ -12,7 +13,7 @@ from evo_jax.flow import latents as latents_lib
 from evo_jax.flow.warp import Warp
 
 _UNIGRAM_MEMORY = 1000  # steps after which the unigram estimate forgets as fast as it learns
-_CLOCK_BINS = 16  # over which the bound's squared step costs are followed
+_CLOCK_BINS = 16  # over which the bound's squared steps are averaged
 
 
 @flax.struct.dataclass

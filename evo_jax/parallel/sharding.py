@@ -327,8 +327,8 @@ def batch_shards(mesh: Mesh) -> int:
 def batch_rows(mesh: Mesh, size: int, rules: ShardingRules = RULES) -> list[int]:
   """The rows of a global batch of `size` that this process's devices hold, in order; on a mesh whose tensor axis
   crosses processes several hold the same."""
-  places = batch_sharding(mesh, rules).addressable_devices_indices_map((size,))
-  return sorted({row for (rows,) in places.values() for row in range(*rows.indices(size))})
+  indices = batch_sharding(mesh, rules).addressable_devices_indices_map((size,))
+  return sorted({row for (rows,) in indices.values() for row in range(*rows.indices(size))})
 
 
 def global_batch(mesh: Mesh, batch: Batch, size: int, rules: ShardingRules = RULES) -> Batch:

@@ -76,7 +76,7 @@ def state_shardings(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sha
 
 
 def sharded_init(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> TrainState:
-  """The state before training, laid out on a mesh, without boxes."""
+  """The state before training, sharded over a mesh, without boxes."""
   init = lambda: meta.unbox(init_state(model, config))
   return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
 
@@ -84,8 +84,8 @@ def sharded_init(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.shardi
 def abstract_state(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """The state's shapes, dtypes and shardings."""
   boxed = jax.eval_shape(functools.partial(init_state, model, config))
-  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-  return jax.tree.map(place, meta.unbox(boxed), sharding.shardings(mesh, boxed))
+  shape = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(shape, meta.unbox(boxed), sharding.shardings(mesh, boxed))
 
 
 def abstract_items(
