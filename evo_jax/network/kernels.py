@@ -86,7 +86,7 @@ def splash_windows(
 def library_causal(
   q_BxKxGxLxE: jax.Array, k_BxKxLxE: jax.Array, v_BxKxLxE: jax.Array, implementation: str = "cudnn"
 ) -> jax.Array:
-  """Causal attention (B, K, G, L, E) by JAX's `dot_product_attention`: "cudnn" on a GPU, in bfloat16; "xla" anywhere."""
+  """Causal attention (B, K, G, L, E) by JAX's `dot_product_attention`: "cudnn" on GPUs, in bfloat16; "xla" anywhere."""
   B, K, G, L, E = q_BxKxGxLxE.shape
   length_first = lambda x: x.reshape(B, -1, L, E).swapaxes(1, 2)
   out = jax.nn.dot_product_attention(
