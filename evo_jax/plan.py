@@ -1,8 +1,14 @@
-"""Plans a run on a TPU pod without the pod."""
+"""Plans a run on a TPU pod without the pod: compiles the training step for it, and says what it needs and how long it
+takes.
+
+  python -m evo_jax.plan --config=configs/evo8b.py --topology=v5p:8x8x8 [--mesh=data:8,fsdp:64,tensor:1] [--json=FILE]
+
+The compiler is the TPU's own (`pip install 'evo_jax[tpu]'`), which needs no TPU. Without it the plan holds what follows
+from shapes alone. Exits with status 1 if a plan does not fit.
+"""
 
 import dataclasses
 import json
-import math
 import sys
 
 from absl import flags
@@ -18,42 +24,48 @@ from evo_jax.planning import chips, planner, report
 def main() -> None:
   args = flags.FLAGS
   config, _ = cli.read_config()
-  if not args.topology:
-    raise UserError("--topology is needed, as in --topology=v5p:8x8x8")
+  topologies = read_topologies(args.topology)
   compiles = args.compile and chips.has_compiler()
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, whatever this machine has
   config = dataclasses.replace(config, mesh=planner.parse_mesh(args.mesh, config.mesh))
-  for topology in args.topology:
-    sharding.mesh_sizes(config.mesh, math.prod(chips.parse_topology(topology)[1]) * chips.parse_topology(topology)[2])
+  for topology in topologies:
+    sharding.mesh_sizes(config.mesh, topology.chips)  # before the first compilation
   plans = []
-  for topology in args.topology:
-    found = planner.make_plan(config, topology, compiles)
-    if found.fits is False and args.advice:
-      found.advice = planner.advise(config, found, compiles)
-    plans.append(found)
-    print(report.report(found, config), flush=True)
+  for topology in topologies:
+    plan = planner.make_plan(config, topology, compiles)
+    if plan.fits is False and args.advice:
+      plan = dataclasses.replace(plan, advice=planner.advise(config, topology, plan, compiles))
+    plans.append(plan)
+    print(report.report(plan, config), flush=True)
   if len(plans) > 1:
     print("\n" + report.table(plans))
   if args.json:
-    command = " ".join(["python -m evo_jax.plan", *(a for a in sys.argv[1:] if not a.startswith("--json"))])
-    text = {
-      "command": command,
-      "fields": config_lib.to_dict(config),
-      "assumptions": planner.ASSUMPTIONS,
-      "jax": jax.__version__,
-      "plans": [dataclasses.asdict(p) for p in plans],
-    }
-    try:
-      with open(args.json, "w", encoding="utf-8") as stream:
-        json.dump(text, stream, indent=1)
-    except OSError as error:
-      raise UserError(f"--json={args.json}: cannot be written: {error.strerror}") from error
-  if any(p.fits is False for p in plans):
-    raise UserError(
-      "a plan does not fit"
-      if len(plans) == 1
-      else "plans do not fit: " + ", ".join(p.topology for p in plans if p.fits is False)
-    )
+    write_json(args.json, plans, config)
+  if too_large := [plan.topology for plan in plans if plan.fits is False]:
+    raise UserError("a plan does not fit" if len(plans) == 1 else f"plans do not fit: {', '.join(too_large)}")
+
+
+def read_topologies(texts: list[str]) -> list[chips.Topology]:
+  """The topologies of --topology. Raises UserError."""
+  if not texts:
+    raise UserError("--topology is needed, as in --topology=v5p:8x8x8")
+  return [chips.parse_topology(text) for text in texts]
+
+
+def write_json(file: str, plans: list[planner.Plan], config: config_lib.Config) -> None:
+  """Writes plans with the command, the configuration and the assumptions. Raises UserError."""
+  record = {
+    "command": " ".join(["python -m evo_jax.plan", *(a for a in sys.argv[1:] if not a.startswith("--json"))]),
+    "fields": config_lib.to_dict(config),
+    "assumptions": planner.ASSUMPTIONS,
+    "jax": jax.__version__,
+    "plans": [dataclasses.asdict(plan) for plan in plans],
+  }
+  try:
+    with open(file, "w", encoding="utf-8") as stream:
+      json.dump(record, stream, indent=1)
+  except OSError as error:
+    raise UserError(f"--json={file}: cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":
@@ -63,6 +75,6 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("mesh", "", "AXIS:SIZE,... instead of the configuration's.")
   flags.DEFINE_bool("compile", True, "Compile; else answer from shapes alone.")
-  flags.DEFINE_bool("advice", True, "Look for what makes a plan fit that does not: a compilation a try.")
+  flags.DEFINE_bool("advice", True, "Look for what makes a plan fit that does not: one compilation per attempt.")
   flags.DEFINE_string("json", "", "A file to write the plans to.")
   cli.run(main)

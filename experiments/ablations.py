@@ -1,10 +1,12 @@
-"""One switch at a time: what each lever of the method gives, in validation bits on the paths that it is meant for.
+"""Ablations: one change at a time to the method and its training, in validation bits on several paths.
 
   python -m experiments.ablations [--data='dir/*.txt'] [--budget=4e12] [--only=NAME,...] [--workdir=runs/ablations]
 
-All settings train the same model (the frontier's CPU scale) for the same number of floating-point operations; runs that
-were stopped go on. Nothing here reads the test split.
+All settings train the same model (the frontier's CPU scale) for the same number of FLOPs; runs that were stopped
+continue. Nothing here reads the test split.
 """
+
+from typing import Any
 
 from absl import flags
 
@@ -24,15 +26,15 @@ PATHS = (
   "rolling:16",
 )
 
-# Where all settings start. What they gave went into frontier.EVO and the frontier's learning rate and schedule, so
-# those differ.
+# What all settings change. Their results led to frontier.EVO and to the frontier's learning rate and schedule, which
+# therefore differ.
 BASE = {"optim.learning_rate": 3e-3, "optim.schedule": "cosine"}
 EVO = frontier.EVO | {"window.count": 2, "window.start": 0.5, "loss.bound_windows": 1}
 
-# name: (method of the frontier, changes to it, paths that are measured)
-SETTINGS = {
+# Changes to EVO by the setting's name.
+EVO_CHANGES = {
   "base": {},
-  # The path mixture; when windows start, how many they are and of what size.
+  # The mixture of paths; when windows start, their number and size.
   "no_streams": {"paths.streams": 0.0},
   "no_ragged": {"paths.ragged": 0.0},
   "no_jumps": {"paths.streams": 0.0, "paths.erasure": 0.0, "paths.ragged": 0.0},
@@ -47,7 +49,7 @@ SETTINGS = {
   "size_16": {"window.size": 16, "window.count": 8, "loss.bound_windows": 4, "paths.stream_counts": (2, 4)},
   "size_32": {"window.size": 32, "window.count": 4, "loss.bound_windows": 2},
   "size_128": {"window.size": 128},
-  # What teaches, and how strongly.
+  # The losses, their weights and gradients.
   "window_weight_1": {"loss.window_weight": 1.0},
   "window_weight_0.25": {"loss.window_weight": 0.25},
   "clean_gradient_0": {"loss.clean_gradient": 0.0},
@@ -59,17 +61,20 @@ SETTINGS = {
   "plain_noise": {"loss.antithetic": False},
   "small_step_rate": {"loss.integrand": "rate", "paths.steps": (1000,)},
   "importance_steps": {"paths.step_sampling": "importance"},
-  # What the network sees, and how much a code holds.
+  # The network's inputs, and the size of codes.
   "self_conditioning": {"loss.self_conditioning": 0.5},
   "codes_8": {"model.code_dim": 8},
   "codes_128": {"model.code_dim": 128},
   "learned": {"model.progression": "learned", "paths.learned": 0.25},
 }
-SETTINGS = {name: ("evo", changes, PATHS) for name, changes in SETTINGS.items()}
-SETTINGS["learned"] = SETTINGS["learned"][:2] + (
+# name: (method of the frontier, changes to it, paths to measure)
+SETTINGS = {name: ("evo", changes, PATHS) for name, changes in EVO_CHANGES.items()}
+SETTINGS["learned"] = (
+  "evo",
+  EVO_CHANGES["learned"],
   PATHS + ("diagonal:2", "diagonal:8", "learned:2", "learned:4", "learned:8"),
 )
-# Learning rates of the frontier's methods, Evo's among them: a baseline must not be weak for its rate.
+# Learning rates of the frontier's methods, Evo's among them: no baseline may be weak because of its learning rate.
 SETTINGS |= {
   f"{method}_rate_{rate:g}": (method, {"optim.learning_rate": rate}, paths)
   for method, paths in (
@@ -87,38 +92,43 @@ SETTINGS["ar_wsd"] = ("ar", {"optim.schedule": "wsd"}, ("ar",))
 
 def main() -> None:
   args = flags.FLAGS
-  results = []
-  for name in common.chosen(args.only, SETTINGS):
-    method, changes, paths = SETTINGS[name]
-    start = BASE | (EVO if method == "evo" else frontier.METHODS[method][0])
-    config = frontier.fitted(frontier.base(frontier.SCALES["cpu"], args.data, args.seed), start | changes, args.budget)
-    found = common.Measured(config, f"{args.workdir}/{name}")("valid", args.sequences, paths)
-    results.append(
-      {
-        "name": name,
-        "method": method,
-        "changes": changes,
-        "steps": config.train.steps,
-        "flops": flops.train_run(config, frontier.rows(config)),
-        "table": {path: {k: v for k, v in entry.items() if k != "each"} for path, entry in found.items()},
-      }
-    )
+  results = [run_setting(name, args) for name in common.select(args.only, SETTINGS)]
+  print_table(results)
+  common.write_result("ablations", results)
+
+
+def run_setting(name: str, args: flags.FlagValues) -> dict[str, Any]:
+  """Trains and measures a setting, as far as its work directory does not hold the results."""
+  method, changes, paths = SETTINGS[name]
+  start = BASE | (EVO if method == "evo" else frontier.METHODS[method].changes)
+  values = frontier.base(frontier.SCALES["cpu"], args.data, args.seed)
+  config = frontier.with_budget(values, start | changes, args.budget)
+  table = common.MeasuredRun(config, f"{args.workdir}/{name}").measure("valid", args.sequences, paths)
+  return {
+    "name": name,
+    "method": method,
+    "changes": changes,
+    "steps": config.train.steps,
+    "flops": flops.train_run(config, frontier.vocab_rows(config)),
+    "table": {path: {k: v for k, v in entry.items() if k != "each"} for path, entry in table.items()},
+  }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+  """Prints bits per character by setting and path, below a setting those on further paths."""
   print(f"{'setting':<20}" + "".join(f"{path:>12}" for path in PATHS))
   for result in results:
-    print(
-      f"{result['name']:<20}"
-      + "".join(f"{result['table'][path]['bits']:>12.3f}" if path in result["table"] else f"{'':>12}" for path in PATHS)
-    )
-    for path in set(result["table"]) - set(PATHS):
-      print(f"  {path}: {result['table'][path]['bits']:.3f}")
-  common.write_result("ablations", results)
+    bits = {path: entry["bits"] for path, entry in result["table"].items()}
+    print(f"{result['name']:<20}" + "".join(f"{bits[path]:>12.3f}" if path in bits else " " * 12 for path in PATHS))
+    for path in bits.keys() - set(PATHS):
+      print(f"  {path}: {bits[path]:.3f}")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("data", "", "Text, as config.data.path; default: the standard library's sources.")
-  flags.DEFINE_float("budget", 4e12, "Floating-point operations of each setting's training.")
+  flags.DEFINE_float("budget", 4e12, "FLOPs of each setting's training.")
   flags.DEFINE_integer("sequences", 32, "Held-out sequences; 0: all.")
-  flags.DEFINE_integer("seed", 0, "Of parameters and draws.")
+  flags.DEFINE_integer("seed", 0, "Seed of parameters and random draws.")
   flags.DEFINE_string("only", "", "Comma-separated settings; default: all.")
-  flags.DEFINE_string("workdir", "runs/ablations", "Where the runs live.")
+  flags.DEFINE_string("workdir", "runs/ablations", "Folder of the runs.")
   cli.run(main)

@@ -1,21 +1,24 @@
-"""What the experiments share: configurations with changes, runs that are trained once and measured once, and results
-that say where they come from."""
+"""Shared by the experiments: configurations with changes, runs that are trained and measured once, and results that
+record where they come from."""
 
+from collections.abc import Callable
 import importlib.util
 import json
 import os
 from pathlib import Path
 import platform
 import re
+import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from evo_jax import cli, main
+from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
@@ -23,6 +26,7 @@ from evo_jax.data import corpora as corpora_lib
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.parallel import sharding
+from evo_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,7 +46,7 @@ def configure(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> co
 
 
 def changed(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> ml_collections.ConfigDict:
-  """A copy of `values` with changes, not checked yet."""
+  """A copy of `values` with changes, not validated yet."""
   values = values.copy_and_resolve_references()
   for name, value in (item for change in changes for item in change.items()):
     section, field = name.split(".")
@@ -50,75 +54,139 @@ def changed(values: ml_collections.ConfigDict, *changes: dict[str, Any]) -> ml_c
   return values
 
 
-def chosen(only: str, known: dict[str, Any]) -> list[str]:
-  """The names that --only asks for, or all. Raises UserError for one that is not known."""
-  names = only.split(",") if only else list(known)
-  for name in names:
-    if name not in known:
-      raise UserError(f"--only: {name!r} is not one of {', '.join(known)}")
-  return names
+def select(only: str, names: dict[str, Any]) -> list[str]:
+  """The names listed by --only, or all. Raises UserError for an unknown one."""
+  selected = only.split(",") if only else list(names)
+  for name in selected:
+    if name not in names:
+      raise UserError(f"--only: {name!r} is not one of {', '.join(names)}")
+  return selected
 
 
-class Measured:
-  """A configuration that is trained in `workdir` and measured on paths, as far as it was not yet."""
+def missing_extra(error: ImportError, extra: str) -> UserError:
+  """The error to raise where an optional library cannot be imported."""
+  return UserError(f"{error.name} is not installed: pip install 'evo_jax[{extra}]'")
+
+
+def pyplot():
+  """matplotlib.pyplot, drawing to files only. Raises UserError if matplotlib is not installed."""
+  try:
+    import matplotlib
+    from matplotlib import pyplot as plt
+  except ImportError as error:
+    raise missing_extra(error, "plot") from error
+  matplotlib.use("Agg")
+  return plt
+
+
+class MeasuredRun:
+  """A configuration that is trained in `workdir` and measured on paths, each once: what exists on disk is reused."""
 
   def __init__(self, config: config_lib.Config, workdir: str | Path):
     self.config, self.workdir = config, Path(workdir)
     self._run = None
 
-  def __call__(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
-    """By path: `bits` a character, `stderr`, `passes_per_token`, and `each`, the bits a character of the single
-    sequences: of `sequences` evenly spread ones numbers 0, every, 2 every, ..."""
+  def measure(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
+    """Measures held-out sequences on paths.
+
+    Returns by path: `bits` per character, `stderr`, `passes_per_token`, and `each`, the bits per character of the
+    single sequences.
+
+    Args:
+      split: "valid" or "test".
+      sequences: number of sequences, evenly spaced over the split; 0: all.
+      paths: names of paths.
+      every: measure only sequences 0, every, 2 every, ... of them.
+    """
     file = self.workdir / f"measured_{split}_{sequences}_{every}.json"
-    known = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
-    if known.pop("step") != self.config.train.steps:
-      known = {}
+    measured = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
+    if measured.pop("step") != self.config.train.steps:
+      measured = {}
     for path in paths:
-      if path not in known:
-        entry, each = self._measure(split, sequences, every, path)
-        known[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
-        file.write_text(json.dumps({"step": self.config.train.steps} | known))
+      if path not in measured:
+        entry, each = self._measure_path(split, sequences, every, path)
+        measured[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
+        file.write_text(json.dumps({"step": self.config.train.steps} | measured))
         print(
           f"{self.workdir.name}: {split} {path:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
-          f"{entry['passes_per_token']:.4g} passes a token",
+          f"{entry['passes_per_token']:.4g} passes per token",
           flush=True,
         )
-    return {path: known[path] for path in paths}
+    return {path: measured[path] for path in paths}
 
-  def _measure(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
+  def _measure_path(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     if self._run is None:
-      main.train(self.config, str(self.workdir))
-      self._run = run_lib.load_run(str(self.workdir))
-      self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
-      self._evaluator = paths_lib.Evaluator(
-        self._run.model, self.config, self._run.tokenizer, sharding.make_mesh(config_lib.Mesh())
-      )
-    text = batches_lib.held_out(self._corpora, split, self.config.model.context, sequences)
-    text = text.rows(slice(None, None, every))
-    return self._evaluator.measure(self._run.params, self._run.statistics, text, (path,))[0]
+      self._train()
+    held_out = batches_lib.held_out(
+      self._corpora, split, self.config.model.context, sequences, self.config.model.isolate_documents
+    ).rows(slice(None, None, every))
+    return self._evaluator.measure(self._run.params, self._run.statistics, held_out, (path,))[0]
+
+  def _train(self) -> None:
+    """Trains, as far as the work directory's checkpoint has not, and loads the result. Raises UserError."""
+    if loop.train(loop.prepare(self.config, str(self.workdir))) is None:
+      raise UserError(f"{self.workdir}: training was stopped; the same command continues")
+    self._run = run_lib.load_run(str(self.workdir))
+    self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, mesh)
+
+
+def time_steps(
+  steps: dict[Any, Callable], states: dict[Any, Any], batch: Any, repeats: int, warmup: int = 0
+) -> dict[Any, float]:
+  """Median seconds of training steps of several kinds, which alternate.
+
+  Args:
+    steps: (state, batch) -> (state, metrics) by kind; a step may donate its state.
+    states: initial states by kind; replaced by the last ones.
+    batch: of all steps.
+    repeats: timed steps of each kind.
+    warmup: steps of each kind before them.
+  """
+  seconds = {kind: [] for kind in steps}
+  for repeat in range(-warmup, repeats):
+    for kind, step in steps.items():
+      started = time.perf_counter()
+      states[kind] = jax.block_until_ready(step(states[kind], batch)[0])
+      if repeat >= 0:
+        seconds[kind].append(time.perf_counter() - started)
+  return {kind: statistics.median(values) for kind, values in seconds.items()}
 
 
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
-  """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder."""
-  short = (
-    re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:]
-  )  # whose machine it was, is no matter
-  options = " ".join(a if not re.search(r"[ *]", a) else f"'{a}'" for a in short)
+  """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder.
+
+  Warns if the code differs from the commit: committed results must come from clean commits.
+  """
   record = {
-    "command": f"python -m experiments.{Path(sys.argv[0]).stem} {options}".strip(),
+    "command": _command(),
     "commit": commit(),
     "machine": f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}; "
     f"Python {platform.python_version()}, jax {jax.__version__}",
     "result": result,
   }
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+  file = folder / f"{name}.json"
+  file.write_text(json.dumps(record, indent=2) + "\n")
+  if record["commit"].endswith("-dirty"):
+    print(f"warning: {file} comes from uncommitted changes ({record['commit']})", file=sys.stderr)
+
+
+def _command() -> str:
+  """The command line, with absolute paths shortened: the machine they are of does not matter."""
+  options = (re.sub(r"(?<==)/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:])
+  quoted = " ".join(f"'{a}'" if re.search(r"[ *]", a) else a for a in options)
+  return f"python -m experiments.{Path(sys.argv[0]).stem} {quoted}".strip()
 
 
 def commit() -> str:
-  """The commit that runs, with "-dirty" where files differ from it; empty outside a checkout."""
-  found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-  return found.stdout.strip()
+  """The commit that is checked out, with "-dirty" if tracked files other than results differ; "" outside a checkout."""
+  git = lambda *arguments: subprocess.run(
+    ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+  ).stdout.strip()
+  changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.name}")
+  return git("describe", "--always") + ("-dirty" if changes else "")
 
 
 def _processor() -> str:

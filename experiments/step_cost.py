@@ -1,38 +1,39 @@
-"""What a training step costs: autoregression alone beside a plain linen Transformer, and windows beside
+"""Time of a training step: autoregression alone against a plain linen Transformer, and windows against
 autoregression alone.
 
-  python -m experiments.step_cost [--config=configs/tiny.py] [--repeats=30]
+  python -m experiments.step_cost [--config=tiny] [--repeats=30]
 
-The plain Transformer has the same shape, optimizer and batch, and is written straight: no windows, no time
-conditioning, no statistics, no scan over layers. Steps of all kinds alternate, so that a machine's changing speed
-falls on all alike; medians are compared. With windows the network sees 1 + N (B + 1) / L times the tokens; the goal
-is at most 1 + 1.3 N (B + 1) / L times the step without, and for autoregression alone at most the plain step.
+The plain Transformer has the same shape, optimizer and batch, without windows, time conditioning, statistics and the
+scan over layers. Steps of all kinds alternate, so that changes of the machine's speed affect all alike; medians are
+compared. With N windows of B tokens the network reads 1 + N (B + 1) / L times the tokens. The goal is at most
+1 + 1.3 N (B + 1) / L times the time of a step without windows, and for autoregression alone at most that of the plain
+Transformer.
 """
 
 import functools
-import statistics
-import time
 
 from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
 from evo_jax import cli
 from evo_jax import config as config_lib
+from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.training import optim
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 from experiments import common
 
-COUNTS = (2, 4, 8)  # windows of a sequence
+COUNTS = (2, 4, 8)  # windows per sequence
 
 
 class Plain(nn.Module):
-  """A decoder as Llama's: next-token logits (B, L, V) of tokens (B, L)."""
+  """A decoder like Llama's: next-token logits (B, L, V) of tokens (B, L)."""
 
   config: config_lib.Model
   rows: int
@@ -61,8 +62,8 @@ class Plain(nn.Module):
     return dense(self.rows)(nn.RMSNorm(dtype=c.dtype)(x)).astype(jnp.float32)
 
 
-def plain(config: config_lib.Config, rows: int):
-  """A plain model's step, and its first state."""
+def plain_step(config: config_lib.Config, rows: int):
+  """The plain Transformer's training step, and its initial state. rows: of the embedding table."""
   model, optimizer = Plain(config.model, rows), optim.make_optimizer(config.optim, config.train.steps)
 
   @jax.jit
@@ -73,7 +74,8 @@ def plain(config: config_lib.Config, rows: int):
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):
     def loss(params):
-      return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.apply(params, batch[:, :-1]), batch[:, 1:]))
+      logits = model.apply(params, batch.tokens[:, :-1])
+      return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:]))
 
     value, gradient = jax.value_and_grad(loss)(state[0])
     gradient, norm = optim.clip(gradient, config.optim.clip)
@@ -83,68 +85,55 @@ def plain(config: config_lib.Config, rows: int):
   return step, init()
 
 
-def ours(values, count: int):
-  """The project's step with so many windows, its first state, and its configuration and rows of the vocabulary."""
+def evo_step(values: ml_collections.ConfigDict, count: int):
+  """The project's training step with so many windows per sequence, its initial state, configuration and table rows."""
   values["window"]["count"] = count
   if not count:
     values["loss"]["bound_windows"] = 0
   config = config_lib.from_dict(values)
   model = state_lib.make_model(config, tokenizers.Bytes())
   state = jax.jit(lambda: nn.unbox(state_lib.init_state(model, config)))()
-  return (
-    jax.jit(functools.partial(step_lib.train_step, model=model, config=config), donate_argnums=0),
-    state,
-    config,
-    model.rows,
-  )
+  step = jax.jit(functools.partial(step_lib.train_step, model=model, config=config), donate_argnums=0)
+  return step, state, config, model.rows
 
 
 def main() -> None:
   args = flags.FLAGS
-  kinds = {}
+  steps, states = {}, {}
   for count in (0, *COUNTS):
-    step, state, config, rows = ours(common.load_config(args.config), count)
-    kinds[count] = [step, state]
-  kinds["plain"] = list(plain(config, rows))
-  batch = np.random.default_rng(0).integers(1, 257, (config.data.batch_size, config.model.context + 1))
-  batch = jnp.asarray(batch, jnp.int32)
-  seconds = {kind: [] for kind in kinds}
-  for repeat in range(args.repeats + 1):  # the first compiles
-    for kind, (step, state) in kinds.items():
-      begin = time.perf_counter()
-      kinds[kind][1] = jax.block_until_ready(step(state, batch)[0])
-      if repeat:
-        seconds[kind].append(time.perf_counter() - begin)
-  median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    steps[count], states[count], config, rows = evo_step(common.load_config(args.config), count)
+  steps["plain"], states["plain"] = plain_step(config, rows)
+  tokens = np.random.default_rng(0).integers(1, 257, (config.data.batch_size, config.model.context + 1))
+  seconds = common.time_steps(steps, states, Batch(jnp.asarray(tokens, jnp.int32)), args.repeats, warmup=1)  # compiles
   result = {
     "config": args.config,
     "repeats": args.repeats,
-    "seconds_plain": median["plain"],
-    "seconds_ar": median[0],
-    "ar_by_plain": median[0] / median["plain"],
+    "seconds_plain": seconds["plain"],
+    "seconds_ar": seconds[0],
+    "ar_by_plain": seconds[0] / seconds["plain"],
     "windows": [],
   }
   print(
-    f"autoregression alone takes {result['ar_by_plain']:.3f} times a plain linen Transformer "
-    f"({median[0] * 1e3:.0f} and {median['plain'] * 1e3:.0f} ms)"
+    f"autoregression alone takes {result['ar_by_plain']:.3f} times as long as a plain linen Transformer "
+    f"({seconds[0] * 1e3:.0f} and {seconds['plain'] * 1e3:.0f} ms)"
   )
   for count in COUNTS:
     share = count * (config.window.size + 1) / config.model.context
     entry = {
       "N(B+1)/L": share,
-      "step_ratio": median[count] / median[0],
+      "step_ratio": seconds[count] / seconds[0],
       "limit": 1 + 1.3 * share,
-      "seconds": median[count],
+      "seconds": seconds[count],
     }
     result["windows"].append(entry)
     print(
-      f"{count} windows: the network sees {1 + share:.3f} times the tokens; a step takes "
-      f"{entry['step_ratio']:.3f} times one without, limit {entry['limit']:.3f}"
+      f"{count} windows: the network reads {1 + share:.3f} times the tokens; a step takes "
+      f"{entry['step_ratio']:.3f} times as long as one without, limit {entry['limit']:.3f}"
     )
   common.write_result("step_cost", result)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("config", "configs/tiny.py", "A configuration with the bytes tokenizer.")
+  flags.DEFINE_string("config", "tiny", "A configuration with the bytes tokenizer.")
   flags.DEFINE_integer("repeats", 30, "Steps of each kind.")
   cli.run(main)

@@ -13,7 +13,7 @@ import pytest
 from evo_jax import config as config_lib
 from evo_jax.batch import Batch
 from evo_jax.network import evo as evo_lib
-from evo_jax.network import flops
+from evo_jax.network import flops, vocabulary
 from evo_jax.parallel import sharding
 from evo_jax.planning import hlo
 from evo_jax.training import state as state_lib
@@ -34,8 +34,7 @@ def compiled_step(mesh_sizes, **changes):
     return step_lib.make_step(model, config, mesh, "cpu").lower(state, batch).compile().as_text(), mesh, state.params
 
 
-def test_programs_are_read():
-  """Loops count with their length, and bytes as rings send them."""
+def test_loops_count_with_their_trip_count_and_bytes_as_rings_send_them():
   mesh = sharding.make_mesh(config_lib.Mesh(2, 4, 1))
 
   def body(x_local):
@@ -51,15 +50,15 @@ def test_programs_are_read():
     .compile()
     .as_text()
   )
-  moved = hlo.read_program(text, dict(mesh.shape)).moved()
-  assert moved["all-gather", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
-  assert moved["reduce-scatter", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
-  assert moved["all-reduce", ("data",)] == 4 * 16 * 4 * 2 * 1 / 2
-  assert len(moved) == 3
+  sent = hlo.read_program(text, dict(mesh.shape)).bytes_sent()
+  assert sent["all-gather", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
+  assert sent["reduce-scatter", ("fsdp",)] == 5 * 16 * 16 * 4 * 3 / 4
+  assert sent["all-reduce", ("data",)] == 4 * 16 * 4 * 2 * 1 / 2
+  assert len(sent) == 3
 
 
-def test_what_goes_between_slices_is_read():
-  """TPUs' hosts do it: in the program it is a `send`, here of 2 x 128 float32 that two slices sum."""
+def test_a_collective_between_slices_is_a_send_of_the_hosts():
+  """Here an all-reduce of 2 x 128 float32 over two slices."""
   text = """
 ENTRY %main (p: f32[2,128]) -> token[] {
   %send.1 = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%p, %token), channel_id=5, is_host_transfer=true, \
@@ -67,13 +66,13 @@ frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xl
 _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """
-  (found,) = hlo.read_program(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
-  assert found == hlo.Collective("all-reduce", ("data",), 2 * 128 * 4 * 2 * 1 / 2, 1, True)
+  (collective,) = hlo.read_program(text, {"data": 2, "fsdp": 4, "tensor": 1}).collectives
+  assert collective == hlo.Collective("all-reduce", ("data",), 2 * 128 * 4 * 2 * 1 / 2, 1, True)
 
 
-def test_collectives_are_waited_for_as_the_schedule_has_them():
-  """Five times: a gather of 96 bytes behind 60 cycles, another over the same axis behind 10 more; then a sum for
-  which nothing was begun."""
+def test_exposed_time_is_what_the_schedule_does_not_overlap():
+  """Five times: an all-gather of 96 bytes overlaps with 60 cycles, another over the same axis with 10 more; then a
+  synchronous all-reduce."""
   text = """
 %body (p: f32[8]) -> f32[8] {
   %first = (f32[8], f32[32]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
@@ -94,18 +93,19 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
   program = hlo.read_program(text, {"data": 2, "fsdp": 4, "tensor": 1})
-  assert program.moved() == {("all-gather", ("fsdp",)): 5 * 2 * 96.0, ("all-reduce", ("data",)): 5 * 32.0}
-  assert program.cycles == {True: 0.0, False: 5 * 70.0}
-  # A byte a cycle: of the first 36 are left; the second ends at 192, 86 behind what had been done at 106.
-  assert program.waits(1.0, 0.0, lambda c: c.bytes) == 5 * (36 + 86 + 32)
-  assert program.waits(2.0, 0.0, lambda c: c.bytes) == 5 * (52 + 32)  # of slower work more is hidden: 192 - (120 + 20)
+  assert program.bytes_sent() == {("all-gather", ("fsdp",)): 5 * 2 * 96.0, ("all-reduce", ("data",)): 5 * 32.0}
+  assert program.matmul_cycles == 0.0 and program.other_cycles == 5 * 70.0
+  # One byte per cycle: 36 cycles of the first are exposed; the second is done at 192, 86 after the work before it.
+  assert program.exposed_seconds(1.0, 0.0, lambda c: c.bytes) == 5 * (36 + 86 + 32)
+  # Behind slower computation more is hidden: 192 - (120 + 20).
+  assert program.exposed_seconds(2.0, 0.0, lambda c: c.bytes) == 5 * (52 + 32)
 
 
-def test_what_seldom_runs_is_in_no_estimate():
-  """Neither traced nor compiled; the other branch is."""
+def test_a_rare_branch_is_in_no_estimate():
+  """Neither as traced nor as compiled; the other branch is."""
 
   def function(x):
-    return jax.lax.cond(x[0, 0] > 0, jax.named_scope(flops.SELDOM)(lambda: x @ x @ x), lambda: x @ x)
+    return jax.lax.cond(x[0, 0] > 0, jax.named_scope(vocabulary.RARE_BRANCH)(lambda: x @ x @ x), lambda: x @ x)
 
   x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
   assert flops.traced(function, x) == (2 * 16**3, 0)
@@ -115,16 +115,17 @@ def test_what_seldom_runs_is_in_no_estimate():
 backend_config={"estimated_cycles":"7"}
 }
 
-%dear (p: f32[8]) -> f32[8] {
-  ROOT %b = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/seldom/add"}, \
+%rare (p: f32[8]) -> f32[8] {
+  ROOT %b = f32[8] add(%p, %p), metadata={op_name="jit(f)/cond/branch_0_fun/rare_branch/add"}, \
 backend_config={"estimated_cycles":"500"}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  ROOT %c = f32[8] conditional(%which, %p, %p), branch_computations={%dear, %often}
+  ROOT %c = f32[8] conditional(%which, %p, %p), branch_computations={%rare, %often}
 }
 """
-  assert hlo.read_program(text, {"data": 1}).cycles == {True: 0.0, False: 7.0}
+  program = hlo.read_program(text, {"data": 1})
+  assert program.matmul_cycles + program.other_cycles == 7.0
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("", list(range(8))),
   ],
 )
-def test_groups_of_devices_are_read(groups, members):
-  assert hlo._group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
+def test_replica_groups_are_read(groups, members):
+  assert hlo.replica_group(f"all-gather(%x), {groups}, dimensions={{0}}", {"data": 2, "fsdp": 4}) == members
 
 
 @pytest.mark.parametrize(
@@ -173,12 +174,12 @@ def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradien
     )  # embeddings are looked up, and averaged to soft inputs
     summed += 2 * here * (1 - 1 / mesh.shape["data"])
   program = hlo.read_program(text, dict(mesh.shape))
-  moved = program.moved()
+  sent = program.bytes_sent()
   # What windows tell the statistics, from all shards.
   measured = 3 * 256 * 4 * (fsdp - 1) / fsdp if mesh.shape["data"] == 1 else 0
-  assert moved["all-gather", ("fsdp",)] == gathered + measured
-  assert moved["reduce-scatter", ("fsdp",)] == scattered
-  assert moved.get(("all-reduce", ("data",)), 0) == summed
+  assert sent["all-gather", ("fsdp",)] == gathered + measured
+  assert sent["reduce-scatter", ("fsdp",)] == scattered
+  assert sent.get(("all-reduce", ("data",)), 0) == summed
   smallest = min(p.size * 4 // tensor for p in jax.tree.leaves(params["blocks"]) if p.ndim > 2)
   others = [c for c in program.collectives if c.kind == "all-gather" and c.axes != ("fsdp",)]
   assert all(c.bytes < smallest for c in others), others

@@ -1,7 +1,7 @@
-"""Attention by fused kernels, which keep no scores in memory: splash attention (Pallas) on TPUs, cuDNN's on GPUs.
+"""Fused attention kernels, which keep no scores in memory: splash attention (Pallas) on TPUs, cuDNN's on GPUs.
 
-They take what `attention.attend` takes, and give what it gives; letters in names are those of attention.py. interpret:
-run splash attention without a TPU: slow, for tests.
+Arguments and results are those of `attention.attend`; letters in names are those of attention.py. interpret: run
+splash attention without a TPU: slow, for tests.
 """
 
 import math
@@ -10,12 +10,12 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
 
-_LANES = 128  # lengths that splash attention takes are multiples of it
+_LANES = 128  # splash attention takes lengths that are multiples of it
 Keys = tuple[jax.Array, jax.Array]
 
 
 def splash_takes_length(length: int) -> bool:
-  """Whether splash attention takes a clean stream of this length."""
+  """Whether splash attention supports a clean stream of this length."""
   return length % _LANES == 0
 
 
@@ -26,8 +26,10 @@ def splash_causal(
   start_BxL: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Causal attention (B, K, G, L, E); from `start` on, which is the same for all positions of a document, where
-  it is given."""
+  """Causal attention (B, K, G, L, E).
+
+  start_BxL: the first key that a position attends to, the same for all positions of a document; None: key 0.
+  """
   G, L = q_BxKxGxLxE.shape[2:4]
   mask = splash.MultiHeadMask([splash.CausalMask((L, L))] * G)
   kernel = _kernel(mask, _block(L), _block(L), interpret)
@@ -50,39 +52,37 @@ def splash_windows(
 ) -> jax.Array:
   """`attend` for windows: one softmax over the clean stream before each window's anchor and over its own keys.
 
-  All of a sequence's slots are queries of one call, its clean stream and then all windows' keys are the keys; the
-  mask, which follows the anchors, tells whole blocks of keys that are not read.
+  All window slots of a sequence are the queries of one call; the keys are its clean stream, then those of all windows.
+  The mask, which depends on the anchors, lets the kernel skip whole blocks of keys.
   """
   B, K, G, N, S, E = q_BxKxGxNxSxE.shape
   L, T = past[0].shape[2], own[0].shape[3]
-  rows, keys = _padded(N * S), _padded(L + N * T)
+  queries, keys = _padded(N * S), _padded(L + N * T)
   q = _scaled(q_BxKxGxNxSxE).reshape(B, K, G, N * S, E)
-  q = jnp.pad(q, ((0, 0),) * 3 + ((0, rows - N * S), (0, 0)))
+  q = jnp.pad(q, ((0, 0),) * 3 + ((0, queries - N * S), (0, 0)))
   k, v = (
     jnp.pad(jnp.concatenate([a, b.reshape(B, K, N * T, E)], axis=2), ((0, 0), (0, 0), (0, keys - L - N * T), (0, 0)))
     for a, b in zip(past, own)
   )
   inside = jnp.broadcast_to(visible_NxSxT, (N, S, T))
   inside = (inside[:, :, None] & jnp.eye(N, dtype=bool)[:, None, :, None]).reshape(N * S, N * T)
-  place = jnp.arange(L)
+  position = jnp.arange(L)
 
-  # A row of the batch at a time: the mask is read block by block from scalar memory, over which a kernel is
-  # not batched.
-  def row(arrays):
+  # One sequence at a time: the kernel reads the mask's blocks from scalar memory, over which it cannot be batched.
+  def sequence(arrays):
     q, k, v, stop, start = arrays
-    before = (place < stop.reshape(-1, 1)) & (place >= start.reshape(-1, 1))
-    mask = jnp.pad(jnp.concatenate([before, inside], axis=1), ((0, rows - N * S), (0, keys - L - N * T)))
-    mask = mask.at[N * S :, 0].set(True)  # rows that nobody reads see something, too
-    return jax.vmap(_kernel(mask[None], _block(rows), _block(keys), interpret))(
-      q, k, v
-    )  # of one head, which then all G read
+    before = (position < stop.reshape(-1, 1)) & (position >= start.reshape(-1, 1))
+    mask = jnp.pad(jnp.concatenate([before, inside], axis=1), ((0, queries - N * S), (0, keys - L - N * T)))
+    mask = mask.at[N * S :, 0].set(True)  # padded queries attend to something, too
+    kernel = _kernel(mask[None], _block(queries), _block(keys), interpret)
+    return jax.vmap(kernel)(q, k, v)  # one head's mask serves all G
 
   stop = jnp.broadcast_to(stop_BxNxS, (B, N, S))
   start = jnp.zeros_like(stop) if start_BxNxS is None else jnp.broadcast_to(start_BxNxS, (B, N, S))
   out = (
-    jax.lax.map(row, (q, k, v, stop, start))
+    jax.lax.map(sequence, (q, k, v, stop, start))
     if B > 1
-    else row(jax.tree.map(lambda x: x[0], (q, k, v, stop, start)))[None]
+    else sequence(jax.tree.map(lambda x: x[0], (q, k, v, stop, start)))[None]
   )
   return out[:, :, :, : N * S].reshape(B, K, G, N, S, E)
 
@@ -90,13 +90,13 @@ def splash_windows(
 def library_causal(
   q_BxKxGxLxE: jax.Array, k_BxKxLxE: jax.Array, v_BxKxLxE: jax.Array, implementation: str = "cudnn"
 ) -> jax.Array:
-  """Causal attention (B, K, G, L, E) by JAX's own function: "cudnn" on a GPU, in bfloat16; "xla" anywhere."""
+  """Causal attention (B, K, G, L, E) by JAX's `dot_product_attention`: "cudnn" on GPUs, in bfloat16; "xla" anywhere."""
   B, K, G, L, E = q_BxKxGxLxE.shape
-  lengths_first = lambda x: x.reshape(B, -1, L, E).swapaxes(1, 2)
+  length_first = lambda x: x.reshape(B, -1, L, E).swapaxes(1, 2)
   out = jax.nn.dot_product_attention(
-    lengths_first(q_BxKxGxLxE),
-    lengths_first(k_BxKxLxE),
-    lengths_first(v_BxKxLxE),
+    length_first(q_BxKxGxLxE),
+    length_first(k_BxKxLxE),
+    length_first(v_BxKxLxE),
     is_causal=True,
     implementation=implementation,
   )
@@ -108,7 +108,7 @@ def _scaled(q: jax.Array) -> jax.Array:
 
 
 def _padded(length: int) -> int:
-  # Blocks of half a thousand where padding to them costs little.
+  # Blocks of 512 where padding to them costs little.
   step = 512 if length > 2048 else _LANES
   return -(-length // step) * step
 
@@ -136,6 +136,6 @@ def _kernel(mask, queries: int, keys: int, interpret: bool):
     residual_checkpoint_name="attention",
     interpret=interpret,
   )
-  # Made inside jit, it has turned this plain bool, which it asks when called, into a traced one.
+  # When made under jit, the kernel has turned this flag, which it branches on when called, into a traced value.
   kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=isinstance(mask, jax.Array))
   return kernel

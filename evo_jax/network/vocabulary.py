@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from evo_jax.flow.interface import Beliefs, outer_sum
-from evo_jax.network import flops
 from evo_jax.parallel.sharding import Layout
 
+RARE_BRANCH = "rare_branch"  # the named scope of a branch that almost never runs: estimates of compute leave it out
 FORBIDDEN = -1e9  # the logit of rows beyond the vocabulary
 _TABLE = ("vocab", "embed")  # logical axes of the tables
 _FAR = 40.0  # nats; exp(40) times as many rows as there ever are is less than float32's largest, exp(88)
@@ -93,7 +93,7 @@ def _add_near_exponentials(logits: jax.Array, log_sum: jax.Array, recompute: Cal
   near = jnp.where(begun, log_sum, 0.0)
   maximum, total = jnp.max(logits, axis=-1), jnp.sum(jnp.exp(logits - near[..., None]), axis=-1)
   fits = (maximum < near + _FAR) & (begun | (maximum > near - _FAR))
-  exact = jax.named_scope(flops.SELDOM)(lambda: jax.nn.logsumexp(recompute(), axis=-1))
+  exact = jax.named_scope(RARE_BRANCH)(lambda: jax.nn.logsumexp(recompute(), axis=-1))
   return jnp.logaddexp(log_sum, jax.lax.cond(jnp.all(fits), lambda: near + jnp.log(total), exact))
 
 

@@ -1,4 +1,4 @@
-"""TPU chips and topologies."""
+"""TPU chips, topologies of pods, and the bandwidth of their links."""
 
 import dataclasses
 import importlib.util
@@ -19,28 +19,45 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """hbm: GiB that a program may use; clock: cycles a second; link: bytes a second that one link sends one way; wraps:
-  the sizes of a torus's axis from which on (v5p) or at which (v5e, v6e) its ends are joined."""
+  """A TPU chip.
+
+  hbm: GiB that a program may use. clock: cycles per second. link: bytes per second that one link sends in one
+  direction. torus: an axis of a slice is closed to a ring where its size is a multiple of this.
+  """
 
   kind: str
   hbm: float
   clock: float
   link: float
-  wraps: int
+  torus: int
 
   @property
   def peak(self) -> float:
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 FLOPs per second."""
     return flops.peak_flops(self.kind)
 
 
-# HBM as the compiler states it; clocks are the peak over the operations of a cycle; links by the makers' data.
+# HBM as the compiler states it; clocks are the peak over the FLOPs per cycle; links from the maker's data sheets.
 CHIPS = {
   "v5e": Chip("TPU v5 lite", 15.75, 1.5e9, 45e9, 16),
   "v5p": Chip("TPU v5", 95.74, 1.75e9, 90e9, 4),
   "v6e": Chip("TPU v6 lite", 31.25, 1.75e9, 90e9, 16),
 }
-DCN = 6.25e9  # bytes a second and chip between slices: 200 Gbit/s a host of four chips
+DCN = 6.25e9  # bytes per second and chip between slices: 200 Gbit/s for a host of four chips
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """`slices` slices of a pod, each of chips in a grid of `shape`. name: as given to --topology."""
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+  slices: int
+
+  @property
+  def chips(self) -> int:
+    return self.slices * math.prod(self.shape)
 
 
 def has_compiler() -> bool:
@@ -48,50 +65,57 @@ def has_compiler() -> bool:
   return importlib.util.find_spec("libtpu") is not None
 
 
-def parse_topology(text: str) -> tuple[Chip, tuple[int, ...], int]:
-  """The chip, the shape of a slice and the number of slices of CHIP:AxB[xC] or N*CHIP:AxB[xC]. Raises UserError."""
+def parse_topology(text: str) -> Topology:
+  """Parses CHIP:AxB[xC] or N*CHIP:AxB[xC]. Raises UserError."""
   match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
   if not match or match[2] not in CHIPS:
     raise UserError(f"--topology={text!r}: is not CHIP:AxB or CHIP:AxBxC with one of the chips {', '.join(CHIPS)}")
-  return CHIPS[match[2]], tuple(int(n) for n in match[3].split("x")), int(match[1] or 1)
+  return Topology(text, CHIPS[match[2]], tuple(int(n) for n in match[3].split("x")), int(match[1] or 1))
 
 
-def devices_of(topology: str) -> list[Any]:
-  """The devices of a pod that is not there, from the TPU compiler. Raises UserError where it knows no such shape."""
-  chip, shape, slices = parse_topology(topology)
-  for name, value in {
+def compiler_devices(topology: Topology) -> list[Any]:
+  """Devices of a topology to compile for, from the TPU compiler. Raises UserError if it knows no such topology."""
+  for name, value in {  # or it looks for TPUs
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }.items():
-    os.environ.setdefault(name, value)  # it looks for TPUs otherwise
-  name = topology.split("*")[-1]
+    os.environ.setdefault(name, value)
+  options = {"num_slices": topology.slices} if topology.slices > 1 else {}
   try:
-    found = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, **({"num_slices": slices} if slices > 1 else {})
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology.name.split("*")[-1], **options
     ).devices
   except Exception as error:  # whatever the plugin raises
-    raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
-  if len(found) != slices * math.prod(shape) or not found[0].device_kind.startswith(chip.kind):
-    raise UserError(f"--topology={topology}: the compiler has {len(found)} devices {found[0].device_kind} for it")
-  return list(found)
+    raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from error
+  kind = devices[0].device_kind
+  if len(devices) != topology.chips or not kind.startswith(topology.chip.kind):
+    raise UserError(f"--topology={topology.name}: the compiler has {len(devices)} devices {kind} for it")
+  return list(devices)
 
 
-def bandwidth(axes: tuple[str, ...], mesh: jax.sharding.Mesh, chip: Chip, slices: int) -> float:
-  """Bytes a second that a chip sends in a collective over these axes of the mesh."""
-  if slices > 1 and "data" in axes:
+def bandwidth(axes: tuple[str, ...], mesh: jax.sharding.Mesh, topology: Topology) -> float:
+  """Bytes per second that a chip sends in a collective over these mesh axes.
+
+  It uses one link in each direction along every physical axis that the mesh axes cover; on an axis that is not closed
+  to a ring only one direction counts.
+  """
+  if topology.slices > 1 and "data" in axes:
     return DCN
+  chip = topology.chip
   index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
   coordinates = np.array([d.coords for d in mesh.devices[index].reshape(-1)])
-  whole = np.array([d.coords for d in mesh.devices.reshape(-1)]).max(axis=0) + 1
+  sizes = np.array([d.coords for d in mesh.devices.reshape(-1)]).max(axis=0) + 1
   total = 0.0
-  for along, size in zip(coordinates.T, whole):
-    used = len(set(along.tolist()))
-    closed = used == size and (size % chip.wraps == 0)
-    total += 0.0 if used == 1 else (2.0 if closed else 1.0) * chip.link
+  for along_axis, size in zip(coordinates.T, sizes):
+    covered = len(set(along_axis.tolist()))
+    if covered > 1:
+      is_ring = covered == size and size % chip.torus == 0
+      total += (2.0 if is_ring else 1.0) * chip.link
   return total or chip.link
 
 
-def gib(size: float | None) -> str:
+def format_gib(size: float | None) -> str:
+  """Bytes in GiB as text; None: not known."""
   return "not known" if size is None else f"{size / GIB:.2f}"

@@ -1,12 +1,11 @@
-"""Reads what XLA compiled: which collectives run how often over which axes of the mesh, and what the compiler
-expects of time.
+"""Reads optimized HLO text: collectives by mesh axis, the compiler's cycle estimates, and exposed communication time.
 
-The text of a compiled program (`Compiled.as_text()`) is a list of computations that call each other; the body of a
-loop stands there once and runs as often as the loop says. Everything is counted for one device.
+The text of a compiled program (`Compiled.as_text()`) is a list of computations that call each other. The body of a
+`while` loop stands there once; here it counts as often as the loop runs. All figures are for one device.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -14,290 +13,382 @@ import re
 
 import numpy as np
 
-from evo_jax.network import flops
+from evo_jax.network import vocabulary
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5}
-_INSTRUCTION = re.compile(r"(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w\-]*)\(")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5}  # other element types have their bits in the name
+_NO_ESTIMATE = 2**62  # from here on an estimate of cycles stands for none
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\(")
 _CALLED = re.compile(
   r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
 )
+_BETWEEN_SLICES = re.compile(
+  r'_xla_megascale_target="\{(?P<slices>[\d,]+)\}.*_xla_megascale_transfer_type="(?P<kind>\w+)"'
+)
+# TPUs fuse an all-reduce with the slice of its result that is used into a computation of this name.
+_ALL_REDUCE_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A collective as the program states it.
+  """A collective operation of the program.
 
-  axes: of the mesh, over which it goes, between slices `data`; empty: over no whole set of axes. bytes: that a device
-  sends in one call, were it done around rings: of a whole array of S bytes over g devices S (g - 1) / g, twice that
-  for an all-reduce. count: calls a run. hidden: asynchronous, so that computation can hide it.
+  axes: the mesh axes that it spans; `data` between slices; empty if its groups span no whole set of axes. bytes: what
+  one device sends per call on a ring: S (g - 1) / g for a whole array of S bytes over g devices, twice that for an
+  all-reduce. count: calls per run. asynchronous: computation can hide it.
   """
 
   kind: str
   axes: tuple[str, ...]
   bytes: float
   count: int
-  hidden: bool
+  asynchronous: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-  """An instruction that computes: the compiler's estimate of its cycles (TPUs only), 0 where it has none. product: a
-  matrix product, or fused with one; kernel: a custom one."""
+class Compute:
+  """An instruction that computes.
+
+  cycles: the compiler's estimate (TPUs only), 0 without one. matmul: a matrix product, or fused with one. kernel: a
+  custom kernel, for which there is no estimate.
+  """
 
   cycles: float
-  product: bool = False
+  matmul: bool = False
   kernel: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Begin:
-  """A collective begins."""
+class Start:
+  """A collective starts."""
 
   collective: Collective
 
 
 @dataclasses.dataclass(frozen=True)
-class End:
-  """What began is waited for."""
+class Done:
+  """The program waits here until the collective that `start` started is done."""
 
-  begin: Begin
+  start: Start
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-  """A schedule that runs so many times."""
+  """A schedule that runs `trip_count` times."""
 
-  times: int
+  trip_count: int
   schedule: tuple["Event", ...]
 
 
-Event = Work | Begin | End | Loop
+Event = Compute | Start | Done | Loop
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program, for one device: what it does, in the order in which it does it."""
+  """A compiled program on one device: its events in execution order."""
 
   schedule: tuple[Event, ...]
 
   @functools.cached_property
   def collectives(self) -> tuple[Collective, ...]:
+    """All collectives, each with its number of calls per run."""
     return tuple(
-      dataclasses.replace(e.collective, count=times) for e, times in _flat(self.schedule) if isinstance(e, Begin)
+      dataclasses.replace(event.collective, count=count)
+      for event, count in _with_counts(self.schedule)
+      if isinstance(event, Start)
     )
 
-  @functools.cached_property
-  def cycles(self) -> dict[bool, float]:
-    """Estimated cycles of a run: of what has matrix products (True), and of the rest."""
-    found = {True: 0.0, False: 0.0}
-    for e, times in _flat(self.schedule):
-      if isinstance(e, Work):
-        found[e.product] += times * e.cycles
-    return found
+  @property
+  def matmul_cycles(self) -> float:
+    """Estimated cycles per run of instructions with matrix products."""
+    return self._cycles(matmul=True)
 
-  @functools.cached_property
-  def kernels(self) -> int:
-    """Calls of custom kernels."""
-    return sum(times for e, times in _flat(self.schedule) if isinstance(e, Work) and e.kernel)
+  @property
+  def other_cycles(self) -> float:
+    """Estimated cycles per run of all other instructions but custom kernels."""
+    return self._cycles(matmul=False)
 
-  def moved(self) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Bytes that a device sends in a run, by kind and axes."""
+  def _cycles(self, matmul: bool) -> float:
+    return sum(count * c.cycles for c, count in self._computes() if c.matmul == matmul)
+
+  @property
+  def kernel_calls(self) -> int:
+    """Calls of custom kernels per run."""
+    return sum(count for c, count in self._computes() if c.kernel)
+
+  def _computes(self) -> Iterator[tuple[Compute, int]]:
+    return ((event, count) for event, count in _with_counts(self.schedule) if isinstance(event, Compute))
+
+  def bytes_sent(self) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a device sends per run, by kind of collective and mesh axes."""
     total = collections.Counter()
     for c in self.collectives:
       total[c.kind, c.axes] += c.bytes * c.count
     return dict(total)
 
-  def waits(self, cycle: float, kernel: float, took: Callable[[Collective], float]) -> float:
-    """Seconds of a run in which nothing is computed, since a collective is waited for.
+  def exposed_seconds(self, cycle: float, kernel: float, duration: Callable[[Collective], float]) -> float:
+    """Seconds per run in which the device computes nothing, because it waits for a collective.
 
-    A collective runs from its beginning on beside what the schedule has until its end, or after those over the same
-    axes that are still under way. cycle, kernel: seconds of one, and of a custom kernel's call; took: of one call of
-    a collective.
+    A collective overlaps with the computation that is scheduled between its start and its done. It begins at its start
+    or, if collectives over the same axes are still in flight, after them.
+
+    Args:
+      cycle: seconds per cycle.
+      kernel: seconds per call of a custom kernel.
+      duration: seconds per call of a collective.
     """
-    return _waits(self.schedule, cycle, kernel, took)[1]
+    return _simulate(self.schedule, cycle, kernel, duration)[1]
 
 
-def _flat(schedule: tuple[Event, ...], times: int = 1) -> Iterator[tuple[Event, int]]:
-  for e in schedule:
-    if isinstance(e, Loop):
-      yield from _flat(e.schedule, times * e.times)
+def _with_counts(schedule: Iterable[Event], count: int = 1) -> Iterator[tuple[Event, int]]:
+  """The events within all loops, each with the number of times that it happens."""
+  for event in schedule:
+    if isinstance(event, Loop):
+      yield from _with_counts(event.schedule, count * event.trip_count)
     else:
-      yield e, times
+      yield event, count
 
 
-def _waits(schedule, cycle, kernel, took) -> tuple[float, float]:
-  """Seconds that a schedule takes, and those of them that it waits."""
-  now, waited, free, ready = 0.0, 0.0, collections.Counter(), {}
-  for e in schedule:
-    if isinstance(e, Work):
-      now += kernel if e.kernel else e.cycles * cycle
-    elif isinstance(e, Loop):
-      took_once, waited_once = _waits(e.schedule, cycle, kernel, took)
-      now, waited = now + e.times * took_once, waited + e.times * waited_once
-    elif isinstance(e, Begin):
-      axes = e.collective.axes
-      ready[e] = free[axes] = max(now, free[axes]) + took(e.collective)
-    else:
-      wait = max(ready[e.begin] - now, 0.0)
-      now, waited = now + wait, waited + wait
+def _simulate(
+  schedule: Iterable[Event], cycle: float, kernel: float, duration: Callable[[Collective], float]
+) -> tuple[float, float]:
+  """Seconds that a schedule takes, and how many of them are spent waiting for collectives."""
+  now, waited = 0.0, 0.0
+  axes_free_at, done_at = collections.Counter(), {}
+  for event in schedule:
+    match event:
+      case Compute():
+        now += kernel if event.kernel else event.cycles * cycle
+      case Loop():
+        seconds, waited_inside = _simulate(event.schedule, cycle, kernel, duration)
+        now += event.trip_count * seconds
+        waited += event.trip_count * waited_inside
+      case Start():
+        axes = event.collective.axes
+        done_at[event] = axes_free_at[axes] = max(now, axes_free_at[axes]) + duration(event.collective)
+      case Done():
+        wait = max(done_at[event.start] - now, 0.0)
+        now, waited = now + wait, waited + wait
   return now, waited
 
 
 def read_program(text: str, mesh: dict[str, int]) -> Program:
-  """Reads a compiled program, whose instructions stand in the order in which they run. mesh: sizes of the axes by
-  name, in the order of the devices."""
-  computations, entry = _split(text)
-  has = lambda names, what: any(what in line for name in names for line in computations.get(name, ()))
+  """Reads a compiled program, whose instructions stand in execution order (`is_scheduled=true`).
 
-  def inside(names: list[str]) -> list[Collective]:
-    """What is asked for in computations and in those that they call, apart from loops."""
-    found = []
-    for name in names:
-      for line in computations.get(name, ()):
-        if match := _INSTRUCTION.match(line):
-          found += own if (own := of(match, line, name, True)) else inside(_calls(line))
-    return found
-
-  def of(match: re.Match, line: str, name: str, hidden: bool) -> list[Collective]:
-    """The collective that an instruction is, if it is one, and not over single devices."""
-    op, type_ = match["op"], match["type"]
-    if op == "send" and (
-      between := re.search(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"', line)
-    ):
-      # Between slices a TPU's hosts do it, each device with those in its place in the other slices.
-      kind = between[2].lower().replace("_", "-")
-      return [Collective(kind, ("data",), _sent(kind, op, type_, between[1].count(",") + 1, name), 1, True)]
-    kind = next((k for k in KINDS if op in (k, k + "-start")), None)
-    members = _group(line, mesh) if kind else []
-    if len(members) < 2:
-      return []
-    scatters = name.startswith("all-reduce-scatter")
-    kind = "reduce-scatter" if scatters else kind
-    return [
-      Collective(kind, _axes(members, mesh), _sent(kind, op, type_, len(members), name), 1, hidden and not scatters)
-    ]
-
-  def begins(match: re.Match, line: str, name: str) -> list[Collective]:
-    """Collectives that begin with an instruction."""
-    op, called = match["op"], _calls(line)
-    if op == "call-start":  # a TPU's SparseCores
-      return inside(called)
-    if op == "fusion":
-      # An asynchronous one on TPUs, with what hides it, stands in several: its beginning, its steps and its end.
-      return (
-        inside(called)
-        if has(called, '"AsyncCollectiveStart"') or any(c.startswith("all-reduce-scatter") for c in called)
-        else []
-      )
-    return of(match, line, name, op.endswith("-start"))
-
-  def ends(match: re.Match, line: str) -> str | None:
-    """The instruction with which began what ends with this one."""
-    if match["op"] == "fusion" and has(_calls(line), '"AsyncCollectiveDone"'):
-      return "-start".join(match["name"].rsplit("-done", 1))
-    operand = re.search(r"\(%?([\w.\-]+)", line[match.end() - 1 :]) if match["op"].endswith("-done") else None
-    return operand and operand[1]
-
-  @functools.cache
-  def schedule(name: str) -> tuple[Event, ...]:
-    events, under_way = [], {}
-    for line in computations[name]:
-      match = _INSTRUCTION.match(line)
-      if not match:
-        continue
-      op, called = match["op"], _calls(line)
-      if op == "while":
-        condition, body = (re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body"))
-        events.append(Loop(_trips(line, computations[condition]), schedule(body)))
-        continue
-      if op in ("call", "conditional", "async-start"):
-        events += [e for c in called if not has([c], f"/{flops.SELDOM}/") for e in schedule(c)]
-        continue
-      events += [End(e) for e in under_way.pop(ends(match, line), ())]
-      for begin in map(Begin, begins(match, line, name)):
-        events.append(begin)
-        if begin.collective.hidden:
-          under_way.setdefault(match["name"], []).append(begin)
-        else:
-          events.append(End(begin))
-      kernel = 'custom_call_target="tpu_custom_call"' in line
-      estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-      if kernel or (estimate and int(estimate[1]) < 2**62):  # which stands for none
-        product = op in ("convolution", "dot") or has(called, " convolution(") or has(called, " dot(")
-        events.append(Work(0.0 if kernel else float(estimate[1]), product, kernel))
-    return (*events, *(End(e) for some in under_way.values() for e in some))
-
-  return Program(schedule(entry))
+  Args:
+    text: `Compiled.as_text()`.
+    mesh: sizes of the mesh axes by name, in the order of the devices.
+  """
+  computations, entry = _parse(text)
+  return Program(_Scheduler(computations, mesh).schedule(entry))
 
 
-def _calls(line: str) -> list[str]:
-  return [c for group in _CALLED.findall(line) for c in re.findall(r"%([\w.\-]+)", group)]
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """An HLO instruction.
+
+  type: of the result. text: the whole line. operands: the line from the opening parenthesis of the operands on.
+  computation: the name of the one that it stands in.
+  """
+
+  name: str
+  type: str
+  opcode: str
+  text: str
+  operands: str
+  computation: str
+  is_root: bool
+
+  @functools.cached_property
+  def called(self) -> tuple[str, ...]:
+    """The computations that it calls, apart from a loop's condition and body."""
+    return tuple(name for names in _CALLED.findall(self.text) for name in re.findall(r"%([\w.\-]+)", names))
+
+  def attribute(self, pattern: str) -> str | None:
+    """The first group of a regular expression, where the line has it."""
+    found = re.search(pattern, self.text)
+    return found and found[1]
 
 
-def _split(text: str) -> tuple[dict[str, list[str]], str]:
-  computations, entry, lines = {}, "", []
+Computations = dict[str, list[Instruction]]  # by name
+
+
+def _parse(text: str) -> tuple[Computations, str]:
+  """The computations of a program, and the name of the one that is its entry."""
+  computations, entry, name = {}, "", ""
   for line in text.splitlines():
-    if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-      lines = computations[head[2]] = []
-      entry = head[2] if head[1] else entry
-    elif line.startswith("  "):
-      lines.append(line.strip())
+    if head := _COMPUTATION.match(line):
+      name = head["name"]
+      computations[name] = []
+      entry = name if head["entry"] else entry
+    elif line.startswith("  ") and (match := _INSTRUCTION.match(line := line.strip())):
+      operands = line[match.end() - 1 :]
+      computations[name].append(
+        Instruction(match["name"], match["type"], match["opcode"], line, operands, name, bool(match["root"]))
+      )
   return computations, entry
 
 
-def _trips(line: str, condition: list[str]) -> int:
-  """How often a loop runs: as noted, or the constant that its counter is compared with; 1 where neither is there."""
-  if noted := re.search(r'known_trip_count"?[:=]\{"n":"(\d+)"', line):
-    return int(noted[1])
-  constants = {m[1]: int(m[2]) for l in condition if (m := re.match(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", l))}
-  last = next((l for l in condition if l.startswith("ROOT")), "")
-  operands = re.search(r"\(([^()]*)\), direction=LT", last)
-  names = re.findall(r"%([\w.\-]+)", operands[1]) if operands else []
-  return next((constants[n] for n in names if n in constants), 1)
+class _Scheduler:
+  """Turns computations into schedules of events."""
+
+  def __init__(self, computations: Computations, mesh: dict[str, int]):
+    self._computations, self._mesh = computations, mesh
+    self._schedules: dict[str, tuple[Event, ...]] = {}  # a computation that is called twice is read once
+
+  def schedule(self, computation: str) -> tuple[Event, ...]:
+    """The events of a computation in execution order."""
+    if computation not in self._schedules:
+      self._schedules[computation] = tuple(self._events(computation))
+    return self._schedules[computation]
+
+  def _events(self, computation: str) -> Iterator[Event]:
+    in_flight: dict[str, list[Start]] = {}  # by the name of the instruction that started them
+    for instruction in self._computations[computation]:
+      if instruction.opcode == "while":
+        yield self._loop(instruction)
+      elif instruction.opcode in ("call", "conditional", "async-start"):
+        for called in instruction.called:
+          if not self._contains([called], f"/{vocabulary.RARE_BRANCH}/"):
+            yield from self.schedule(called)
+      else:
+        yield from map(Done, in_flight.pop(self._started_by(instruction), ()))
+        for start in map(Start, self._collectives_started(instruction)):
+          yield start
+          if start.collective.asynchronous:
+            in_flight.setdefault(instruction.name, []).append(start)
+          else:
+            yield Done(start)
+        yield from self._compute(instruction)
+    for starts in in_flight.values():
+      yield from map(Done, starts)
+
+  def _loop(self, instruction: Instruction) -> Loop:
+    condition, body = (instruction.attribute(rf"{role}=%?([\w.\-]+)") for role in ("condition", "body"))
+    return Loop(_trip_count(instruction, self._computations[condition]), self.schedule(body))
+
+  def _compute(self, instruction: Instruction) -> Iterator[Compute]:
+    """The instruction's computation, if it is a custom kernel or the compiler has an estimate for it."""
+    kernel = 'custom_call_target="tpu_custom_call"' in instruction.text
+    estimate = int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or _NO_ESTIMATE)
+    if kernel or estimate < _NO_ESTIMATE:
+      matmul = instruction.opcode in ("convolution", "dot") or any(
+        self._contains(instruction.called, f" {opcode}(") for opcode in ("convolution", "dot")
+      )
+      yield Compute(0.0 if kernel else float(estimate), matmul, kernel)
+
+  def _collectives_started(self, instruction: Instruction) -> list[Collective]:
+    """The collectives that start with an instruction."""
+    called = instruction.called
+    if instruction.opcode == "call-start":  # a TPU's SparseCores run them
+      return list(self._collectives_in(called))
+    if instruction.opcode == "fusion":
+      # On TPUs an asynchronous collective, fused with the computation that hides it, is spread over several fusions:
+      # its start, its steps and its done.
+      starts = self._contains(called, '"AsyncCollectiveStart"')
+      starts |= any(name.startswith(_ALL_REDUCE_SCATTER) for name in called)
+      return list(self._collectives_in(called)) if starts else []
+    collective = self._as_collective(instruction, asynchronous=instruction.opcode.endswith("-start"))
+    return [collective] if collective else []
+
+  def _started_by(self, instruction: Instruction) -> str | None:
+    """The name of the instruction that started what is done with this one; None if nothing is."""
+    if instruction.opcode == "fusion" and self._contains(instruction.called, '"AsyncCollectiveDone"'):
+      return "-start".join(instruction.name.rsplit("-done", 1))
+    if instruction.opcode.endswith("-done") and (operand := re.search(r"\(%?([\w.\-]+)", instruction.operands)):
+      return operand[1]
+    return None
+
+  def _collectives_in(self, computations: Iterable[str]) -> Iterator[Collective]:
+    """The asynchronous collectives in computations and in those that they call, loops apart."""
+    for name in computations:
+      for instruction in self._computations.get(name, ()):
+        if collective := self._as_collective(instruction, asynchronous=True):
+          yield collective
+        else:
+          yield from self._collectives_in(instruction.called)
+
+  def _as_collective(self, instruction: Instruction, asynchronous: bool) -> Collective | None:
+    """The collective that an instruction is; None if it is none, or one within single devices."""
+    if instruction.opcode == "send" and (between := _BETWEEN_SLICES.search(instruction.text)):
+      # Between slices the hosts of TPUs exchange data, each device's with that of its counterparts in other slices.
+      kind, slices = between["kind"].lower().replace("_", "-"), between["slices"].count(",") + 1
+      return Collective(kind, ("data",), _bytes_sent(kind, instruction, slices), 1, True)
+    kind = instruction.opcode.removesuffix("-start")
+    group = replica_group(instruction.text, self._mesh) if kind in COLLECTIVES else []
+    if len(group) < 2:
+      return None
+    if instruction.computation.startswith(_ALL_REDUCE_SCATTER):
+      kind, asynchronous = "reduce-scatter", False
+    return Collective(kind, _axes(group, self._mesh), _bytes_sent(kind, instruction, len(group)), 1, asynchronous)
+
+  def _contains(self, computations: Iterable[str], text: str) -> bool:
+    """Whether an instruction of one of the computations contains a text."""
+    return any(text in instruction.text for name in computations for instruction in self._computations.get(name, ()))
 
 
-def _size(type_: str) -> list[float]:
+def _trip_count(loop: Instruction, condition: Sequence[Instruction]) -> int:
+  """How often a loop runs: as the compiler notes, or the constant that its counter is compared with; else 1."""
+  if known := loop.attribute(r'known_trip_count"?[:=]\{"n":"(\d+)"'):
+    return int(known)
+  constants = {
+    i.name: int(value)
+    for i in condition
+    if i.opcode == "constant" and i.type.startswith("s32[]") and (value := i.attribute(r" constant\((\d+)\)"))
+  }
+  compared = next((i.attribute(r"\(([^()]*)\), direction=LT") or "" for i in condition if i.is_root), "")
+  return next((constants[name] for name in re.findall(r"%([\w.\-]+)", compared) if name in constants), 1)
+
+
+def _array_bytes(type_: str) -> list[float]:
   """Bytes of each array in a type."""
-  width = lambda name: _BYTES.get(name) or int(re.sub(r"\D.*", "", name[1:]) or 32) / 8
+  item = lambda name: _ITEM_BYTES.get(name) or int(re.sub(r"\D.*", "", name[1:]) or 32) / 8
   return [
-    width(name) * math.prod(int(n) for n in dims.split(",") if n)
+    item(name) * math.prod(int(n) for n in dims.split(",") if n)
     for name, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
   ]
 
 
-def _sent(kind: str, op: str, type_: str, devices: int, computation: str) -> float:
-  sizes = _size(type_)
-  total = max(sizes) if op == "send" or (op.endswith("-start") and kind != "all-reduce") else sum(sizes)
-  share = (devices - 1) / devices
+def _bytes_sent(kind: str, instruction: Instruction, devices: int) -> float:
+  """Bytes that one device sends in a collective over so many devices, as `Collective` counts them."""
+  starts = instruction.opcode.endswith("-start")
+  sizes = _array_bytes(instruction.type)
+  # The tuples of a start and a send hold operand and result: the larger of the two is the whole array.
+  size = max(sizes) if instruction.opcode == "send" or (starts and kind != "all-reduce") else sum(sizes)
   if kind == "collective-permute":
-    return total
-  if kind == "reduce-scatter" and not computation.startswith("all-reduce-scatter") and not op.endswith("-start"):
-    return total * (devices - 1)  # the result is a part
-  return total * share * (2 if kind == "all-reduce" else 1)
+    return size
+  if kind == "reduce-scatter" and not starts and not instruction.computation.startswith(_ALL_REDUCE_SCATTER):
+    return size * (devices - 1)  # the result is one device's part
+  return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
 
-def _group(line: str, mesh: dict[str, int]) -> list[int]:
-  """The devices of the first group of a collective that has several."""
-  if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", line):
+def replica_group(text: str, mesh: dict[str, int]) -> list[int]:
+  """The devices of a collective's first group of several, from an instruction's text; without groups all of the mesh.
+
+  Groups are written as source-target pairs, as lists, as a reshaped and transposed iota ([2,4]<=[4,2]T(1,0)), or by
+  axes of a mesh.
+  """
+  if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", text):
     first = next((p for p in pairs[1].split("},{") if len(set(p.split(","))) > 1), "0")
     return [int(n) for n in first.split(",")]
-  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
     return [int(n) for n in listed[1].split(",")]
-  if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+  if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
     shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
     devices = np.arange(math.prod(dims)).reshape(dims)
     if iota[3]:
       devices = devices.transpose([int(n) for n in iota[3].split(",")])
     return list(devices.reshape(shape)[0])
-  if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+  if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
     sizes = {m[1]: int(m[2]) for m in re.finditer(r"'(\w+)'=(\d+)", named[1])}
-    used = re.findall(r"'(\w+)'", named[2])
-    index = tuple(slice(None) if name in used else 0 for name in sizes)
+    axes = re.findall(r"'(\w+)'", named[2])
+    index = tuple(slice(None) if name in axes else 0 for name in sizes)
     return list(np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))[index].reshape(-1))
   return list(range(math.prod(mesh.values())))
 
 
-def _axes(members: Sequence[int], mesh: dict[str, int]) -> tuple[str, ...]:
-  places = np.stack(np.unravel_index(np.array(members), tuple(mesh.values())))
-  return tuple(name for name, along in zip(mesh, places) if len(set(along)) > 1)
+def _axes(group: Sequence[int], mesh: dict[str, int]) -> tuple[str, ...]:
+  """The mesh axes along which the devices of a group differ."""
+  coordinates = np.stack(np.unravel_index(np.array(group), tuple(mesh.values())))
+  return tuple(name for name, along_axis in zip(mesh, coordinates) if len(set(along_axis)) > 1)

@@ -1,12 +1,9 @@
-"""Plans a run on a TPU pod without the pod: compiles the training step for it and says what it needs and how
-long it takes.
+"""Plans a training step on a TPU pod: its memory, collectives and time, from the TPU compiler without a TPU.
 
-  python -m evo_jax.plan --config=configs/evo8b.py --topology=v5p:8x8x8 [--mesh=data:8,fsdp:64,tensor:1] [--json=FILE]
-
-The compiler is the TPU's own (`pip install 'evo_jax[tpu]'`), which needs no TPU. Without it the answers that follow
-from shapes are given.
+The compiler is the TPU's own (libtpu). Without it a plan holds what follows from shapes alone.
 """
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +11,7 @@ import math
 import re
 import resource
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,31 +27,31 @@ from evo_jax.planning import chips, hlo
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 
-KERNEL_SHARE = 0.5  # of the peak that attention kernels are taken to reach
-SPARE = 0.1  # of the HBM that should be left
+KERNEL_SHARE = 0.5  # the share of peak FLOPs that attention kernels are assumed to reach
 ASSUMPTIONS = (
-  "Cycles are the TPU compiler's own estimates for each instruction, which run one after another; loops count with "
-  "their length.",
-  f"Attention kernels, for which it has none, reach {KERNEL_SHARE:.0%} of the peak on the blocks that their masks do "
-  "not leave out.",
-  "Collectives go around rings at the links' full speed, both ways where a torus's axis is closed (v5p from 4, v5e "
-  "and v6e at 16 chips), over all physical axes that a mesh axis covers; latency is not counted.",
-  "An asynchronous collective runs beside what the compiler's schedule has between its beginning and its end, after "
-  "those over the same axes; what is left is waited for, as are all others. All calls of attention kernels take "
-  "equally long.",
-  f"Between slices {chips.DCN / 1e9:.2f} GB a second and chip.",
-  "The input, checkpoints and evaluation cost nothing.",
-  "Model operations are the formula's (flops.train_step): forward and backward once, keys that masks let through.",
+  "Cycles are the TPU compiler's own estimates for each instruction; instructions run one after another, and loops "
+  "count with their length.",
+  f"Attention kernels, for which the compiler has no estimate, reach {KERNEL_SHARE:.0%} of peak FLOPs on the blocks "
+  "that their masks do not skip.",
+  "Collectives use rings at the links' full speed, in both directions where an axis of the torus is closed (v5p from "
+  "4, v5e and v6e at 16 chips), over all physical axes that a mesh axis covers; latency is not counted.",
+  "An asynchronous collective overlaps with what the compiler schedules between its start and its done, after others "
+  "over the same axes; the rest of it is waited for, as is every synchronous collective. All calls of attention "
+  "kernels take equally long.",
+  f"Between slices a chip has {chips.DCN / 1e9:.2f} GB per second.",
+  "Input, checkpoints and evaluation cost nothing.",
+  "Model FLOPs are the formula's (flops.train_step): forward and backward once, with the keys that masks admit.",
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a training step needs, for one chip where nothing else is said. None: not known without the compiler.
+  """What a training step needs, per chip unless stated otherwise. None: not known without the compiler.
 
-  bytes: `parameters`, `optimizer` (with averages and statistics), `activations` (all temporary arrays, gradients
-  too), `code`, in bytes; traffic: bytes that a chip sends a step, by kind of collective and mesh axes; seconds: the
-  parts of a step; the rest of a run.
+  sequences: per step. bytes: `parameters`, `optimizer` (its moments, averages and statistics), `activations` (all
+  temporary arrays, gradients included) and `code`. operations: FLOPs of all chips, as traced; model_operations: as the
+  formula counts them. traffic: bytes that a chip sends per step, by kind of collective and mesh axes. seconds: the
+  parts of a step. days: the whole run.
   """
 
   topology: str
@@ -65,7 +63,7 @@ class Plan:
   fits: bool | None
   hbm: float
   bytes: dict[str, float | None]
-  operations: float  # of all chips, as traced
+  operations: float
   model_operations: float
   traffic: dict[str, float] | None = None
   seconds: dict[str, float] | None = None
@@ -85,177 +83,224 @@ class Plan:
 
 
 def parse_mesh(text: str, mesh: config_lib.Mesh) -> config_lib.Mesh:
-  """A mesh with some sizes replaced: AXIS:SIZE,... Raises UserError."""
-  found = {}
+  """The mesh with the sizes that AXIS:SIZE,... replaces. Raises UserError."""
+  sizes = {}
   for part in filter(None, text.split(",")):
     name, _, size = part.partition(":")
     if name not in sharding.AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
       raise UserError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with one of the axes {', '.join(sharding.AXES)}")
-    found[name] = int(size)
-  return dataclasses.replace(mesh, **found)
+    sizes[name] = int(size)
+  return dataclasses.replace(mesh, **sizes)
 
 
-def make_plan(config: config_lib.Config, topology: str, compiles: bool = True) -> Plan:
-  """Plans one step of a configuration on a topology. Raises UserError where shapes do not fit together."""
-  chip, shape, slices = chips.parse_topology(topology)
-  count = slices * math.prod(shape)
-  vocab = (
-    config.model.vocab_size or tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path).vocab_size
-  )
-  if compiles:
-    mesh = sharding.make_mesh(config.mesh, chips.devices_of(topology))
-    inside = jax.set_mesh(mesh)
-  else:
-    mesh = jax.sharding.AbstractMesh(
-      sharding.mesh_sizes(config.mesh, count),
-      sharding.AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
-      abstract_device=jax.sharding.AbstractDevice(device_kind=chip.kind, num_cores=1, platform="tpu"),
-    )
-    inside = jax.sharding.use_abstract_mesh(mesh)
-  model = evo_lib.Evo(config.model, vocab, sharding.Layout.of(mesh))
-  state_lib.check_batch(config, mesh)
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(inside)
-    state = state_lib.abstract_state(model, config, mesh)
-    shape = config.data.batch_size, config.model.context + 1
-    batch = Batch(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))
-    here = lambda tree: sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    parameters = here(state.params)
-    sizes = {"parameters": parameters, "optimizer": here(state) - parameters, "activations": None, "code": None}
-    step = step_lib.make_step(model, config, mesh, chip.kind)
-    traced = flops.traced(functools.partial(step_lib.train_step, model=model, config=config), state, batch)
-    found = Plan(
-      topology,
-      count,
-      dict(mesh.shape),
-      config.data.batch_size,
-      config.train.accumulate,
-      config.model.remat,
-      None,
-      chip.hbm * chips.GIB,
-      sizes,
-      sum(traced),
-      flops.train_step(config, model.rows, visible=True),
-    )
-    if found.needed > found.hbm:
-      found.fits = False
+def make_plan(config: config_lib.Config, topology: chips.Topology, compiles: bool = True) -> Plan:
+  """Plans one training step on a topology.
+
+  compiles: False for what follows from shapes alone, which needs no libtpu. Raises UserError where configuration and
+  topology do not fit together.
+  """
+  with _set_mesh(config, topology, compiles) as mesh:
+    model = evo_lib.Evo(config.model, _vocab_size(config), sharding.Layout.of(mesh))
+    state_lib.check_batch(config, mesh)
+    state, batch = _abstract_inputs(model, config, mesh)
+    train_step = functools.partial(step_lib.train_step, model=model, config=config)
+    traced = flops.traced(train_step, state, batch)
+    plan = _plan_from_shapes(config, topology, dict(mesh.shape), state, sum(traced), model.rows)
     if not compiles:
-      return found
-    began = time.monotonic()
+      return plan
+    lowered = step_lib.make_step(model, config, mesh, topology.chip.kind).lower
+    started = time.monotonic()
     try:
-      compiled = step.lower(state, batch).compile()
+      compiled = lowered(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-      needed = _out_of_memory(str(error))
+      needed = out_of_memory(str(error))
       if needed is None:
         raise
-      found.fits = False
-      sizes["activations"] = max(needed - found.needed, 0.0)
-      return found
-  found.compile_seconds = time.monotonic() - began
-  found.compile_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-  memory = compiled.memory_analysis()
-  sizes["code"] = memory.generated_code_size_in_bytes
-  sizes["activations"] = (
-    memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    - found.needed
-    + sizes["code"]
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
+      activations = max(needed - plan.needed, 0.0)
+      return dataclasses.replace(plan, fits=False, bytes=plan.bytes | {"activations": activations})
+  plan = dataclasses.replace(
+    plan,
+    compile_seconds=time.monotonic() - started,
+    compile_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
   )
-  found.fits = found.needed <= found.hbm
-  _time(found, hlo.read_program(compiled.as_text(), found.mesh), traced[1], chip, mesh, slices, config)
-  return found
+  plan = _with_memory(plan, compiled.memory_analysis())
+  return _with_times(plan, hlo.read_program(compiled.as_text(), plan.mesh), traced[1], config, topology, mesh)
 
 
-def _time(
-  found: Plan,
-  program: hlo.Program,
-  kernels: float,
-  chip: chips.Chip,
-  mesh: jax.sharding.Mesh,
-  slices: int,
+def _vocab_size(config: config_lib.Config) -> int:
+  if config.model.vocab_size:
+    return config.model.vocab_size
+  return tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path).vocab_size
+
+
+@contextlib.contextmanager
+def _set_mesh(config: config_lib.Config, topology: chips.Topology, compiles: bool) -> Iterator[Any]:
+  """Sets the mesh to plan for: of the compiler's devices, or an abstract one."""
+  if compiles:
+    mesh = sharding.make_mesh(config.mesh, chips.compiler_devices(topology))
+    with jax.set_mesh(mesh):
+      yield mesh
+    return
+  mesh = jax.sharding.AbstractMesh(
+    sharding.mesh_sizes(config.mesh, topology.chips),
+    sharding.AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+    abstract_device=jax.sharding.AbstractDevice(device_kind=topology.chip.kind, num_cores=1, platform="tpu"),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    yield mesh
+
+
+def _abstract_inputs(model: evo_lib.Evo, config: config_lib.Config, mesh: Any) -> tuple[state_lib.TrainState, Batch]:
+  """Shapes, dtypes and shardings of a training step's state and batch."""
+  shape = config.data.batch_size, config.model.context + 1
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+  return state_lib.abstract_state(model, config, mesh), Batch(tokens)
+
+
+def _plan_from_shapes(
   config: config_lib.Config,
-) -> None:
-  """The roofline of a step, by ASSUMPTIONS."""
-  blocks = max(config.model.context // 512, 1)
-  kernels *= (blocks + 1) / (2 * blocks)  # of a triangle of blocks, those on and below the diagonal
-  kernels /= found.chips * KERNEL_SHARE * chip.peak
-  kind = lambda item: item[0] + (" over " + " and ".join(item[1]) if item[1] else "")
-  found.traffic = {kind(item): size for item, size in sorted(program.moved().items(), key=lambda x: -x[1])}
-  waits = program.waits(
-    1 / chip.clock, kernels / max(program.kernels, 1), lambda c: c.bytes / chips.bandwidth(c.axes, mesh, chip, slices)
+  topology: chips.Topology,
+  mesh: dict[str, int],
+  state: state_lib.TrainState,
+  operations: float,
+  vocab_rows: int,
+) -> Plan:
+  """What is known without compiling."""
+  parameters, whole_state = _bytes_per_device(state.params), _bytes_per_device(state)
+  hbm = topology.chip.hbm * chips.GIB
+  return Plan(
+    topology=topology.name,
+    chips=topology.chips,
+    mesh=mesh,
+    sequences=config.data.batch_size,
+    microbatches=config.train.accumulate,
+    remat=config.model.remat,
+    fits=False if whole_state > hbm else None,
+    hbm=hbm,
+    bytes={
+      "parameters": parameters,
+      "optimizer": whole_state - parameters,
+      "activations": None,
+      "code": None,
+    },
+    operations=operations,
+    model_operations=flops.train_step(config, vocab_rows, visible=True),
   )
-  found.seconds = {
-    "matrix products": program.cycles[True] / chip.clock,
-    "attention kernels": kernels,
-    "vectors and memory": program.cycles[False] / chip.clock,
-    "collectives that are waited for": waits,
-  }
-  found.step_seconds = sum(found.seconds.values())
-  found.bottleneck = max(found.seconds, key=found.seconds.get)
-  found.tokens_per_second = config.data.batch_size * config.model.context / found.step_seconds
-  found.mfu = found.model_operations / (found.chips * chip.peak * found.step_seconds)
-  found.days = config.train.steps * found.step_seconds / 86400
 
 
-def _out_of_memory(message: str) -> float | None:
-  """The bytes of HBM that the compiler says a program would need, if that is what it complains of."""
+def _bytes_per_device(tree: Any) -> int:
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def out_of_memory(message: str) -> float | None:
+  """The bytes of HBM that a program would need, by the compiler's message; None if it is about something else."""
   match = re.search(r"(?:Used|\()\s*([\d.]+)([KMGT])\)?(?: of|,? exceeds)", message)
   if "RESOURCE_EXHAUSTED" not in message or not match:
     return None
   return float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) + 1)
 
 
-def advise(config: config_lib.Config, found: Plan, compiles: bool) -> str:
-  """Which knob makes a plan fit: tried one on top of the other, in the order of what they cost, until it does."""
-  chip, *_ = chips.parse_topology(found.topology)
-  tried = []
-  while True:
-    rows = config.data.batch_size // config.train.accumulate // (found.mesh["data"] * found.mesh["fsdp"])
-    state = found.bytes["parameters"] + found.bytes["optimizer"]
-    more = _wider(config, found)
-    if state > 0.6 * found.hbm and more:
-      config, knob = (
-        dataclasses.replace(config, mesh=more),
-        f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}",
-      )
-    elif rows % 2 == 0 and rows > 1:
-      config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, accumulate=2 * config.train.accumulate)
-      )
-      knob = f"--config.train.accumulate={config.train.accumulate}"
-    elif config.model.remat != "full":
-      config, knob = (
-        dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full")),
-        "--config.model.remat=full",
-      )
-    elif more:
-      config, knob = (
-        dataclasses.replace(config, mesh=more),
-        f"--mesh=data:{more.data},fsdp:{more.fsdp},tensor:{more.tensor}",
-      )
-    else:
-      return (
-        f"nothing that was tried makes it fit ({', '.join(tried) or 'there is nothing to try'}): it needs more "
-        "chips, or larger ones"
-      )
-    tried = [t for t in tried if t.split("=")[0] != knob.split("=")[0]] + [knob]
+def _with_memory(plan: Plan, memory: Any) -> Plan:
+  """The plan with the compiled program's memory (`Compiled.memory_analysis()`), and whether it fits."""
+  arrays = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+  arrays += memory.output_size_in_bytes - memory.alias_size_in_bytes
+  sizes = plan.bytes | {"activations": arrays - plan.needed, "code": memory.generated_code_size_in_bytes}
+  plan = dataclasses.replace(plan, bytes=sizes)
+  return dataclasses.replace(plan, fits=plan.needed <= plan.hbm)
+
+
+def _with_times(
+  plan: Plan,
+  program: hlo.Program,
+  kernel_operations: float,
+  config: config_lib.Config,
+  topology: chips.Topology,
+  mesh: jax.sharding.Mesh,
+) -> Plan:
+  """The plan with a roofline estimate of the step's time, by ASSUMPTIONS. kernel_operations: FLOPs of all chips."""
+  chip = topology.chip
+  blocks = max(config.model.context // 512, 1)
+  kernel_operations *= (blocks + 1) / (2 * blocks)  # the blocks of a causal mask on and below the diagonal
+  kernel_seconds = kernel_operations / (plan.chips * KERNEL_SHARE * chip.peak)
+  exposed = program.exposed_seconds(
+    cycle=1 / chip.clock,
+    kernel=kernel_seconds / max(program.kernel_calls, 1),
+    duration=lambda c: c.bytes / chips.bandwidth(c.axes, mesh, topology),
+  )
+  seconds = {
+    "matrix products": program.matmul_cycles / chip.clock,
+    "attention kernels": kernel_seconds,
+    "vectors and memory": program.other_cycles / chip.clock,
+    "collectives that are waited for": exposed,
+  }
+  step_seconds = sum(seconds.values())
+  return dataclasses.replace(
+    plan,
+    traffic=_traffic(program),
+    seconds=seconds,
+    step_seconds=step_seconds,
+    bottleneck=max(seconds, key=seconds.get),
+    tokens_per_second=config.data.batch_size * config.model.context / step_seconds,
+    mfu=plan.model_operations / (plan.chips * chip.peak * step_seconds),
+    days=config.train.steps * step_seconds / 86400,
+  )
+
+
+def _traffic(program: hlo.Program) -> dict[str, float]:
+  """Bytes that a chip sends per step, by kind of collective and mesh axes, the most first."""
+  name = lambda kind, axes: kind + (" over " + " and ".join(axes) if axes else "")
+  sent = sorted(program.bytes_sent().items(), key=lambda item: -item[1])
+  return {name(*kind_and_axes): size for kind_and_axes, size in sent}
+
+
+def advise(config: config_lib.Config, topology: chips.Topology, plan: Plan, compiles: bool) -> str:
+  """Says which flags make a plan fit that does not: tries changes on top of each other, the cheapest first."""
+  config = dataclasses.replace(config, mesh=config_lib.Mesh(**plan.mesh))
+  tried = {}  # flags with their values, by name
+  while change := _next_change(config, plan):
+    config, name, value = change
+    tried.pop(name, None)
+    tried[name] = f"{name}={value}"
     try:
-      found = make_plan(config, found.topology, compiles)
+      plan = make_plan(config, topology, compiles)
     except UserError:
       continue
-    if found.fits or found.fits is None:
-      return f"{' '.join(tried)} makes it fit: {chips.gib(found.needed)} of {chip.hbm:.2f} GiB" + (
-        "" if compiles else ", activations not counted"
+    if plan.fits is not False:
+      return (
+        f"{' '.join(tried.values())} makes it fit: {chips.format_gib(plan.needed)} of {topology.chip.hbm:.2f} GiB"
+        + ("" if compiles else ", activations not counted")
       )
+  return (
+    f"nothing that was tried makes it fit ({', '.join(tried.values()) or 'there is nothing to try'}): it needs more "
+    "chips, or larger ones"
+  )
 
 
-def _wider(config: config_lib.Config, found: Plan) -> config_lib.Mesh | None:
-  data, fsdp = found.mesh["data"], found.mesh["fsdp"]
-  if data % 2 or config.model.width % (2 * fsdp):
+def _next_change(config: config_lib.Config, plan: Plan) -> tuple[config_lib.Config, str, str] | None:
+  """The next change that saves memory: the changed configuration, and the flag that makes it with its value.
+
+  Where parameters and optimizer take most of the HBM, more shards of them; then smaller microbatches, full
+  rematerialization, and more shards after all.
+  """
+  wider = _wider_fsdp(config)
+  if wider and plan.bytes["parameters"] + plan.bytes["optimizer"] > 0.6 * plan.hbm:
+    return wider
+  rows = config.data.batch_size // config.train.accumulate // (config.mesh.data * config.mesh.fsdp)
+  if rows > 1 and rows % 2 == 0:
+    train = dataclasses.replace(config.train, accumulate=2 * config.train.accumulate)
+    return dataclasses.replace(config, train=train), "--config.train.accumulate", str(train.accumulate)
+  if config.model.remat != "full":
+    model = dataclasses.replace(config.model, remat="full")
+    return dataclasses.replace(config, model=model), "--config.model.remat", "full"
+  return wider
+
+
+def _wider_fsdp(config: config_lib.Config) -> tuple[config_lib.Config, str, str] | None:
+  """Twice as many shards of the parameters and half as many replicas, where they divide."""
+  mesh = config.mesh
+  if mesh.data % 2 or config.model.width % (2 * mesh.fsdp):
     return None
-  return dataclasses.replace(config.mesh, data=data // 2, fsdp=2 * fsdp, tensor=found.mesh["tensor"])
+  mesh = dataclasses.replace(mesh, data=mesh.data // 2, fsdp=2 * mesh.fsdp)
+  flag = f"data:{mesh.data},fsdp:{mesh.fsdp},tensor:{mesh.tensor}"
+  return dataclasses.replace(config, mesh=mesh), "--mesh", flag
