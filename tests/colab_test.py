@@ -20,7 +20,8 @@ sys.modules["IPython.display"] = module
 # The same statements with smaller numbers.
 _SMALLER = {
   "values.eval.samples, values.eval.sequences = 0, 16": (
-    "values.eval.samples, values.eval.sequences, values.eval.batch_size, values.data.batch_size = 0, 2, 2, 2"
+    "values.eval.samples, values.eval.sequences, values.eval.batch_size = 0, 2, 2\n"
+    "values.data.batch_size = values.model.layers = 2"
   ),
   "values.window.size, values.window.count = 32, 2": "values.window.size, values.window.count = 16, 2",
   "run.config.model.context, 16\n": "run.config.model.context, 2\n",

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT, environment, run, train_flags
+from conftest import ROOT, assert_refused, call, environment, train_flags
 import pytest
 
 from evo_jax import cli
@@ -28,8 +28,7 @@ def test_a_name_finds_the_shipped_file_and_a_path_stays():
   ],
 )
 def test_commands_take_names(flags, message):
-  done = run("evo_jax.plan", *flags)
-  assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+  assert_refused(call("evo_jax.plan", *flags), message)
 
 
 def succeed(*command, folder):

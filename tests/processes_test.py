@@ -1,29 +1,34 @@
-"""Several processes on loopback: one training; a signal to one saves on all, a lost one ends all; runs go
-on elsewhere."""
+"""Several processes on loopback: one training; a signal to one saves on all, a lost one ends all; runs continue on
+other numbers of processes. And what a run leaves: damaged checkpoints are skipped, moments may change their dtype."""
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-from conftest import ROOT, environment, run, train_flags
+from conftest import ROOT, call, environment, run, train_flags
 import numpy as np
 import pytest
 
 from evo_jax.training import metrics as metrics_lib
 
+pytestmark = pytest.mark.slow
+
 LAST, EVERY = 60, 10
 STEPS = {
   "train.steps": LAST,
   "train.checkpoint_every": EVERY,
+  "train.checkpoints_kept": LAST // EVERY,
   "model.kv_heads": 2,
   "eval.samples": 0,
   "eval.paths": ("ar",),
 }
-BOUND = 90  # seconds in which the others of a lost process must have ended
+SAVED = list(range(EVERY, LAST + 1, EVERY))
+BOUND = 60  # seconds in which the others of a lost process must have ended
 
 
 def flags(workdir, text, mesh=(1, 1, 1), **changes):
@@ -38,7 +43,7 @@ def processes(number, arguments):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  found = [
+  started = [
     subprocess.Popen(
       [
         sys.executable,
@@ -48,7 +53,7 @@ def processes(number, arguments):
         f"--coordinator=localhost:{port}",
         f"--num_processes={number}",
         f"--process_id={i}",
-        "--heartbeat=30",
+        "--heartbeat=10",
       ],
       cwd=ROOT,
       env=environment(),
@@ -59,30 +64,30 @@ def processes(number, arguments):
     for i in range(number)
   ]
   try:
-    yield found
+    yield started
   finally:
-    for process in found:
+    for process in started:
       process.kill()
       process.communicate()
 
 
-def ends(found, timeout=400):
+def ends(started, timeout=400):
   """(exit status, stdout, stderr) of each."""
-  outputs = [process.communicate(timeout=timeout) for process in found]
-  return [(process.returncode, *output) for process, output in zip(found, outputs)]
+  outputs = [process.communicate(timeout=timeout) for process in started]
+  return [(process.returncode, *output) for process, output in zip(started, outputs)]
 
 
 def assert_well(ended):
-  for code, _, error in ended:
+  for code, _, _ in ended:
     assert code == 0, [text[:1500] + " ... " + text[-1500:] for _, _, text in ended]
 
 
-def wait_for(condition, found):
+def wait_for(condition, started):
   """Until it holds, while the processes run."""
   deadline = time.monotonic() + 200
   while not condition():
     assert time.monotonic() < deadline
-    assert all(process.poll() is None for process in found), ends(found)
+    assert all(process.poll() is None for process in started), ends(started)
     time.sleep(0.02)
 
 
@@ -103,116 +108,126 @@ def checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, text):
-  """What one process computes."""
-  workdir = tmp_path_factory.mktemp("one")
-  done = run("evo_jax.main", *flags(workdir, text))
-  assert done.returncode == 0, done.stderr
-  return losses(workdir)
+  """The work directory of one process that nobody disturbs, with a checkpoint of every tenth step and a profile."""
+  workdir = tmp_path_factory.mktemp("alone")
+  done = run("evo_jax.main", *flags(workdir, text, **{"train.profile": "21:23"}))
+  assert done.returncode == 0 and "steps 21 to 23 are traced" in done.stdout, done.stderr
+  assert checkpoints(workdir) == SAVED
+  return workdir
 
 
-@pytest.mark.parametrize("number, mesh", [(2, (1, 1, 2)), (4, (2, 2, 1))], ids=str)
-def test_processes_train_as_one(alone, text, tmp_path, number, mesh):
-  """Also where heads are split over processes, which then hold the same rows of a batch."""
-  with processes(number, flags(tmp_path, text, mesh)) as found:
-    ended = ends(found)
+def stopped(alone, step, workdir):
+  """A copy of the undisturbed run as if it had been stopped after the checkpoint of `step`."""
+  shutil.copytree(alone, workdir)
+  for later in checkpoints(workdir):
+    if later > step:
+      shutil.rmtree(workdir / "checkpoints" / str(later))
+  log = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (workdir / "metrics.jsonl").write_text("".join(log[:step]))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def signalled(text, tmp_path_factory):
+  """Two processes over which heads are split, until a SIGTERM to one: the work directory and what they said."""
+  workdir = tmp_path_factory.mktemp("signalled")
+  with processes(2, flags(workdir, text, (1, 1, 2))) as started:
+    wait_for(lambda: last_step(workdir) >= 12, started)
+    started[1].send_signal(signal.SIGTERM)
+    ended = ends(started)
   assert_well(ended)
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-3)
-  assert "held-out" in ended[0][1] and not any("held-out" in out for _, out, _ in ended[1:])  # process 0 speaks
+  return workdir, ended
 
 
-def test_a_signal_to_one_saves_on_all_and_one_process_goes_on(alone, text, tmp_path):
-  with processes(2, flags(tmp_path, text, (1, 2, 1))) as found:
-    wait_for(lambda: last_step(tmp_path) >= 12, found)
-    found[1].send_signal(signal.SIGTERM)
-    ended = ends(found)
-  assert_well(ended)
-  saved = checkpoints(tmp_path)[-1]
+def test_processes_that_share_rows_of_a_batch_train_as_one(alone, signalled):
+  """Where heads are split over processes, these hold the same rows."""
+  bits = losses(signalled[0])
+  assert len(bits) > 12
+  np.testing.assert_allclose(bits, losses(alone)[: len(bits)], rtol=2e-3)
+
+
+def test_a_signal_to_one_saves_on_all_and_one_process_goes_on(alone, signalled, text, tmp_path):
+  workdir, ended = signalled
+  saved = checkpoints(workdir)[-1]
   assert 12 < saved < LAST and f"step {saved} is saved" in ended[0][1]
-  done = run("evo_jax.main", *flags(tmp_path, text))
+  shutil.copytree(workdir, tmp_path / "run")
+  done = call("evo_jax.main", *flags(tmp_path / "run", text))
   assert done.returncode == 0 and f"goes on after step {saved}" in done.stdout, done.stderr
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-3)
+  np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def bereft(alone, text, tmp_path_factory):
+  """One process began; two go on, of which number 0 is killed; two go on, of which number 1 is killed; four go on to
+  the end. The work directory; by victim the other's exit, its seconds and the checkpoints left; what the four said.
+
+  Process 0 holds the service by which the others find each other: its loss is another case than that of number 1,
+  which takes a heartbeat's timeout to notice.
+  """
+  workdir, survivors = stopped(alone, EVERY, tmp_path_factory.mktemp("bereft") / "run"), {}
+  for victim, mesh, step in ((0, (2, 1, 1), EVERY + 1), (1, (1, 2, 1), LAST // 2 + 2)):
+    with processes(2, flags(workdir, text, mesh)) as started:
+      wait_for(lambda: last_step(workdir) >= step, started)
+      started[victim].kill()
+      killed = time.monotonic()
+      (survivor,) = ends([started[1 - victim]], timeout=BOUND)
+    survivors[victim] = survivor, time.monotonic() - killed, checkpoints(workdir)
+  with processes(4, flags(workdir, text, (2, 2, 1))) as started:
+    ended = ends(started)
+  return workdir, survivors, ended
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others_and_two_go_on_from_one(alone, text, tmp_path, victim):
-  """Process 0 holds the service by which the others find each other. The run begins as one process."""
-  first = subprocess.Popen(
-    [sys.executable, "-m", "evo_jax.main", *flags(tmp_path, text)],
-    cwd=ROOT,
-    env=environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  wait_for(lambda: checkpoints(tmp_path), [first])
-  first.kill()
-  first.communicate()
-  begun = max(last_step(tmp_path), checkpoints(tmp_path)[-1])
-  with processes(2, flags(tmp_path, text, (2, 1, 1))) as found:
-    wait_for(lambda: last_step(tmp_path) > begun, found)
-    found[victim].kill()
-    began = time.monotonic()
-    code, _, error = ends([found[1 - victim]], timeout=BOUND)[0]
-    assert code != 0 and time.monotonic() - began < BOUND
-    assert "Traceback" not in error and ("another process was lost" in error or "coordination service" in error), error
-  assert checkpoints(tmp_path) and checkpoints(tmp_path)[-1] < LAST
-  if victim:
-    return
-  with processes(2, flags(tmp_path, text, (1, 2, 1))) as found:
-    ended = ends(found)
+def test_a_killed_process_ends_the_others(bereft, victim):
+  (code, _, error), seconds, left = bereft[1][victim]
+  assert code != 0 and seconds < BOUND
+  assert "Traceback" not in error and ("another process was lost" in error or "coordination service" in error), error
+  assert left and left[-1] < LAST
+
+
+def test_four_processes_go_on_from_two_and_train_as_one(alone, bereft):
+  """Up to four the losses are also those of two processes, on meshes (2, 1, 1) and (1, 2, 1)."""
+  workdir, _, ended = bereft
   assert_well(ended)
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=2e-3)
+  np.testing.assert_allclose(losses(workdir), losses(alone), rtol=2e-3)
+  assert "goes on after step" in ended[0][1] and checkpoints(workdir)[-1] == LAST
+  assert "held-out" in ended[0][1] and not any("held-out" in out for _, out, _ in ended[1:])  # only process 0 prints
 
 
 def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
-  """With a warning, by training, which sets it aside, and by readers, which leave it; one half-written is
-  not even seen."""
-  done = run("evo_jax.main", *flags(tmp_path, text))
-  assert done.returncode == 0 and checkpoints(tmp_path) == [LAST - EVERY, LAST]
-  for part in (tmp_path / "checkpoints" / str(LAST) / "params").rglob("*"):
+  """With a warning, by training, which sets it aside, and by readers, which leave it; a partial one is not seen."""
+  workdir = shutil.copytree(alone, tmp_path / "run")
+  for part in (workdir / "checkpoints" / str(LAST) / "params").rglob("*"):
     if part.is_file() and part.stat().st_size > 200:
       part.write_bytes(part.read_bytes()[:100])
-  half = tmp_path / "checkpoints" / "70.orbax-checkpoint-tmp-1"
-  half.mkdir()
-  read = run("evo_jax.evaluate", f"--workdir={tmp_path}", "--paths=ar", f"--data={text}")
-  assert (
-    read.returncode == 0
-    and f"{LAST}: cannot be restored" in read.stderr
-    and f"step {LAST - EVERY} is read instead" in read.stderr
-  ), read.stderr
-  assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
-  done = run("evo_jax.main", *flags(tmp_path, text))
+  partial = workdir / "checkpoints" / "70.orbax-checkpoint-tmp-1"
+  partial.mkdir()
+  done = call("evo_jax.evaluate", f"--workdir={workdir}", "--paths=ar", f"--data={text}")
+  assert done.returncode == 0 and f"{LAST}: cannot be restored" in done.stderr, done.stderr
+  assert f"step {LAST - EVERY} is read instead" in done.stderr and checkpoints(workdir) == SAVED
+  done = call("evo_jax.main", *flags(workdir, text))
   assert done.returncode == 0 and f"goes on after step {LAST - EVERY}" in done.stdout, done.stderr
-  assert (
-    f"step {LAST - EVERY} is read instead" in done.stderr and (tmp_path / "damaged" / str(LAST) / "params").is_dir()
-  )
-  assert checkpoints(tmp_path) == [LAST - EVERY, LAST]
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-6)
+  assert f"step {LAST - EVERY} is read instead" in done.stderr
+  assert (workdir / "damaged" / str(LAST) / "params").is_dir() and checkpoints(workdir) == SAVED
+  np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-6)
 
 
 def test_moments_may_change_their_dtype(alone, text, tmp_path):
   """A run goes on with its optimizer's means in bfloat16, near what it would have been."""
-  one = run("evo_jax.main", *flags(tmp_path, text))
-  assert one.returncode == 0
-  for step in checkpoints(tmp_path)[1:]:
-    (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"gone-{step}")
-  done = run("evo_jax.main", *flags(tmp_path, text, **{"optim.moment_dtype": "bfloat16"}))
+  workdir = stopped(alone, LAST - EVERY, tmp_path / "run")
+  done = call("evo_jax.main", *flags(workdir, text, **{"optim.moment_dtype": "bfloat16"}))
   assert done.returncode == 0 and f"goes on after step {LAST - EVERY}" in done.stdout, done.stderr
-  found = losses(tmp_path)
-  np.testing.assert_allclose(found[:51], alone[:51], rtol=1e-6)
-  assert 0 < np.abs(found[51:] - alone[51:]).max() < 0.02
-  saved = json.loads((tmp_path / "config.json").read_text())
+  bits, undisturbed = losses(workdir), losses(alone)
+  np.testing.assert_allclose(bits[:51], undisturbed[:51], rtol=1e-6)
+  assert 0 < np.abs(bits[51:] - undisturbed[51:]).max() < 0.02
+  saved = json.loads((workdir / "config.json").read_text())
   assert saved["config"]["optim"]["moment_dtype"] == "bfloat16"
 
 
-def test_metrics_and_traces(text, tmp_path):
-  """The journal says where the time went, and a trace of some steps lies where it is said to."""
-  done = run("evo_jax.main", *flags(tmp_path, text, **{"train.profile": "21:23"}))
-  assert done.returncode == 0 and "steps 21 to 23 are traced" in done.stdout, done.stderr
-  last = metrics_lib.read_metrics(tmp_path / "metrics.jsonl")[-1]
+def test_metrics_and_traces(alone):
+  """The log says where the time went, and a trace of some steps lies where it is said to."""
+  last = metrics_lib.read_metrics(alone / "metrics.jsonl")[-1]
   assert last["tokens_per_second"] == pytest.approx(last["tokens_per_second_per_chip"], abs=0.2)
   assert 0 < last["goodput"] < 1 and 0 <= last["data_wait"] <= 1 and last["checkpoint_stall"] >= 0
-  traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+  traces = list((alone / "profile").rglob("*.xplane.pb"))
   assert len(traces) == 1 and traces[0].stat().st_size > 10_000
-  done = run("evo_jax.main", *flags(tmp_path / "x", text, **{"train.profile": "23:21"}))
-  assert done.returncode == 1 and "config.train.profile: '23:21' is not START:STOP" in done.stderr
