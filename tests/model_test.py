@@ -51,17 +51,23 @@ def batch(tokens):
   return Batch(tokens, segments=jnp.cumsum(tokens == 0, axis=1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _losses(config, which, params, statistics, tokens, draw):
-  """Value and gradient of the AR term (0), the window term (1) or their sum (2)."""
+def _terms(config, params, statistics, tokens, draw):
+  """The AR term and the window term of the objective."""
+  net, whole = evo_lib.Evo(config.model, V).bind({"params": params}), batch(tokens)
+  return objective.training_loss(net, statistics, whole, draw, objective.Counts.of(whole, draw), config.loss)[0]
 
-  def loss(params):
-    net = evo_lib.Evo(config.model, V).bind({"params": params})
-    whole = batch(tokens)
-    terms = objective.training_loss(net, statistics, whole, draw, objective.Counts.of(whole, draw), config.loss)[0]
-    return (*terms, sum(terms))[which], terms
 
-  return jax.value_and_grad(loss, has_aux=True)(params)
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(config, params, statistics, tokens, draw):
+  """The two terms, and the gradient of each."""
+  terms, vjp = jax.vjp(lambda params: _terms(config, params, statistics, tokens, draw), params)
+  one, zero = jnp.ones(()), jnp.zeros(())
+  return terms, *vjp((one, zero)), *vjp((zero, one))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sum_and_gradient(config, params, statistics, tokens, draw):
+  return jax.value_and_grad(lambda params: sum(_terms(config, params, statistics, tokens, draw)))(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,35 +108,36 @@ def test_clean_stream_is_causal(small, tokens):
 
 
 def test_windows_do_not_touch_the_clean_stream(small, tokens):
-  """The AR term is the same with and without windows, and its gradient with respect to everything of theirs is zero."""
+  """The AR term is the same with and without windows, and gives their parameters no gradient."""
   net, statistics, config = small
   draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
   params = net.variables["params"]
-  (_, with_windows), gradient = _losses(config, 0, params, statistics, tokens, draw)
-  (_, without), _ = _losses(config, 0, params, statistics, tokens, None)
-  np.testing.assert_allclose(with_windows[0], without[0], rtol=1e-6)
-  assert with_windows[1] > 0 and without[1] == 0
+  (ar, window), ar_gradient, window_gradient = _gradients(config, params, statistics, tokens, draw)
+  alone, none = jax.jit(_terms, static_argnums=0)(config, params, statistics, tokens, None)
+  np.testing.assert_allclose(ar, alone, rtol=1e-6)
+  assert window > 0 and none == 0
   for name in ("codes", "time_in", "time_out"):
-    assert (np.asarray(gradient[name]) == 0).all(), name
-  assert (np.asarray(gradient["blocks"]["w_time"]) == 0).all()
-  for name, leaf in _losses(config, 1, params, statistics, tokens, draw)[1].items():  # the window term teaches all
+    assert (np.asarray(ar_gradient[name]) == 0).all(), name
+  assert (np.asarray(ar_gradient["blocks"]["w_time"]) == 0).all()
+  for name, leaf in window_gradient.items():  # the window term trains everything
     assert all(np.asarray(x).any() for x in jax.tree.leaves(leaf)), name
 
 
-@pytest.mark.parametrize("codes, bound_windows, taught", [("bound", 0, False), ("all", 0, True), ("frozen", 1, False)])
-def test_who_teaches_the_codes(small, tokens, codes, bound_windows, taught):
-  """By default only windows taught by the bound do (see above); cross-entropy does where it is asked to."""
+@pytest.mark.parametrize("codes, bound_windows, trained", [("bound", 0, False), ("all", 0, True), ("frozen", 1, False)])
+def test_which_windows_train_the_codes(small, tokens, codes, bound_windows, trained):
+  """By default only windows trained by the bound do (see above); cross-entropy does where it is asked to."""
   net, statistics, _ = small
   config = small_config(loss__codes=codes, loss__bound_windows=bound_windows)
   draw = windows_lib.draw_windows(
     jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, bound_windows
   )
-  gradient = _losses(config, 1, net.variables["params"], statistics, tokens, draw)[1]
-  assert bool(np.asarray(gradient["codes"]).any()) == taught
+  params = net.variables["params"]
+  loss = lambda codes: _terms(config, params | {"codes": codes}, statistics, tokens, draw)[1]
+  assert bool(np.asarray(jax.jit(jax.grad(loss))(params["codes"])).any()) == trained
 
 
-def test_clean_slots_continue_the_clean_stream(small, tokens):
-  """Read a few at a time behind the past, by rows at different places: the same states, keys and values."""
+def test_decoding_continues_the_clean_stream(small, tokens):
+  """A few tokens at a time after the past, by rows at different positions: the same states, keys and values."""
   net, _, config = small
   hidden, cache = net.clean(tokens[:, :-1])
   apart = net.clone(stacked=False).bind({"params": evo_lib.unstack_layers(net.variables["params"])})
@@ -139,21 +146,27 @@ def test_clean_slots_continue_the_clean_stream(small, tokens):
     jnp.arange(32)[:, None] < first[:, None, None, None], x, 9.0
   )  # and nothing behind is read
   past = tuple(tuple(map(empty, x)) for x in (cache.k, cache.v))
-  place = first[:, None] + jnp.arange(9)
-  x = net.embed_tokens(jnp.take_along_axis(tokens, place, axis=1))
-  found, (k, v) = apart.decode(past, first, 9, x, None, place, place + 1, None)
+  position = first[:, None] + jnp.arange(9)
+  x = net.embed_tokens(jnp.take_along_axis(tokens, position, axis=1))
+  decoded, (k, v) = apart.decode(past, first, 9, x, None, position, position + 1, None)
   for b, a in enumerate(first.tolist()):
-    np.testing.assert_allclose(found[b], hidden[b, a : a + 9], atol=2e-5)
+    np.testing.assert_allclose(decoded[b], hidden[b, a : a + 9], atol=2e-5)
     for layer in range(config.model.layers):
       np.testing.assert_allclose(k[layer][b, :, : a + 9], cache.k[layer, b, :, : a + 9], atol=2e-5)
       np.testing.assert_allclose(v[layer][b, :, : a + 9], cache.v[layer, b, :, : a + 9], atol=2e-5)
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"model__isolate_documents": True}, {"model__remat": "full", "model__attention_block": 8}], ids=str
+  "changes",
+  [
+    {},
+    pytest.param({"model__isolate_documents": True}, marks=pytest.mark.slow),
+    pytest.param({"model__remat": "full", "model__attention_block": 8}, marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
 def test_one_pass_reads_both_streams(tokens, changes):
-  """`forward` in one pass gives what `clean`, and then `window`, give, and their gradients."""
+  """`forward` in one pass gives what `clean` and then `window` give, and their gradients."""
   net, _, config = build(**changes)
   tokens = tokens.at[:, 7].set(0)
   anchor = jnp.array([[0, 7], [5, 20]])
@@ -166,8 +179,8 @@ def test_one_pass_reads_both_streams(tokens, changes):
       net_ = net.clone().bind({"params": params})
       inputs = WindowInputs(anchor, x_windows, time)
       segments = batch(tokens).segments[:, :-1]
-      found = net_.forward(net_.embed_tokens(tokens[:, :-1]), segments, inputs, one_pass=together)
-      return sum(jnp.mean(jnp.sin(h)) for h in found), found
+      hidden = net_.forward(net_.embed_tokens(tokens[:, :-1]), segments, inputs, one_pass=together)
+      return sum(jnp.mean(jnp.sin(h)) for h in hidden), hidden
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_windows)
 
@@ -178,15 +191,15 @@ def test_one_pass_reads_both_streams(tokens, changes):
   )
 
 
+@pytest.mark.slow
 def test_one_pass_is_a_configuration_and_changes_no_value(small, tokens):
   net, statistics, config = small
   draw = windows_lib.draw_windows(
     jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, config.loss.bound_windows
   )
   one, two = (
-    _losses(
+    _sum_and_gradient(
       dataclasses.replace(config, loss=dataclasses.replace(config.loss, one_pass=together)),
-      2,
       net.variables["params"],
       statistics,
       tokens,
@@ -254,12 +267,13 @@ def test_rows_beyond_the_vocabulary_are_ruled_out(small, tokens):
   assert np.asarray(statistics.unigram_V)[V:].sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"model__remat": "full"}, {"model__remat": "dots"}, {"model__unroll": 2}])
 def test_remat_and_unrolling_change_nothing(small, tokens, changes):
   net, statistics, config = small
   draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
 
-  gradient = lambda config: _losses(config, 2, net.variables["params"], statistics, tokens, draw)
+  gradient = lambda config: _sum_and_gradient(config, net.variables["params"], statistics, tokens, draw)
   want, got = gradient(config), gradient(small_config(**changes))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), want, got)
 
@@ -318,6 +332,7 @@ def test_every_config_has_its_size(name):
   assert metrics["bits"].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes, block",
   [({}, 12), ({}, 20), ({"model__isolate_documents": True}, 8), ({"window__size": 32, "window__count": 2}, 20)],
@@ -329,14 +344,15 @@ def test_attention_in_blocks_changes_no_value(tokens, changes, block):
   draw = windows_lib.draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 1)
   params = net.variables["params"]
   blocked = small_config(model__remat="full", model__attention_block=block, loss__bound_windows=1, **changes)
-  (_, want), gradient = _losses(config, 2, params, statistics, tokens, draw)
-  (_, found), other = _losses(blocked, 2, params, statistics, tokens, draw)
-  np.testing.assert_allclose(found, want, rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, other)
+  whole, whole_gradient = _sum_and_gradient(config, params, statistics, tokens, draw)
+  value, gradient = _sum_and_gradient(blocked, params, statistics, tokens, draw)
+  np.testing.assert_allclose(value, whole, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, whole_gradient)
 
 
+@pytest.mark.slow
 def test_attention_in_blocks_saves_memory():
-  """Of a stream so long that scores outweigh the rest."""
+  """In a stream so long that scores outweigh the rest."""
   net, _, config = build(model__remat="full", loss__bound_windows=1)
   memory = {}
   for block in (0, 32):
@@ -349,9 +365,9 @@ def test_attention_in_blocks_saves_memory():
 
 
 @pytest.mark.parametrize("kernel", ["splash", "xla"])
-def test_attention_is_kept_once_for_the_backward_pass(kernel):
-  """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the
-  keys and values."""
+def test_attention_is_saved_once_for_the_backward_pass(kernel):
+  """With remat "save:attention" one array of the attention's size leaves the layers' loop, beside the keys and
+  values."""
   config = small_config(model__attention=kernel, model__context=128, model__remat="save:attention", model__layers=1)
   net = evo_lib.Evo(config.model, V)
   params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

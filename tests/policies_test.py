@@ -1,5 +1,6 @@
-"""Adaptive policies, random orders and learned clocks on the exact toy source: one price, the same in the sampler."""
+"""Policies, random orders and learned clocks on the exact toy source: bounds agree with what the sampler draws."""
 
+import functools
 import itertools
 
 import jax
@@ -21,15 +22,20 @@ def toy():
   return Toy()
 
 
-def priced(toy, policy, token, key=jax.random.key(1), field=None):
-  return jax.jit(lambda token, policy: bound_lib.path_nll(field or toy.field, toy.codes, toy.warp, token, policy, key))(
-    token, policy
-  )
+@functools.partial(jax.jit, static_argnames=("toy", "field"))
+def path_nll(toy, policy, token, key, field=None):
+  """NLL bounds (..., T) in nats and passes (...). Compiles once per field, shape and kind of policy."""
+  return bound_lib.path_nll(field or toy.field, toy.codes, toy.warp, token, policy, key)
 
 
+@functools.partial(jax.jit, static_argnames=("toy", "count"))
+def sample_window(toy, policy, key, count):
+  return steppers.sample_window(toy.field, toy.codes, toy.warp, policy, key, (count, LENGTH))
+
+
+@functools.cache
 def blunt(toy):
-  """A field that makes too little of the context of its first tokens: a model with errors, whose orders
-  differ in price."""
+  """A field that makes too little of the context of its first tokens: a model with errors, for which orders differ."""
   share = jnp.array([0.1, 0.5, 1.0, 1.0])[:, None]
   return lambda latent, context=None: share * jax.nn.log_softmax(toy.field(latent), axis=-1)
 
@@ -49,66 +55,62 @@ JUMPS = [
 
 
 @pytest.mark.parametrize("path", JUMPS)
-def test_a_policy_of_jumps_costs_what_it_samples(toy, path):
-  """Its price of every string is -log of the probability with which the same object draws it: the prices' probabilities
-  add up to one, and 8,000 draws agree (chi-square at 1e-3; power above 0.9 against frequencies that are
-  off by 10 %)."""
+def test_a_policy_of_jumps_samples_with_the_probability_of_its_nll(toy, path):
+  """The NLL of every string is that of the probability with which the same object draws it.
+
+  The probabilities add up to one, and 8,000 draws agree (chi-square at 1e-3; power above 0.9 against frequencies that
+  are off by 10 %).
+  """
   policy = policies.make_policy(path, LENGTH, 0.5)
-  price, passes = priced(toy, policy, jnp.asarray(STRINGS))
-  q = np.exp(-np.asarray(price.sum(-1), np.float64))
+  nll, passes = path_nll(toy, policy, jnp.asarray(STRINGS), jax.random.key(1))
+  q = np.exp(-np.asarray(nll.sum(-1), np.float64))
   assert abs(q.sum() - 1) < 1e-4
-  drawn, _ = jax.jit(lambda key: steppers.sample_window(toy.field, toy.codes, toy.warp, policy, key, (8000, LENGTH)))(
-    jax.random.key(2)
-  )
-  found = np.bincount(np.asarray(drawn) @ NUMBER, minlength=81)
-  assert stats.chisquare(found, 8000 * q / q.sum()).pvalue > 1e-3
-  cost = float((toy.probability * price.sum(-1)).sum())
+  sample, _ = sample_window(toy, policy, jax.random.key(2), 8000)
+  counts = np.bincount(np.asarray(sample) @ NUMBER, minlength=81)
+  assert stats.chisquare(counts, 8000 * q / q.sum()).pvalue > 1e-3
+  mean = float((toy.probability * nll.sum(-1)).sum())
   if path in ("left:1", "confidence:1", "spread:0.3"):  # one token at a time: exact, in any order
-    assert abs(cost - toy.entropy) < 1e-4 and (passes == LENGTH).all()
-  else:  # tokens that jump together are priced as if they were independent
-    assert cost > toy.entropy + 0.01 and float(passes.mean()) < LENGTH
+    assert abs(mean - toy.entropy) < 1e-4 and (passes == LENGTH).all()
+  else:  # tokens that jump together count as if they were independent
+    assert mean > toy.entropy + 0.01 and float(passes.mean()) < LENGTH
 
 
 def test_thresholds_trade_bits_for_passes(toy):
-  """A looser threshold takes fewer passes and costs more; at the loosest all jump at once."""
-  found = []
+  """A looser threshold takes fewer passes and costs more bits; at the loosest all tokens jump at once."""
+  means = []
   for limit in (0.0, 1.2, 1.35, 1.45, 64.0):
-    price, passes = priced(toy, policies.make_policy(f"entropy:{limit}", LENGTH, 0.5), jnp.asarray(STRINGS))
-    found.append(((toy.probability * price.sum(-1)).sum(), (toy.probability * passes).sum()))
-  bits, passes = np.array(found).T
-  assert (np.diff(bits) > -1e-4).all() and (np.diff(passes) <= 0).all() and passes[0] == 4 and passes[-1] == 1
-  assert abs(bits[0] - toy.entropy) < 1e-4 and bits[-1] > toy.entropy + 0.3
+    policy = policies.make_policy(f"entropy:{limit}", LENGTH, 0.5)
+    nll, passes = path_nll(toy, policy, jnp.asarray(STRINGS), jax.random.key(1))
+    means.append(((toy.probability * nll.sum(-1)).sum(), (toy.probability * passes).sum()))
+  nats, passes = np.array(means).T
+  assert (np.diff(nats) > -1e-4).all() and (np.diff(passes) <= 0).all() and passes[0] == 4 and passes[-1] == 1
+  assert abs(nats[0] - toy.entropy) < 1e-4 and nats[-1] > toy.entropy + 0.3
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.6])
 def test_maturity_is_a_bound(toy, limit):
-  """Partial evidence up to the inferred maturity, then jumps: never below the entropy, and dearer with fewer passes."""
+  """Partial evidence up to the inferred maturity, then jumps: never below the entropy."""
+  policy = policies.make_policy(f"maturity:{limit}", LENGTH, 0.5)
   token, number = toy.sample(jax.random.key(0), 4000)
-  price, passes = priced(toy, policies.make_policy(f"maturity:{limit}", LENGTH, 0.5), token)
-  excess = np.asarray(price.sum(-1), np.float64) + np.log(toy.probability)[np.asarray(number)]
+  nll, passes = path_nll(toy, policy, token, jax.random.key(1))
+  excess = np.asarray(nll.sum(-1), np.float64) + np.log(toy.probability)[np.asarray(number)]
   assert excess.mean() > 4 * excess.std() / 4000**0.5 and excess.mean() < 1.0
   assert 1 < float(passes.mean()) <= LENGTH
-  drawn, taken = steppers.sample_window(
-    toy.field,
-    toy.codes,
-    toy.warp,
-    policies.make_policy(f"maturity:{limit}", LENGTH, 0.5),
-    jax.random.key(3),
-    (500, LENGTH),
-    steppers.ancestral,
+  sample = jax.jit(
+    lambda key: steppers.sample_window(toy.field, toy.codes, toy.warp, policy, key, (500, LENGTH), steppers.ancestral)
   )
-  assert (
-    drawn.shape == (500, LENGTH) and (drawn >= 0).all() and (drawn < SYMBOLS).all() and float(taken.mean()) <= LENGTH
-  )
+  tokens, passes = sample(jax.random.key(3))
+  assert tokens.shape == (500, LENGTH) and (tokens >= 0).all() and (tokens < SYMBOLS).all()
+  assert 1 < float(passes.mean()) <= LENGTH
 
 
 def test_a_policy_sees_no_unknown_token(toy):
   """As long as nothing is known, the truth does not change what moves: the same times for all strings."""
   seen = []
 
-  def spy(reading):
-    time = policies.make_policy("maturity:0.5", LENGTH, 0.5)(reading)
-    jax.debug.callback(lambda index, time: seen.append((int(index), np.asarray(time))), reading.index, time)
+  def spy(observation):
+    time = policies.make_policy("maturity:0.5", LENGTH, 0.5)(observation)
+    jax.debug.callback(lambda index, time: seen.append((int(index), np.asarray(time))), observation.index, time)
     return time
 
   bound_lib.path_nll(toy.field, toy.codes, toy.warp, jnp.asarray(STRINGS), spy, jax.random.key(0))
@@ -117,69 +119,54 @@ def test_a_policy_sees_no_unknown_token(toy):
   assert first and all((time == time[0]).all() for time in first)
 
 
-def test_masked_diffusion_costs_the_any_order_average(toy):
-  """Method fact 8, with a field whose orders differ in price: one token a pass in random order is the mean
-  over all 24."""
+def test_masked_diffusion_has_the_mean_nll_of_all_orders(toy):
+  """Method fact 8, with a field for which orders differ: one token per pass in random order is the mean over all 24."""
   field, strings = blunt(toy), jnp.asarray(STRINGS)
+  grid = lambda order: jnp.asarray((np.array(order)[None] >= np.arange(LENGTH + 1)[:, None]).astype(np.float32))
   orders = [
-    np.asarray(
-      priced(
-        toy,
-        policies.TimeGrid(jnp.asarray((np.array(order)[None] >= np.arange(LENGTH + 1)[:, None]).astype(np.float32))),
-        strings,
-        field=field,
-      )[0].sum(-1)
-    )
+    np.asarray(path_nll(toy, policies.TimeGrid(grid(order)), strings, jax.random.key(1), field)[0].sum(-1))
     for order in itertools.permutations(range(LENGTH))
   ]
   assert np.std([(toy.probability * o).sum() for o in orders]) > 0.003  # or there is nothing to average
-  many = jnp.repeat(strings, 200, axis=0)
-  cost, passes = bound_lib.erasure_nll(
-    field, toy.codes, many, policies.RandomOrder(np.int32(LENGTH)), jax.random.key(0)
+  erasure_nll = jax.jit(
+    lambda tokens, key, field: bound_lib.erasure_nll(
+      field, toy.codes, tokens, policies.RandomOrder(np.int32(LENGTH)), key
+    ),
+    static_argnums=2,
   )
-  cost = np.asarray(cost.sum(-1)).reshape(81, 200)
+  nll, passes = erasure_nll(jnp.repeat(strings, 200, axis=0), jax.random.key(0), field)
+  nll = np.asarray(nll.sum(-1)).reshape(81, 200)
   want = np.mean(orders, axis=0)
-  error = cost.std(1) / 200**0.5
-  assert (passes == LENGTH).all() and (np.abs(cost.mean(1) - want) < 5 * error).all()
-  assert abs((toy.probability * (cost.mean(1) - want)).sum()) < 4 * np.sqrt(((toy.probability * error) ** 2).sum())
-  exact, _ = bound_lib.erasure_nll(
-    toy.field,
-    toy.codes,
-    toy.sample(jax.random.key(0), 4000)[0],
-    policies.RandomOrder(np.int32(LENGTH)),
-    jax.random.key(1),
-  )
+  error = nll.std(1) / 200**0.5
+  assert (passes == LENGTH).all() and (np.abs(nll.mean(1) - want) < 5 * error).all()
+  assert abs((toy.probability * (nll.mean(1) - want)).sum()) < 4 * np.sqrt(((toy.probability * error) ** 2).sum())
+  exact, _ = erasure_nll(toy.sample(jax.random.key(0), 4000)[0], jax.random.key(1), toy.field)
   assert abs(float(exact.sum(-1).mean()) - toy.entropy) < 0.05
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_a_priced_pass_stands_for_a_walked_order(toy, passes):
-  """`erasure_nll` evaluates passes apart; walking the same policy from end to end costs the same in mean."""
+def test_a_single_pass_stands_for_a_whole_order(toy, passes):
+  """`erasure_nll` evaluates passes apart; following the same policy from end to end has the same mean."""
   field, token = blunt(toy), jnp.repeat(jnp.asarray(STRINGS), 150, axis=0)
   policy = policies.RandomOrder(np.int32(passes))
-  apart = np.asarray(bound_lib.erasure_nll(field, toy.codes, token, policy, jax.random.key(0))[0].sum(-1))
-  walked, taken = priced(
-    toy, policy.replace(rank=bound_lib.random_rank(jax.random.key(1), token.shape)), token, field=field
-  )
-  walked = np.asarray(walked.sum(-1))
+  apart = jax.jit(lambda policy, key: bound_lib.erasure_nll(field, toy.codes, token, policy, key)[0].sum(-1))
+  rank = bound_lib.random_rank(jax.random.key(1), token.shape)
+  whole, taken = path_nll(toy, policy.replace(rank=rank), token, jax.random.key(1), field)
   assert (taken == passes).all()
-  gap = (apart - walked).reshape(81, 150)
+  gap = np.asarray(apart(policy, jax.random.key(0)) - whole.sum(-1)).reshape(81, 150)
   assert abs(gap.mean()) < 4 * gap.std() / gap.size**0.5 + 1e-5
 
 
 def test_blocks_of_one_are_autoregression(toy):
   """Method fact 8: a block of one token, masked and revealed, costs the token's AR cross-entropy."""
-  price, _ = priced(
-    toy,
-    policies.RandomOrder(np.int32(LENGTH), jnp.broadcast_to(jnp.arange(LENGTH), STRINGS.shape)),
-    jnp.asarray(STRINGS),
-  )
-  np.testing.assert_allclose(price.sum(-1), -np.log(toy.probability), atol=1e-4)
+  left_to_right = policies.RandomOrder(np.int32(LENGTH), jnp.broadcast_to(jnp.arange(LENGTH), STRINGS.shape))
+  nll, _ = path_nll(toy, left_to_right, jnp.asarray(STRINGS), jax.random.key(1))
+  np.testing.assert_allclose(nll.sum(-1), -np.log(toy.probability), atol=1e-4)
 
 
 def test_inferred_clocks_pay_their_way(toy):
   """Delays that a posterior draws from the tokens: with KL(q || p) the total stays above the entropy; without it, it
-  need not. Here q tells the tokens' values apart by delay alone, and the path's own price falls below the entropy's."""
+  need not. Here q tells the tokens' values apart by delay alone, and the path's own NLL falls below the entropy."""
   token, number = toy.sample(jax.random.key(0), 6000)
   prior = (jnp.zeros(token.shape), jnp.full(token.shape, jnp.log(1.0)))
   posterior = (1.5 * (token - 1.0), jnp.full(token.shape, jnp.log(0.5)))
@@ -189,25 +176,16 @@ def test_inferred_clocks_pay_their_way(toy):
     clue = -0.5 * ((delay[..., None] - 1.5 * (jnp.arange(SYMBOLS) - 1.0)) / 0.5) ** 2
     return jnp.where((latent.time < 1.0)[..., None], toy.field(latent) + clue, toy.field(latent))
 
+  def excess(passes, delay, field=None):
+    clock = policies.LearnedClock(np.int32(passes), delay, jnp.ones(token.shape))
+    nll, _ = path_nll(toy, clock, token, jax.random.key(1), field)
+    return np.asarray(nll.sum(-1), np.float64) + np.log(toy.probability)[np.asarray(number)]
+
   kl = np.asarray(bound_lib.gaussian_kl(posterior, prior).sum(-1), np.float64)
   assert (kl > 0).all()
-  price = np.asarray(
-    priced(toy, policies.LearnedClock(np.int32(8), delay, jnp.ones(token.shape)), token, field=telling)[0].sum(-1),
-    np.float64,
-  )
-  surprise = -np.log(toy.probability)[np.asarray(number)]
-  assert (price - surprise).mean() < -0.1 and (price + kl - surprise).mean() > 0.1
-  fair = (
-    np.asarray(
-      priced(
-        toy,
-        policies.LearnedClock(np.int32(64), jax.random.normal(jax.random.key(2), token.shape), jnp.ones(token.shape)),
-        token,
-      )[0].sum(-1),
-      np.float64,
-    )
-    - surprise
-  )  # q = p: an average over paths
+  inferred = excess(8, delay, telling)
+  assert inferred.mean() < -0.1 and (inferred + kl).mean() > 0.1
+  fair = excess(64, jax.random.normal(jax.random.key(2), token.shape))  # q = p: an average over paths
   assert -4 * fair.std() / 6000**0.5 < fair.mean() < 0.1
 
 
@@ -238,14 +216,15 @@ def test_streams_are_staircases_side_by_side(toy, streams, passes):
   assert (np.diff(times.reshape(passes + 1, LENGTH), axis=0) <= 0).all()
   if streams == 2:
     assert times[1].tolist() == [0, 1, 0, 1]
-  price, taken = priced(toy, policies.make_policy(f"streams:{streams}", LENGTH, 0.5), jnp.asarray(STRINGS))
-  q = np.exp(-np.asarray(price.sum(-1), np.float64))
+  policy = policies.make_policy(f"streams:{streams}", LENGTH, 0.5)
+  nll, taken = path_nll(toy, policy, jnp.asarray(STRINGS), jax.random.key(1))
+  q = np.exp(-np.asarray(nll.sum(-1), np.float64))
   assert abs(q.sum() - 1) < 1e-4 and (taken == passes).all()
-  assert (abs((toy.probability * price.sum(-1)).sum() - toy.entropy) < 1e-4) == (streams == 1)
+  assert (abs((toy.probability * nll.sum(-1)).sum() - toy.entropy) < 1e-4) == (streams == 1)
 
 
-def test_the_rate_is_the_price_of_a_short_step(toy):
-  """For a short step the limit price, which has no noise, is the mean of the exact one over 100,000 increments."""
+def test_the_rate_is_the_nll_of_a_short_step(toy):
+  """For a short step the limit, which has no noise, is the mean of the exact NLL over 100,000 increments."""
   token = jnp.broadcast_to(jnp.asarray(STRINGS[7]), (100_000, LENGTH))
   y = jax.random.normal(jax.random.key(0), (LENGTH, 4))
   context = toy.field(latents_lib.Latent(y, jnp.full(LENGTH, 0.5), token[0]))

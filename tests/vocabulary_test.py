@@ -79,7 +79,7 @@ def test_logits_far_from_those_before_are_summed_as_well(scene, rise):
 @pytest.mark.parametrize("chunk", [0, 8, 1])
 @pytest.mark.parametrize("reads_context", [True, False])
 def test_means_are_those_of_the_softmax_and_so_are_their_gradients(scene, chunk, reads_context):
-  """The hidden states and the table that they ask are not taught."""
+  """The hidden states and the table behind the beliefs receive no gradient."""
   arrays, bias, _, weight = scene
   weight = jnp.moveaxis(weight[:3], 0, -1)
   fixed = jax.lax.stop_gradient
@@ -118,7 +118,7 @@ def test_chunks_divide_the_rows():
 
 
 def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
-  """Of 40,000 rows: the backward pass, too, needs less memory than the logits would take."""
+  """With 40,000 rows: the backward pass, too, needs less memory than the logits would take."""
   rows, tokens = 40_000, 500
   loss = lambda hidden, table: jnp.sum(
     vocabulary.log_probs(
