@@ -177,7 +177,7 @@ def pytest_addoption(parser):
 
 
 # Files that take minutes, the longest first.
-_LONG = ("processes", "train", "mesh", "objective", "commands", "decode", "colab", "model")
+_LONG = ("processes", "decode", "step", "commands", "train", "model", "sample", "mesh", "objective", "colab", "hlo")
 
 
 def pytest_collection_modifyitems(config, items):

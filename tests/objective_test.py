@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from model_test import V, build
 import numpy as np
+import pytest
 from step_test import COUNTED, LEARNED, only, random_batch
 
 from evo_jax import config as config_lib
@@ -81,6 +82,7 @@ def test_streams_are_known_up_to_one_position_each():
   assert (front.sum(-1) == 1).all() and (front.argmax(-1) == 4 - time.sum(-1)).all()
 
 
+@pytest.mark.slow
 def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   """With the number of unknown tokens uniform that is masked diffusion's continuous-time bound."""
   net, statistics, _ = build()
@@ -121,6 +123,7 @@ def test_importance_sampled_steps_are_weighted_back():
   assert abs(found.sum() - 1) < 1e-6 and 1.7 < found[0] / found[1] < 2.0  # as the root of the squares, a tenth even
 
 
+@pytest.mark.slow
 def test_clocks_start_as_soft_streams_and_are_learned():
   """Before training q = p and the clock is that of streams; the bound trains both heads, and the AR term neither."""
   config = small_config(**LEARNED)
@@ -182,6 +185,7 @@ def test_inferred_clocks_differ_and_pay_kl():
   assert not np.allclose(prior(tokens)[0, 1], prior(earlier)[0, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_self_conditioning_reads_twice():
   """At share 1 the windows' loss is that of a second pass given the first one's belief; in the bound likewise."""
   net, statistics, config = build()

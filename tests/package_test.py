@@ -81,6 +81,6 @@ def test_an_installed_wheel_trains_away_from_the_checkout(tmp_path, text):
   package = succeed(python, "-c", "import evo_jax; print(evo_jax.__path__[0])", folder=elsewhere).strip()
   assert pathlib.Path(package) == site_packages / "evo_jax"
   assert modules(pathlib.Path(package)) == modules(pathlib.Path(ROOT) / "evo_jax")
-  _, _, *fields = train_flags("", text, train__steps=2)  # without --config and --workdir
+  _, _, *fields = train_flags("", text, train__steps=2, eval__samples=0)  # without --config and --workdir
   table = succeed(python, "-m", "evo_jax.main", "--config=tiny", *fields, folder=elsewhere)
   assert "diagonal:2" in table and (elsewhere / "runs" / "tiny" / "table.json").exists()
