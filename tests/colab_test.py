@@ -21,7 +21,7 @@ sys.modules["IPython.display"] = module
 _SMALLER = {
   "values.eval.samples, values.eval.sequences = 0, 16": (
     "values.eval.samples, values.eval.sequences, values.eval.batch_size = 0, 2, 2\n"
-    "values.data.batch_size = values.model.layers = 2"
+    "values.data.batch_size, values.model.layers, values.eval.paths = 2, 2, ('ar',)"
   ),
   "values.window.size, values.window.count = 32, 2": "values.window.size, values.window.count = 16, 2",
   "run.config.model.context, 16\n": "run.config.model.context, 2\n",
