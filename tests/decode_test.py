@@ -228,6 +228,15 @@ def test_layers_apart_compute_what_stacked_layers_do():
   )
 
 
+@pytest.mark.parametrize("fields", (dict(mode="ar"), dict(mode="adaptive", threshold=1.0)), ids=name)
+def test_models_trained_with_rematerialization_decode(fields):
+  """What the backward pass keeps in training changes no text."""
+  prompts = ["a", "bcd"]
+  plain = sampler(max_tokens=8, **fields)(prompts)
+  rematerialized = sampler(changes=(("model__remat", "full"),), max_tokens=8, **fields)(prompts)
+  assert [g.tokens for g in rematerialized] == [g.tokens for g in plain]
+
+
 def test_shaping_is_what_its_names_say():
   logits = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05]))
   p = lambda **kw: np.exp(

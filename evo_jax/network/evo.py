@@ -82,14 +82,15 @@ class Evo(nn.Module):
       self.clock_posterior_slot = param("clock_posterior_slot", (F + 1, P), (None, None), normal((F + 1) ** -0.5))
       self.clock_posterior_out = param("clock_posterior_out", (P, 2), (None, None), zeros)
 
+    if not self.stacked:
+      # Decoding has no backward pass to rematerialize for, and nn.remat would trace `write`'s static number of slots.
+      self.layer = [transformer.Block(c, self.rules) for _ in range(c.layers)]
+      return
     block = (
       nn.remat(transformer.Block, prevent_cse=False, policy=transformer.remat_policy(c.remat))
       if c.remat != "none" or sharding.in_shard_map()
       else transformer.Block
     )
-    if not self.stacked:
-      self.layer = [block(c, self.rules) for _ in range(c.layers)]
-      return
     self.blocks = nn.scan(
       block,
       variable_axes={"params": 0},
