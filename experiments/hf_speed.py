@@ -38,9 +38,10 @@ SMALL = SMOLLM2 | {"model.layers": 2, "model.vocab_size": 512}
 
 
 class Numbers:
-  """Tokens as numbers, parted by spaces."""
+  """Token ids written as numbers, separated by spaces."""
 
   vocab_size, unit, identity, binary = 0, "token", "numbers", False
+  begin_id, separator_id, end_ids, turn_end_ids = 0, 0, (0,), ()
 
   def encode(self, text):
     return np.array(text.split(), np.int64)

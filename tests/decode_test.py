@@ -28,6 +28,7 @@ class Letters:
   """Tokens 1, 2, ... are a, b, ...; the tokenizer of the networks here."""
 
   unit, identity, binary = "character", "letters", False
+  begin_id, separator_id, end_ids, turn_end_ids = 0, 0, (0,), ()
 
   def __init__(self, vocab_size):
     self.vocab_size = vocab_size

@@ -44,6 +44,10 @@ class Bytes:
   unit = "byte"
   identity = "bytes"
   binary = True
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """(n,) uint16 ids; text is taken as UTF-8."""
@@ -71,6 +75,10 @@ class Chars27:
   unit = "character"
   identity = "chars27"
   binary = False
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """(n,) uint8 ids. No text is refused: what is not a letter is a space."""
@@ -99,6 +107,10 @@ class SentencePiece:
 
   unit = "byte"
   binary = False
+  begin_id = 0
+  separator_id = 0
+  end_ids = (0,)
+  turn_end_ids = ()
 
   def __init__(self, folder: str):
     self.path = epath.Path(folder) / MODEL_FILE
