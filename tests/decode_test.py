@@ -20,6 +20,7 @@ from evo_jax.decoding import state as state_lib
 from evo_jax.errors import UserError
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import policies
+from evo_jax.flow.interface import WindowInputs
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
 
@@ -28,6 +29,7 @@ class Letters:
   """Tokens 1, 2, ... are a, b, ...; the tokenizer of the networks here."""
 
   unit, identity, binary = "character", "letters", False
+  begin_id, separator_id, end_ids, turn_end_ids = 0, 0, (0,), ()
 
   def __init__(self, vocab_size):
     self.vocab_size = vocab_size
@@ -132,7 +134,7 @@ def exact(vocab_size, length, **fields):
   r = run(vocab_size)
   strings = np.array(list(itertools.product(range(1, vocab_size), repeat=length)))
   s = settings.Sampling(**fields)
-  shaping = logits_lib.LogitsProcessor(s.temperature, s.top_p, s.greedy, s.top_k, s.top_p < 1.0, True)
+  shaping = logits_lib.make_processor(s, suppressed=(0,))
   logits = r.model.apply({"params": r.params}, jnp.pad(strings, [(0, 0), (1, 0)])[:, :-1])
   p = np.exp(np.asarray(shaping(logits), np.float64))
   p = np.take_along_axis(p, strings[..., None], axis=-1)[..., 0].prod(axis=1)
@@ -186,7 +188,7 @@ def test_greedy_verify_is_greedy_ar():
 def test_caches_hold_what_reading_anew_gives():
   """After fresh tokens were read beside windows, keys and values are those of the clean stream over the whole text."""
   r = run()
-  model, shaping = r.model.clone(stacked=False), logits_lib.LogitsProcessor(1.0, 1.0, endless=True)
+  model, shaping = r.model.clone(stacked=False), logits_lib.LogitsProcessor(1.0, 1.0, suppressed=(0,))
   params = evo_lib.unstack_layers(r.params)
   token = jnp.zeros((3, 64), jnp.int32).at[:, 1:6].set(jnp.arange(1, 6)).at[1, 4:6].set(0)
   known = jnp.arange(64) < jnp.array([6, 4, 6])[:, None]
@@ -195,7 +197,7 @@ def test_caches_hold_what_reading_anew_gives():
   @functools.partial(jax.jit, static_argnames="mode")
   def write(params, statistics, mode):
     net = model.bind({"params": params})
-    texts = state_lib.prefill(net, token, known, token[:, :8], jnp.array([6, 4, 6]), jnp.array([29, 31, 31]), keys)
+    texts = state_lib.prefill(net, token, known, 8, jnp.array([6, 4, 6]), jnp.array([29, 31, 31]), keys, (0,))
     step = lambda t: modes.ar_pass(net, t, shaping)
     if mode == "adaptive":
       texts = state_lib.with_latents(texts, net.codes())
@@ -203,15 +205,15 @@ def test_caches_hold_what_reading_anew_gives():
         net, statistics, t, modes.WindowSchedule(policies.make_policy("spread:1", 8, 0.5), 8), shaping
       )
     if mode == "verify":
-      texts = state_lib.with_draft(texts, 3, model.rows)
+      texts = texts.replace(draft=state_lib.Draft.empty(3, 3, model.rows))
       step = lambda t: speculative.verify_round(net, statistics, t, shaping, 3)
     texts = modes.run_passes(step, texts, 40)
-    return texts, net.clean(texts.token)[1]
+    return texts, net.clean(texts.tokens)[1]
 
   for mode in ("ar", "adaptive", "verify"):
     texts, cache = write(params, r.statistics, mode)
-    assert np.asarray(texts.done).all() and (np.asarray(texts.read) >= np.array([20, 20, 20])).all()
-    for row, n in enumerate(np.asarray(texts.read)):
+    assert np.asarray(texts.done).all() and (np.asarray(texts.cached) >= np.array([20, 20, 20])).all()
+    for row, n in enumerate(np.asarray(texts.cached)):
       for found, anew in zip(texts.k + texts.v, cache.k + cache.v):
         np.testing.assert_allclose(found[row, :, :n], anew[row, :, :n], atol=2e-5)
 
@@ -228,6 +230,15 @@ def test_layers_apart_compute_what_stacked_layers_do():
   )
 
 
+@pytest.mark.parametrize("fields", (dict(mode="ar"), dict(mode="adaptive", threshold=1.0)), ids=name)
+def test_models_trained_with_rematerialization_decode(fields):
+  """What the backward pass keeps in training changes no text."""
+  prompts = ["a", "bcd"]
+  plain = sampler(max_tokens=8, **fields)(prompts)
+  rematerialized = sampler(changes=(("model__remat", "full"),), max_tokens=8, **fields)(prompts)
+  assert [g.tokens for g in rematerialized] == [g.tokens for g in plain]
+
+
 def test_shaping_is_what_its_names_say():
   logits = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05]))
   p = lambda **kw: np.exp(
@@ -236,9 +247,9 @@ def test_shaping_is_what_its_names_say():
   np.testing.assert_allclose(p(greedy=True), [1, 0, 0, 0, 0])
   np.testing.assert_allclose(p(temperature=0.5), np.exp(2 * logits) / np.exp(2 * logits).sum(), rtol=1e-5)
   np.testing.assert_allclose(p(top_k=2), [5 / 7, 2 / 7, 0, 0, 0], rtol=1e-5)
-  np.testing.assert_allclose(p(top_p=0.69, nucleus=True), [5 / 7, 2 / 7, 0, 0, 0], rtol=1e-5)
-  np.testing.assert_allclose(p(top_p=0.71, nucleus=True), [50 / 85, 20 / 85, 15 / 85, 0, 0], rtol=1e-5)
-  np.testing.assert_allclose(p(endless=True), [0, 0.4, 0.3, 0.2, 0.1], rtol=1e-5)
+  np.testing.assert_allclose(p(top_p=0.69, use_top_p=True), [5 / 7, 2 / 7, 0, 0, 0], rtol=1e-5)
+  np.testing.assert_allclose(p(top_p=0.71, use_top_p=True), [50 / 85, 20 / 85, 15 / 85, 0, 0], rtol=1e-5)
+  np.testing.assert_allclose(p(suppressed=(0,)), [0, 0.4, 0.3, 0.2, 0.1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("fields", (dict(mode="flow", steps=3), dict(mode="adaptive", threshold=1.0)), ids=name)
@@ -373,7 +384,7 @@ def test_diffusion_alone_decodes_whole_texts():
       (latents_lib.Latent(jnp.zeros((1, 33, 8)), time, tokens),), (net.codes(),), statistics.log_unigram_V
     )
     # Places behind the text are not there.
-    hidden = net.window(None, jnp.zeros((1, 1), jnp.int32), x[:, None, :19], time[:, None, :19])
+    hidden = net.window(None, WindowInputs(jnp.zeros((1, 1), jnp.int32), x[:, None, :19], time[:, None, :19]))
     return net.logits(hidden[0, 0, 4:18]).at[:, 0].set(-jnp.inf)
 
   p = jax.nn.softmax(believes(r.params, r.statistics))
