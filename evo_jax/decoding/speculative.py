@@ -127,7 +127,7 @@ def verify_pass(
 
   How many tokens will be accepted is not known when the pass begins, so it has a window for every outcome: number k
   follows the k-th drafted token and drafts the positions from the second behind it (verification gives the first).
-  The price is one pass over (T + 1) (T + 2) slots.
+  It costs one pass over (T + 1) (T + 2) slots.
   """
   T, N, draft = tokens, tokens + 1, state.draft
   B = state.tokens.shape[0]
