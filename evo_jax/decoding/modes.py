@@ -133,8 +133,8 @@ def step_window(
   )
 
 
-def cache_all_but(net: interface.Network, state: DecodingState, slots: int) -> DecodingState:
-  """Clean passes until no row has more than `slots` uncached tokens: after gaps were filled there may be many."""
+def fill_cache(net: interface.Network, state: DecodingState, slots: int) -> DecodingState:
+  """Clean passes until no row has more than `slots` uncached tokens. Behind a filled gap there may be many."""
   uncached = lambda state: jnp.where(state.done, 0, state.length - state.cached)
 
   def step(state):
@@ -174,7 +174,7 @@ def flow_first_pass(
   if schedule.full_sequence:
     uncached, count, anchor = 0, 0, jnp.zeros_like(state.length)
   else:
-    state = cache_all_but(net, state, schedule.size)
+    state = fill_cache(net, state, schedule.size)
     uncached, anchor = schedule.size, state.length - 1
     count = jnp.where(state.done, 0, state.length - state.cached)
   window = make_window(net, state, schedule, anchor, statistics.log_unigram_V)
@@ -223,7 +223,7 @@ def flow_window(
 
 
 def uncached_slots(window: int) -> int:
-  """Slots for uncached tokens in an adaptive pass over a window: over long texts as many as are committed per pass."""
+  """Slots for uncached tokens in a pass of `adaptive`: as many as the prefix can grow by per pass, over long texts."""
   return max(16, window // 4)
 
 

@@ -75,7 +75,7 @@ class TraceRecorder:
 
 def _describe(sampling: Sampling) -> str:
   if sampling.mode == "flow":
-    return f"flow, {sampling.path or DEFAULT_PATH['flow']}, {sampling.steps} passes a window"
+    return f"flow, {sampling.path or DEFAULT_PATH['flow']}, {sampling.steps} passes per window"
   if sampling.mode == "adaptive":
     return f"adaptive, threshold {sampling.threshold:g}"
   return sampling.mode

@@ -15,7 +15,7 @@ from evo_jax.decoding.state import KEY_DRAFT, DecodingState, WindowSlots, commit
 from evo_jax.flow import interface, latents
 from evo_jax.flow.statistics import Statistics
 
-_LEAST_ACCEPTANCE = 0.1  # a row drafts tokens as long as the chance that all up to there are accepted is above this
+_LEAST_ACCEPTANCE = 0.1  # a row drafts as many tokens as are all accepted with a probability above this
 
 
 def verify_round(
@@ -127,7 +127,7 @@ def verify_pass(
 
   How many tokens will be accepted is not known when the pass begins, so it has a window for every outcome: number k
   follows the k-th drafted token and drafts the positions from the second behind it (verification gives the first).
-  The price is one pass over (T + 1) (T + 2) slots.
+  It costs one pass over (T + 1) (T + 2) slots.
   """
   T, N, draft = tokens, tokens + 1, state.draft
   B = state.tokens.shape[0]
@@ -164,7 +164,7 @@ def verify_pass(
 
 
 def adapt_draft_length(state: DecodingState) -> DecodingState:
-  """Sets how many tokens each row drafts: as many as are all accepted with a probability above a tenth."""
+  """Sets how many tokens each row drafts, by its decayed counts of accepted and rejected ones."""
   draft = state.draft
   acceptance = (draft.accepted + 1.0) / (draft.accepted + draft.rejected + 2.0)
   length = jnp.floor(jnp.log(_LEAST_ACCEPTANCE) / jnp.log(acceptance)).astype(jnp.int32)

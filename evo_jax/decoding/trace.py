@@ -91,7 +91,7 @@ def render_page(trace: Trace) -> str:
   passes, tokens = trace.time.shape
   fill = {
     "TITLE": html.escape(f"How a text matured: {trace.mode}"),
-    "FACTS": html.escape(f"{tokens} tokens in {passes} passes, {tokens / max(passes, 1):.2f} tokens a pass"),
+    "FACTS": html.escape(f"{tokens} tokens in {passes} passes, {tokens / max(passes, 1):.2f} tokens per pass"),
     "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     "PROMPT": html.escape(trace.prompt),
     "TEXT": html.escape(trace.text),

@@ -18,10 +18,10 @@ thead th:first-child{left:0;z-index:2}.bar{display:inline-block;height:.75em;bac
 td.old{color:var(--dim)}pre{white-space:pre-wrap;background:var(--soft);padding:.7em;border-radius:4px}pre b{font-weight:400;color:var(--dim)}
 </style></head><body>
 <h1>@@TITLE@@</h1>
-<p>Every row is one pass of the network over the text, every column a token. A cell shows the token that was believed most
-after that pass; its colour is t, what is still unknown of it. A token that is settled stays as it is. @@FACTS@@.</p>
-<p id="legend"><span><i class="scale"></i>t from 0 (settled) to 1 (nothing known)</span><span><i class="jump"></i>settled by this pass</span>
-<span><i class="draft"></i>proposed</span><span><i class="fix"></i>settled as another token than was believed</span></p>
+<p>Each row is one pass of the network over the text, each column a token. A cell shows the most probable token after that
+pass; its colour is t, the share of its uncertainty that is left. A committed token stays as it is. @@FACTS@@.</p>
+<p id="legend"><span><i class="scale"></i>t from 0 (committed) to 1 (nothing known)</span><span><i class="jump"></i>committed by this pass</span>
+<span><i class="draft"></i>drafted</span><span><i class="fix"></i>committed, but another token was most probable</span></p>
 <div id="box"><table><thead></thead><tbody></tbody></table></div>
 <pre><b>@@PROMPT@@</b>@@TEXT@@</pre>
 <script type="application/json" id="data">@@DATA@@</script>
@@ -31,7 +31,7 @@ const show = piece => piece.replace(/ /g, "\\u2423").replace(/\\n/g, "\\u23ce").
 const make = (parent, tag, text) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; parent.append(e); return e; };
 const head = make(document.querySelector("thead"), "tr");
 make(head, "th", "pass");
-make(head, "th", "tokens settled");
+make(head, "th", "tokens committed");
 for (let i = 1; i <= data.tokens; i++) make(head, "th", i % 5 == 0 || i == 1 ? i : "");
 const most = Math.max(1, ...data.settled), settled = new Array(data.tokens).fill("");
 data.rows.forEach((cells, k) => {
