@@ -7,7 +7,7 @@ import numpy as np
 from evo_jax.data.tokenizers import Tokenizer
 from evo_jax.decoding.progress import Snapshot, written_tokens
 from evo_jax.decoding.prompts import Request
-from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
+from evo_jax.decoding.settings import DEFAULT_PATH, STEPS_PATHS, Sampling
 from evo_jax.decoding.trace import CORRECTION, DRAFT, JUMP, NONE, Trace
 
 
@@ -75,7 +75,8 @@ class TraceRecorder:
 
 def _describe(sampling: Sampling) -> str:
   if sampling.mode == "flow":
-    return f"flow, {sampling.path or DEFAULT_PATH['flow']}, {sampling.steps} passes per window"
+    path = sampling.path or DEFAULT_PATH["flow"]
+    return f"flow, {path}" + (f", {sampling.steps} passes per window" if path in STEPS_PATHS else "")
   if sampling.mode == "adaptive":
     return f"adaptive, threshold {sampling.threshold:g}"
   return sampling.mode

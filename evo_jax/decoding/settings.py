@@ -14,7 +14,7 @@ MODES = ("ar", "flow", "adaptive", "verify")
 DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}  # of the modes that decode windows along a path
 MAX_DRAFT = 16
 _GRIDS = ("time", "precision")
-_STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
+STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
 _THRESHOLD_PATHS = ("spread", "entropy", "confidence", "maturity")  # whose number is Sampling.threshold
 _MANY_PASSES = 0.3  # bits; up to this threshold windows of the training size do (experiments/decode_speed.py)
 
@@ -114,7 +114,7 @@ def _adaptive_path(sampling: Sampling) -> str:
 
 def _flow_path(sampling: Sampling, config: config_lib.Config) -> str:
   path = sampling.path or DEFAULT_PATH["flow"]
-  path = f"{path}:{sampling.steps}" if path in _STEPS_PATHS else path
+  path = f"{path}:{sampling.steps}" if path in STEPS_PATHS else path
   name, _ = schedules.parse_path(path)
   _require(sampling, name != "ar", "path", "has a mode of its own, --mode=ar")
   learned = config.model.progression == "learned"
