@@ -4,101 +4,84 @@ import json
 import pathlib
 import re
 
-from conftest import ROOT, run, train_flags
+from conftest import ROOT, assert_refused, call, run, train_flags
 import pytest
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, text):
-  folder = tmp_path_factory.mktemp("run")
-  done = run("evo_jax.main", *train_flags(folder, text, eval__samples=0, optim__ema=0.5))
+def succeed(module, *flags, **kwargs):
+  """Calls a command in this process, on one device."""
+  done = call(module, *flags, **kwargs)
   assert done.returncode == 0, done.stderr
-  return folder
+  return done
 
 
-def test_evaluate_writes_json(workdir, tmp_path, text):
+def test_evaluate_writes_json(trained, tmp_path, text):
   file = tmp_path / "table.json"
-  done = run("evo_jax.evaluate", f"--workdir={workdir}", "--paths=ar,diagonal:16,rolling:4,staircase", f"--json={file}")
-  assert done.returncode == 0, done.stderr
+  succeed("evo_jax.evaluate", f"--workdir={trained}", "--paths=ar,diagonal:16,rolling:4,staircase", f"--json={file}")
   table = json.loads(file.read_text())
   assert [set(e) for e in table] == [{"path", "bits", "stderr", "passes_per_token", "unit"}] * 4
   assert [e["passes_per_token"] for e in table] == [1.0, 2.0, 0.5, 1.0]
   assert all(e["stderr"] > 0 and 0 < e["bits"] < 10 and e["unit"] == "bits per byte" for e in table)
-  again = run("evo_jax.evaluate", f"--workdir={workdir}", "--paths=ar", f"--data={text}", "--sequences=20")
-  assert again.returncode == 0 and "20 sequences" in again.stdout, again.stderr
-  assert run("evo_jax.evaluate", f"--workdir={workdir}", "--paths=ar", "--split=test").returncode == 0
+  other = succeed("evo_jax.evaluate", f"--workdir={trained}", "--paths=ar", f"--data={text}", "--sequences=20")
+  assert "20 sequences" in other.stdout
+  test = succeed("evo_jax.evaluate", f"--workdir={trained}", "--paths=ar", "--split=test")
+  assert "(test)" in test.stdout and abs(float(test.stdout.splitlines()[2].split()[1]) - table[0]["bits"]) > 1e-4
 
 
-def test_generate_writes_text(workdir):
-  flags = (f"--workdir={workdir}", "--prompt=the ri", "--num=2", "--max_tokens=20")
-  found = [
-    run("evo_jax.generate", *flags, *more)
+def test_generate_writes_text(trained):
+  """The seed decides, not the process: the command gives the same text in one of its own."""
+  flags = (f"--workdir={trained}", "--prompt=the ri", "--num=2", "--max_tokens=20")
+  texts = [
+    succeed("evo_jax.generate", *flags, *more)
     for more in (
-      ("--seed=1",),
       ("--seed=1",),
       ("--mode=adaptive", "--threshold=2"),
       ("--mode=verify", "--seed=2", "--top_k=9"),
       ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral", "--grid=precision"),
     )
   ]
-  for done in found:
+  texts.append(run("evo_jax.generate", *flags, "--seed=1"))
+  for done in texts:
     assert done.returncode == 0 and done.stdout.count("the ri") >= 2 and "tokens in" in done.stderr, done.stderr
-  assert found[0].stdout == found[1].stdout and len({done.stdout for done in found}) == 4
+  assert texts[-1].stderr.count("\n") == 1  # no noise of libraries beside the line of statistics
+  assert texts[0].stdout == texts[-1].stdout and len({done.stdout for done in texts}) == 4
 
 
-def test_generate_takes_prompts_from_files_and_writes_json_and_traces(workdir, tmp_path):
+def test_generate_takes_prompts_from_files_and_writes_json_and_traces(trained, tmp_path):
   (tmp_path / "p.jsonl").write_text('"the"\n{"prompt": "a river"}\n{"text": ""}\n')
-  done = run(
-    "evo_jax.generate",
-    f"--workdir={workdir}",
-    "--prompt=flow",
-    f"--prompts={tmp_path}/p.jsonl",
-    "--mode=adaptive",
-    "--max_tokens=12",
-    "--json",
-    f"--trace={tmp_path}/t.html",
-  )
-  assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
-  assert [g["prompt"] for g in found] == ["flow", "the", "a river", ""]
-  for g in found:
+  prompts = ("--prompt=flow", f"--prompts={tmp_path}/p.jsonl")
+  flags = ("--mode=adaptive", "--max_tokens=12", "--json", f"--trace={tmp_path}/t.html")
+  generations = json.loads(succeed("evo_jax.generate", f"--workdir={trained}", *prompts, *flags).stdout)
+  assert [g["prompt"] for g in generations] == ["flow", "the", "a river", ""]
+  for g in generations:
     assert set(g) == {"prompt", "text", "tokens", "settled", "passes", "seconds"}
-    assert (
-      len(g["tokens"]) == len(g["settled"]) <= 12 and g["seconds"] > 0 and max(g["settled"], default=0) <= g["passes"]
-    )
+    assert len(g["tokens"]) == len(g["settled"]) <= 12 and g["seconds"] > 0
+    assert max(g["settled"], default=0) <= g["passes"]
+  assert any(g["tokens"] for g in generations)
   page = (tmp_path / "t.html").read_text()
   assert "flow" in page and "adaptive" in page
-  piped = run("evo_jax.generate", f"--workdir={workdir}", "--prompts=-", "--max_tokens=4", input="the\na\n")
-  assert piped.returncode == 0 and piped.stdout.count("-" * 20) == 1 and piped.stdout.startswith("the"), piped.stderr
-  filled = run(
-    "evo_jax.generate", f"--workdir={workdir}", "--infill=the [...3] of", "--mode=flow", "--steps=2", "--window=4"
+  piped = succeed("evo_jax.generate", f"--workdir={trained}", "--prompts=-", "--max_tokens=4", input="the\na\n")
+  assert piped.stdout.count("-" * 20) == 1 and piped.stdout.startswith("the")
+  filled = succeed(
+    "evo_jax.generate", f"--workdir={trained}", "--infill=the [...3] of", "--mode=flow", "--steps=2", "--window=4"
   )
-  assert filled.returncode == 0 and re.fullmatch(r"the .* of\n", filled.stdout, re.S), filled.stderr
+  assert re.fullmatch(r"the .* of\n", filled.stdout, re.S)
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, text):
+  """A run whose model infers a clock."""
   folder = tmp_path_factory.mktemp("learned")
-  done = run(
-    "evo_jax.main",
-    *train_flags(
-      folder,
-      text,
-      model__progression="learned",
-      paths__learned=0.5,
-      paths__streams=0.5,
-      eval__paths=("ar", "learned:2"),
-    ),
-  )
-  assert done.returncode == 0 and "learned:2" in done.stdout and "--- flow" in done.stdout, done.stderr
+  changes = dict(model__progression="learned", paths__learned=0.5, paths__streams=0.5, eval__paths=("ar", "learned:2"))
+  done = succeed("evo_jax.main", *train_flags(folder, text, **changes))
+  assert "learned:2" in done.stdout and "--- flow" in done.stdout
   return folder
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_path_gap(learned):
-  """Every discretization of one checkpoint, what each pays above autoregression, and the limit of many passes."""
-  done = run("evo_jax.evaluate", f"--workdir={learned}", "--sequences=8")
-  assert done.returncode == 0, done.stderr
-  table, gap = done.stdout.split("path gap")
+  """Every discretization of one checkpoint, what each costs above autoregression, and the limit of many passes."""
+  table, gap = succeed("evo_jax.evaluate", f"--workdir={learned}", "--sequences=8").stdout.split("path gap")
   bits = {line.split()[0]: float(line.split()[1]) for line in table.splitlines()[2:] if line}
   gaps = {line.split()[0]: float(line.split()[1]) for line in gap.splitlines()[1:]}
   assert list(bits) == ["ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16", "learned:8"]
@@ -107,34 +90,23 @@ def test_evaluate_prints_the_path_gap(learned):
   assert abs(gaps["diagonal:inf"] - (4 * gaps["diagonal:64"] - gaps["diagonal:16"]) / 3) < 1e-3
 
 
-def test_evaluate_shows_the_inferred_progression(learned, workdir, tmp_path):
+@pytest.mark.slow
+def test_evaluate_shows_the_inferred_progression(learned, tmp_path):
   file = tmp_path / "times.json"
-  done = run("evo_jax.evaluate", f"--workdir={learned}", "--show-progression", "--passes=4", f"--json={file}")
-  assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 + 4 + 32, done.stderr
-  found = json.loads(file.read_text())
-  assert len(found) == 32 and all(0 < e["half"] < 1 and len(e["times"]) == 5 for e in found)
-  assert all(
-    e["times"] == sorted(e["times"], reverse=True) and (e["times"][0], e["times"][-1]) == (1, 0) for e in found
-  )
-  refused = run("evo_jax.evaluate", f"--workdir={workdir}", "--show_progression")
-  assert refused.returncode == 1 and "the model has a shared clock" in refused.stderr
+  done = succeed("evo_jax.evaluate", f"--workdir={learned}", "--show-progression", "--passes=4", f"--json={file}")
+  assert len(done.stdout.splitlines()) == 1 + 4 + 32
+  tokens = json.loads(file.read_text())
+  assert len(tokens) == 32 and all(0 < e["half"] < 1 and len(e["times"]) == 5 for e in tokens)
+  assert all(e["times"] == sorted(e["times"], reverse=True) for e in tokens)
+  assert all((e["times"][0], e["times"][-1]) == (1, 0) for e in tokens)
 
 
-def test_generate_follows_any_policy(learned):
-  found = [
-    run(
-      "evo_jax.generate",
-      f"--workdir={learned}",
-      "--prompt=the ri",
-      "--mode=flow",
-      "--max_tokens=16",
-      "--steps=4",
-      f"--path={path}",
-    )
-    for path in ("learned", "entropy:6", "streams:2")
-  ]
-  for done in found:
-    assert done.returncode == 0 and done.stdout.startswith("the ri") and len(done.stdout) > 7, done.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["learned", "entropy:6", "streams:2"])
+def test_generate_follows_any_policy(learned, path):
+  flags = ("--prompt=the ri", "--mode=flow", "--max_tokens=16", "--steps=4", f"--path={path}")
+  done = succeed("evo_jax.generate", f"--workdir={learned}", *flags)
+  assert done.stdout.startswith("the ri") and len(done.stdout) > 7
 
 
 def test_the_frontier_in_short(text, tmp_path):
@@ -195,13 +167,23 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", "--infill=a [...] b"), "--infill: needs --mode=flow or --mode=adaptive"),
     ("generate", ("--workdir=RUN", "--prompts=/no/such"), "--prompts=/no/such: cannot be read"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),
+    ("evaluate", ("--workdir=RUN", "--show_progression"), "the model has a shared clock"),
     ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'"),
   ],
 )
-def test_bad_input_is_one_line(workdir, module, flags, message):
-  done = run(f"evo_jax.{module}", *(f.replace("RUN", str(workdir)) for f in flags))
-  assert done.returncode == 1 and message in done.stderr, done.stderr
-  assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_input_is_one_line(trained, module, flags, message):
+  assert_refused(call(f"evo_jax.{module}", *(f.replace("RUN", str(trained)) for f in flags)), message)
+
+
+@pytest.mark.parametrize(
+  "module, flag, message",
+  [("generate", "--mode=flow --path=learned", "has a shared clock"), ("evaluate", "--pats=ar", "command line flag")],
+)
+def test_a_refusal_is_all_that_a_process_prints(trained, module, flag, message):
+  """Libraries add nothing, in a process of its own."""
+  done = run(f"evo_jax.{module}", f"--workdir={trained}", *flag.split())
+  assert_refused(done, message)
+  assert done.stdout == ""
 
 
 def test_readme_command_in_short(tmp_path):

@@ -1,35 +1,53 @@
 """Shared by all tests: eight CPU devices, a compilation cache, a small configuration, and runs of the command line."""
 
+from collections.abc import Callable
+import contextlib
+import fcntl
 import gc
+import importlib
 import os
+import pathlib
+import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+from unittest import mock
+import warnings
 
-# Nothing here runs long: what counts is how fast it compiles. The second flag halves that again; a jaxlib that does
-# not know it would end.
-_FLAGS, _MORE = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
-if "EVO_JAX_TEST_FLAGS" not in os.environ:  # workers share it
+# No test computes for long: what counts is how fast XLA compiles. The second flag halves that time again; a jaxlib that
+# does not know it would exit.
+_FLAGS, _EMITTERS = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
+if "EVO_JAX_TEST_FLAGS" not in os.environ:  # xdist's workers inherit it
   _known = (
     subprocess.run(
       [sys.executable, "-c", "import jax; jax.devices()"],
       capture_output=True,
       check=False,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _MORE},
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _EMITTERS},
     ).returncode
     == 0
   )
-  os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_MORE}" if _known else _FLAGS
+  os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_EMITTERS}" if _known else _FLAGS
 _FLAGS = os.environ["EVO_JAX_TEST_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_SCRATCH = os.environ.setdefault("EVO_JAX_TEST_SCRATCH", tempfile.mkdtemp(prefix="evo_jax_tests_"))  # workers share it
-os.environ["XDG_CACHE_HOME"] = _SCRATCH  # of tokens
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_SCRATCH, "jax"))
+_MADE_SCRATCH = "EVO_JAX_TEST_SCRATCH" not in os.environ  # xdist's workers inherit it
+if _MADE_SCRATCH:
+  os.environ["EVO_JAX_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="evo_jax_tests_")
+SCRATCH = pathlib.Path(os.environ["EVO_JAX_TEST_SCRATCH"])
+os.environ["XDG_CACHE_HOME"] = str(SCRATCH)  # the cache of encoded text
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SCRATCH / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+from absl import app, flags
+from absl.testing import flagsaver
 import jax
+import numpy as np
 import pytest
+
+# Tracing makes many objects that live long; the default threshold would visit them again and again (8 % of the time).
+gc.set_threshold(100_000, 20, 50)
 
 from evo_jax import config as config_lib
 
@@ -71,10 +89,10 @@ def small_config(**changes) -> config_lib.Config:
   return config_lib.from_dict(values)
 
 
-def run(module: str, *flags: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
-  """Runs `python -m module flags` as a user would and returns it finished, output captured as text."""
+def run(module: str, *arguments: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+  """Runs `python -m module arguments` as a user would and returns it finished, output captured as text."""
   return subprocess.run(
-    [sys.executable, "-m", module, *flags],
+    [sys.executable, "-m", module, *arguments],
     capture_output=True,
     text=True,
     timeout=600,
@@ -88,25 +106,98 @@ def environment(devices: int = 1) -> dict[str, str]:
   return {**os.environ, "XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count={devices}"}
 
 
+def call(module: str, *arguments: str, devices: int = 1, input: str = "") -> subprocess.CompletedProcess:
+  """As `run`, but in this process, which has imported JAX already; an exception that would be a traceback is raised.
+
+  The command sees the first `devices` devices, parses its flags from the start, and leaves no flag, hook or working
+  directory behind. Output includes what native code writes.
+  """
+  app.define_help_flags()  # they, and the flags of libraries, are defined once in a process and must not be undone
+  importlib.import_module(module)
+  hook, folder = sys.unraisablehook, os.getcwd()
+  with contextlib.ExitStack() as stack:
+    stack.callback(os.chdir, folder)
+    stack.callback(setattr, sys, "unraisablehook", hook)
+    stack.enter_context(flagsaver.flagsaver())
+    stack.callback(flags.FLAGS.unparse_flags)
+    stack.enter_context(mock.patch.object(sys, "argv", [module, *arguments]))
+    stack.enter_context(mock.patch.object(jax, "devices", lambda *backend: _devices(*backend)[:devices]))
+    stack.enter_context(mock.patch.object(jax, "device_count", lambda: devices))
+    stdin = stack.enter_context(tempfile.TemporaryFile("w+"))
+    stdin.write(input)
+    stdin.seek(0)
+    stack.enter_context(mock.patch.object(sys, "stdin", stdin))
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore", RuntimeWarning)  # of runpy, that the module had been imported
+    out, err = stack.enter_context(_captured())
+    os.chdir(ROOT)
+    status = 0
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as leaves:
+      status = leaves.code or 0
+    for stream in (out, err):
+      stream.seek(0)
+    return subprocess.CompletedProcess([module, *arguments], status, out.read(), err.read())
+
+
+_devices = jax.devices
+
+
+@contextlib.contextmanager
+def _captured():
+  """Files that receive what Python and native code write to stdout and stderr."""
+  with contextlib.ExitStack() as stack:
+    files = []
+    for number, name in ((1, "stdout"), (2, "stderr")):
+      file = stack.enter_context(tempfile.TemporaryFile("w+", buffering=1))
+      saved = os.dup(number)
+      stack.callback(os.close, saved)
+      stack.callback(os.dup2, saved, number)
+      os.dup2(file.fileno(), number)
+      stack.enter_context(mock.patch.object(sys, name, file))
+      files.append(file)
+    yield files
+
+
+def assert_refused(done: subprocess.CompletedProcess, message: str) -> None:
+  """Asserts exit status 1 and one line on stderr that has the message."""
+  assert done.returncode == 1 and message in done.stderr, (done.stdout, done.stderr)
+  assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def train_flags(workdir, data, **changes) -> list[str]:
   """Flags of evo_jax.main for the small configuration on `data`."""
   fields = {**SMALL, "data.path": str(data), **{k.replace("__", "."): v for k, v in changes.items()}}
   return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
 
+def pytest_addoption(parser):
+  parser.addoption("--extended", action="store_true", help="also run tests that need torch, a browser or a real model")
+
+
 # Files that take minutes, the longest first.
 _LONG = ("processes", "train", "mesh", "objective", "commands", "decode", "colab", "model")
 
 
-def pytest_collection_modifyitems(items):
-  """Long files first, so that no worker is left with one at the end."""
+def pytest_collection_modifyitems(config, items):
+  """Long files first, so that no worker is left with one at the end; extended tests only where they are asked for."""
   place = {f"{name}_test": i for i, name in enumerate(_LONG)}
   items.sort(key=lambda item: place.get(item.module.__name__, len(_LONG)))
+  if not config.getoption("--extended"):  # not by -m in addopts, which another -m overrides
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("extended")])
+    items[:] = [item for item in items if not item.get_closest_marker("extended")]
+
+
+def pytest_unconfigure(config):
+  """Removes the scratch folder, in the process that made it."""
+  if _MADE_SCRATCH:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs(request):
-  """Drops what a file of tests compiled, and what its functions keep (functools.cache): each program maps memory some
+  """Drops what a test file compiled, and what its functions cache (functools.cache): each program maps memory some
   hundred times, and a process that has used up its maps (vm.max_map_count, 65,530) crashes in the next compilation."""
   yield
   for value in vars(request.module).values():
@@ -116,14 +207,44 @@ def forget_programs(request):
   gc.collect()
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-  """A glob of 20 small files of made-up text with something to learn."""
-  import numpy as np
+def make_once(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+  """The folder `name` in the scratch folder, which `make` fills in the first of xdist's workers that asks for it."""
+  folder, done = SCRATCH / name, SCRATCH / f"{name}.done"
+  with (SCRATCH / f"{name}.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
+      folder.mkdir()
+      make(folder)
+      done.touch()
+  return folder
 
+
+@pytest.fixture(scope="session")
+def text():
+  """A glob of 20 small files of made-up text with something to learn."""
+  return make_once("text", _write_text) / "*.txt"
+
+
+def _write_text(folder):
   rng = np.random.default_rng(0)
   words = ["the", "flow", "token", "of", "a", "river", "runs", "and", "time", "is", "known", "at", "last"]
-  folder = tmp_path_factory.mktemp("text")
   for i in range(20):
     (folder / f"{i:02d}.txt").write_text(" ".join(rng.choice(words, 400)) + "\n")
-  return folder / "*.txt"
+
+
+LONG = {"train.steps": 120, "train.checkpoint_every": 20, "train.eval_every": 50, "optim.ema": 0.5}
+
+
+@pytest.fixture(scope="session")
+def trained(text):
+  """The work directory of an undisturbed run of `train_flags(..., **LONG)`. It is shared: nothing may be written to it.
+
+  It is the golden run, what runs with interruptions are compared with, and what evaluation and generation read.
+  """
+
+  def train(folder):
+    done = run("evo_jax.main", *train_flags(folder, text, **LONG))
+    assert done.returncode == 0, done.stderr
+
+  return make_once("trained", train)
