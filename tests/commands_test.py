@@ -7,6 +7,8 @@ import re
 from conftest import ROOT, assert_refused, call, run, train_flags
 import pytest
 
+from evo_jax import config as config_lib
+
 
 def succeed(module, *flags, **kwargs):
   """Calls a command in this process, on one device."""
@@ -109,8 +111,12 @@ def test_generate_follows_any_policy(learned, path):
   assert done.stdout.startswith("the ri") and len(done.stdout) > 7
 
 
-def test_the_frontier_in_short(text, tmp_path):
-  """One training step of two methods, measured, collected and drawn; what is there is not done again."""
+@pytest.mark.slow
+def test_the_frontier_in_short(text, tmp_path, monkeypatch):
+  """One training step of two methods, measured, collected and drawn; what exists is not done again."""
+  values = config_lib.default()
+  values.eval.batch_size = 8  # the text has seven sequences for each split
+  monkeypatch.setattr(config_lib, "default", values.copy_and_resolve_references)
   flags = (
     "--budget=1",
     "--only=ar,bd3_4",
@@ -119,8 +125,8 @@ def test_the_frontier_in_short(text, tmp_path):
     f"--workdir={tmp_path}/runs",
     f"--output={tmp_path}",
   )
-  done = run("experiments.frontier", *flags)
-  assert done.returncode == 0 and re.search("formula counts (0.9|1.0)", done.stdout), done.stderr
+  done = succeed("experiments.frontier", *flags)
+  assert re.search("formula counts (0.9|1.0)", done.stdout), done.stdout
   record = json.loads((tmp_path / "frontier_cpu.json").read_text())
   assert {"command", "commit", "machine", "result"} == set(record) and "ar,bd3_4" in record["command"]
   budgets = {
@@ -128,10 +134,10 @@ def test_the_frontier_in_short(text, tmp_path):
   }
   assert budgets == {1.0: ["ar", "bd3_4"], 0.5: ["bd3_4"], 0.25: ["bd3_4"], 0.125: []}
   assert (tmp_path / "frontier_cpu.png").stat().st_size > 10_000
-  again = run("experiments.frontier", *flags, "--only=ar")
-  assert again.returncode == 0 and "step" not in again.stderr, again.stderr
+  again = succeed("experiments.frontier", *flags, "--only=ar")
+  assert "step 1/1" in done.stderr and "step" not in again.stderr, again.stderr
   runs = json.loads((tmp_path / "frontier_cpu.json").read_text())["result"]["runs"]
-  assert [r["name"] for r in runs] == ["ar", "bd3_4"]  # what was there stays
+  assert [r["name"] for r in runs] == ["ar", "bd3_4"]  # what the file held stays
 
 
 def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
@@ -186,8 +192,10 @@ def test_a_refusal_is_all_that_a_process_prints(trained, module, flag, message):
   assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_readme_command_in_short(tmp_path):
-  """The README's first command, with fewer steps: standard-library text, a table of all paths, two kinds of samples."""
+  """The README's first command, with fewer and smaller steps: standard-library text, a table of all paths, samples of
+  two modes."""
   readme = (pathlib.Path(ROOT) / "README.md").read_text()
   command = re.search(r"^python3 -m venv .*-m (evo_jax\.main) (--config=\S+)$", readme, re.M)
   done = run(
@@ -196,7 +204,10 @@ def test_readme_command_in_short(tmp_path):
     f"--workdir={tmp_path}",
     "--config.train.steps=3",
     "--config.train.log_every=1",
+    "--config.data.batch_size=4",
     "--config.eval.sequences=4",
+    "--config.eval.batch_size=4",
+    "--config.eval.samples=1",
     "--config.eval.sample_tokens=20",
   )
   assert done.returncode == 0, done.stderr
@@ -215,3 +226,15 @@ def test_ci_runs_the_readmes_tests():
   readme, ci = ((pathlib.Path(ROOT) / name).read_text() for name in ("README.md", ".ci/run"))
   command = re.search(r"^\.venv/bin/pip install -e '\.\[test\]' && \.venv/bin/python -m pytest$", readme, re.M)
   assert command and command[0] in ci
+
+
+@pytest.mark.extended
+def test_speed_beside_transformers_in_short():
+  """Both libraries write as many tokens; the ratio of their speeds is printed."""
+  for module in ("torch", "transformers"):
+    pytest.importorskip(module)
+  done = run("experiments.hf_speed", "--small", "--tokens=8", "--repeats=1")
+  assert done.returncode == 0, done.stderr
+  speeds = re.match(r"evo_jax ([\d.]+) tokens per second, transformers ([\d.]+) \(.*: ratio ([\d.]+)", done.stdout)
+  evo_jax, transformers, ratio = map(float, speeds.groups())
+  assert evo_jax > 0 < transformers and ratio == pytest.approx(evo_jax / transformers, rel=0.02, abs=0.006)
