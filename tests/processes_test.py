@@ -15,6 +15,8 @@ import pytest
 
 from evo_jax.training import metrics as metrics_lib
 
+pytestmark = pytest.mark.slow
+
 LAST, EVERY = 60, 10
 STEPS = {
   "train.steps": LAST,
@@ -73,7 +75,7 @@ def ends(found, timeout=400):
 
 
 def assert_well(ended):
-  for code, _, error in ended:
+  for code, _, _ in ended:
     assert code == 0, [text[:1500] + " ... " + text[-1500:] for _, _, text in ended]
 
 
