@@ -78,7 +78,12 @@ MODES = (
 name = lambda fields: "-".join(str(v) for v in fields.values())
 
 
-@pytest.mark.parametrize("fields", MODES, ids=name)
+def slow_but(cases, *fast):
+  """Parameters of which all but some are slow."""
+  return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("fields", slow_but(MODES, MODES[0], MODES[1], MODES[6]), ids=name)
 def test_a_batch_gives_what_each_prompt_gives_alone(fields):
   """Token for token and pass for pass, with prompts and texts of different lengths, some of which end early.
 
@@ -113,6 +118,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(fields):
     assert plain(write([prompts[i]], seed=5)[0]) == together[i], i
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", (dict(mode="flow", steps=3), dict(mode="adaptive", threshold=1.0)), ids=name)
 def test_models_with_self_conditioning_decode(fields):
   write = sampler(changes=(("loss__self_conditioning", 0.5),), max_tokens=14, endless=True, **fields)
@@ -137,6 +143,7 @@ def test_adaptive_at_threshold_zero_is_ar(path):
   assert [(g.tokens, g.passes, g.settled) for g in adaptive] == [(g.tokens, g.passes, g.settled) for g in ar]
 
 
+@pytest.mark.slow
 def test_adaptive_thresholds_go_from_ar_to_one_pass():
   count = lambda t, **fields: (
     sampler(max_tokens=16, mode="adaptive", threshold=t, endless=True, **fields)(["a"])[0].passes
@@ -160,7 +167,9 @@ def exact_distribution(vocab_size, length, **fields):
 
 @pytest.mark.parametrize(
   "fields",
-  [dict(), dict(temperature=0.6), dict(top_k=2), dict(top_p=0.7), dict(draft=1), dict(draft_passes=3)],
+  slow_but(
+    [dict(), dict(temperature=0.6), dict(top_k=2), dict(top_p=0.7), dict(draft=1), dict(draft_passes=3)], dict()
+  ),
   ids=name,
 )
 def test_verify_has_the_distribution_of_ar(fields):
@@ -255,6 +264,7 @@ def test_models_trained_with_rematerialization_decode(fields):
   assert [g.tokens for g in rematerialized] == [g.tokens for g in plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", MODES[::3], ids=name)
 def test_any_of_several_end_tokens_ends_a_text(fields):
   """A text is that of a model with one end token, up to the first of the others; a prompt may have end tokens."""
@@ -340,6 +350,7 @@ def test_calls_of_similar_shape_share_compiled_code(monkeypatch):
   assert write.compile_seconds == compile_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_texts():
   """Rows sharded over data and fsdp, heads and vocabulary over tensor: the tokens of one device."""
   mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from model_test import V, build
 import numpy as np
+import pytest
 from step_test import COUNTED, LEARNED, only, random_batch
 
 from evo_jax import config as config_lib
@@ -182,6 +183,7 @@ def test_inferred_clocks_differ_and_pay_kl():
   assert not np.allclose(prior(tokens)[0, 1], prior(earlier)[0, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_self_conditioning_reads_twice():
   """At share 1 the windows' loss is that of a second pass given the first one's belief; in the bound likewise."""
   net, statistics, config = build()
