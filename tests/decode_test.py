@@ -127,6 +127,7 @@ def test_models_with_self_conditioning_decode(fields):
   assert all(len(g.tokens) == 14 for g in together)
 
 
+@pytest.mark.slow
 def test_learned_clocks_decode():
   changes = (("model__progression", "learned"), ("paths__learned", 0.2))
   found = sampler(changes=changes, max_tokens=14, endless=True, mode="flow", path="learned", steps=3)(

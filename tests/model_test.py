@@ -323,6 +323,7 @@ def test_every_config_has_its_size(name):
   [({}, 12), ({}, 20), ({"model__isolate_documents": True}, 8), ({"window__size": 32, "window__count": 2}, 20)],
   ids=str,
 )
+@pytest.mark.slow
 def test_attention_in_blocks_changes_no_value(tokens, changes, block):
   """Forward and backward, of the clean stream and of windows: what one product over all scores gives."""
   net, statistics, config = build(model__remat="full", loss__bound_windows=1, **changes)

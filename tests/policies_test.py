@@ -117,6 +117,7 @@ def test_a_policy_sees_no_unknown_token(toy):
   assert first and all((time == time[0]).all() for time in first)
 
 
+@pytest.mark.slow
 def test_masked_diffusion_costs_the_any_order_average(toy):
   """Method fact 8, with a field whose orders differ in price: one token a pass in random order is the mean
   over all 24."""
