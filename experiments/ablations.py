@@ -120,7 +120,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
   for result in results:
     bits = {path: entry["bits"] for path, entry in result["table"].items()}
     print(f"{result['name']:<20}" + "".join(f"{bits[path]:>12.3f}" if path in bits else " " * 12 for path in PATHS))
-    for path in bits.keys() - set(PATHS):
+    for path in (p for p in bits if p not in PATHS):
       print(f"  {path}: {bits[path]:.3f}")
 
 

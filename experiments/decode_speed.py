@@ -72,7 +72,8 @@ class Scorer:
 
   def bits_per_token(self, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, float]:
     """The mean over all tokens of the texts, and its standard error over texts."""
-    rows = np.zeros((len(texts), self._run.config.model.context + 1), np.int32)
+    shape = len(texts), self._run.config.model.context + 1
+    rows = np.full(shape, self._run.tokenizer.begin_id, np.int32)
     for row, prompt, text in zip(rows, prompts, texts):
       row[1 : len(prompt) + len(text) + 1] = prompt + text
     with jax.set_mesh(self._evaluator.mesh):

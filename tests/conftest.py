@@ -46,10 +46,9 @@ import jax
 import numpy as np
 import pytest
 
-# Tracing makes many objects that live long; the default threshold would visit them again and again (8 % of the time).
-gc.set_threshold(100_000, 20, 50)
-
 from evo_jax import config as config_lib
+
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects that live on: collect less often (8 % of the time)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -145,7 +145,13 @@ def test_replica_groups_are_read(groups, members):
 
 @pytest.mark.parametrize(
   "sizes, passes, chunk",
-  [((1, 8, 1), 1, 0), ((2, 4, 1), 1, 0), ((2, 2, 2), 1, 0), ((2, 4, 1), 2, 0), ((2, 4, 1), 1, 8)],
+  [
+    pytest.param((1, 8, 1), 1, 0, marks=pytest.mark.slow),
+    pytest.param((2, 4, 1), 1, 0, marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), 1, 0, marks=pytest.mark.slow),
+    pytest.param((2, 4, 1), 2, 0, marks=pytest.mark.slow),
+    ((2, 4, 1), 1, 8),
+  ],
   ids=str,
 )
 def test_a_step_gathers_each_parameter_where_it_is_used_and_scatters_its_gradient(sizes, passes, chunk, capfd):
@@ -197,6 +203,7 @@ def traced_step(**changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"window__count": 0}], ids=str)
+@pytest.mark.slow
 def test_traced_operations_are_the_formula_with_what_is_computed_again(changes):
   """The trace counts what the backward pass computes anew, the formula does not."""
   plain, kernels, config = traced_step(**changes)

@@ -44,6 +44,7 @@ def test_shapes_alone_give_the_state_of_each_chip(tmp_path):
     assert 0.6 < entry["model_operations"] / entry["operations"] < 1.0
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
   done = run(
     "evo_jax.plan",

@@ -90,6 +90,7 @@ def test_staircase_sampling_is_exact(toy):
 
 
 @pytest.mark.parametrize("stepper,order", [(steppers.euler, 1), (steppers.multistep, 2)])
+@pytest.mark.slow
 def test_the_error_falls_with_the_order(stepper, order):
   """Halving the steps of sqrt(precision) divides the error against a fine reference by 2 ^ order (in float64)."""
   with jax.enable_x64(True):
@@ -104,6 +105,7 @@ def test_the_error_falls_with_the_order(stepper, order):
   assert (np.abs(orders - order) < 0.25).all(), (errors, orders)
 
 
+@pytest.mark.slow
 def test_few_second_order_steps_are_closer_to_the_source(toy):
   """Frequencies of decoded strings after 12 passes: the total variation from the source falls."""
   count, times = 8_000, policies.TimeGrid(schedules.time_grid("diagonal:12", LENGTH, 0.5))

@@ -1,4 +1,4 @@
-"""The trace's page and picture hold what happened, and bad files are refused before anything is written."""
+"""Traces: the page and the picture hold what happened, and bad files are refused before anything is written."""
 
 import json
 import os
@@ -14,36 +14,35 @@ PIECES = ["a", " ", "</script>", '"q"', "\n", "ß"]
 
 
 def example(passes=5, tokens=6):
-  """One token settles a pass from left to right; the rest matures; the third is corrected."""
+  """Each pass commits one token, from left to right, while the rest matures; the third is corrected."""
   k, i = np.mgrid[:passes, :tokens]
   time = np.where(i <= k, 0.0, np.clip(0.2 * (i - k), 0.1, 1.0))
   time[0, 4:] = np.nan
   event = np.where(i == k, trace_lib.JUMP, trace_lib.NONE).astype(np.int8)
   event[2, 2], event[3, 5] = trace_lib.CORRECTION, trace_lib.DRAFT
-  believed = [["" if np.isnan(t) else PIECES[j % 6] for j, t in enumerate(row)] for row in time]
-  return trace_lib.Trace("say <b>", "flow & more", time, believed, event)
+  pieces = [["" if np.isnan(t) else PIECES[j % 6] for j, t in enumerate(row)] for row in time]
+  return trace_lib.Trace("say <b>", "flow & more", time, pieces, event)
 
 
 def test_the_page_holds_the_trace(tmp_path):
-  one = example()
-  trace_lib.write_trace(one, str(tmp_path / "t.html"))
+  trace = example()
+  trace_lib.write_trace(trace, str(tmp_path / "t.html"))
   page = (tmp_path / "t.html").read_text()
-  assert (
-    "flow &amp; more" in page and "say &lt;b&gt;" in page and page.count("</script>") == 2
-  )  # those of the page itself
+  assert "flow &amp; more" in page and "say &lt;b&gt;" in page
+  assert page.count("</script>") == 2  # those of the page itself
   assert not re.search(r"https?://", page) and "@@" not in page
   data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
   assert data["tokens"] == 6 and data["settled"] == [1] * 5
-  believed, time = np.full((5, 6), "", object), np.full((5, 6), np.nan)
-  for k, row in enumerate(data["rows"]):  # a settled token is told once
+  pieces, time = np.full((5, 6), "", object), np.full((5, 6), np.nan)
+  for k, row in enumerate(data["rows"]):  # a committed token has a cell only in the pass that committed it
     if k:
-      old = time[k - 1] <= 0.0
-      time[k, old], believed[k, old] = 0.0, believed[k - 1, old]
-    for place, percent, piece, event in row:
-      believed[k, place], time[k, place] = data["pieces"][piece], percent / 100
-      assert event == one.event[k, place]
-  np.testing.assert_allclose(time, one.time, atol=0.01)
-  assert believed.tolist() == one.believed
+      committed = time[k - 1] <= 0.0
+      time[k, committed], pieces[k, committed] = 0.0, pieces[k - 1, committed]
+    for position, percent, piece, event in row:
+      pieces[k, position], time[k, position] = data["pieces"][piece], percent / 100
+      assert event == trace.event[k, position]
+  np.testing.assert_allclose(time, trace.time, atol=0.01)
+  assert pieces.tolist() == trace.pieces
 
 
 @pytest.mark.parametrize("size", [(5, 6), (90, 300)])
@@ -52,16 +51,15 @@ def test_the_picture_is_drawn(tmp_path, size):
   assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
-def test_odd_text_and_no_text_are_drawn(tmp_path):
-  """Dollars are no formulas, half a character does not stop the page, and a text may have ended at once."""
-  one = example()
-  odd = trace_lib.Trace(
-    "half \udcff", "ar", one.time, [["$x_$" if piece else "" for piece in row] for row in one.believed], one.event
-  )
-  none = trace_lib.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
-  for i, found in enumerate((odd, none)):
-    for end in ("html", "png"):
-      trace_lib.write_trace(found, str(tmp_path / f"{i}.{end}"))
+def test_unusual_text_and_empty_text_are_drawn(tmp_path):
+  """Dollar signs start no formula, half a character does not stop the page, and a text may have ended at once."""
+  trace = example()
+  dollars = [["$x_$" if piece else "" for piece in row] for row in trace.pieces]
+  unusual = trace_lib.Trace("half \udcff", "ar", trace.time, dollars, trace.event)
+  empty = trace_lib.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
+  for i, trace in enumerate((unusual, empty)):
+    for suffix in ("html", "png"):
+      trace_lib.write_trace(trace, str(tmp_path / f"{i}.{suffix}"))
   assert "$x_$" in (tmp_path / "0.html").read_text()
 
 

@@ -15,7 +15,6 @@ import sentencepiece
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
-DOCUMENT = 0
 
 
 class Tokenizer(Protocol):

@@ -1,4 +1,4 @@
-"""Settings of decoding, checked."""
+"""Sampling parameters: how texts are generated, checked against the model."""
 
 import dataclasses
 
@@ -8,45 +8,46 @@ import jax.numpy as jnp
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
 from evo_jax.flow import schedules, steppers
-from evo_jax.flow import warp as warp_lib
+from evo_jax.flow.warp import Warp
 
 MODES = ("ar", "flow", "adaptive", "verify")
+DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}  # of the modes that decode windows along a path
+MAX_DRAFT = 16
 _GRIDS = ("time", "precision")
-DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}
-_STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
+STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
 _THRESHOLD_PATHS = ("spread", "entropy", "confidence", "maturity")  # whose number is Sampling.threshold
-_MANY_PASSES = 0.3  # bits; up to this threshold windows as in training do (experiments/decode_speed.py)
+_MANY_PASSES = 0.3  # bits; up to this threshold windows of the training size do (experiments/decode_speed.py)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How texts are written. Flags of the command have the same names."""
+  """Sampling parameters. The flags of `evo_jax.generate` have the same names."""
 
   mode: str = "ar"
-  max_tokens: int = 200  # of each text; of a gap without a number, `gap`
+  max_tokens: int = 200  # of each text; not of infilling, where each gap has its size
   temperature: float = 1.0
   top_k: int = 0  # 0: all
   top_p: float = 1.0
   greedy: bool = False
   stop: tuple[str, ...] = ()  # a text ends before the first of these strings
-  steps: int = 8  # flow: passes a window
-  path: str = ""  # flow: diagonal, or any that evaluate prices; adaptive: spread, entropy, confidence or maturity
-  grid: str = "time"  # flow, of the clock: steps even in time, in log-precision, or t after each pass, as 0.8,0.5,0.2
+  steps: int = 8  # flow: passes per window
+  path: str = ""  # flow: diagonal, or any that evaluation knows; adaptive: spread, entropy, confidence or maturity
+  grid: str = "time"  # flow: steps even in time, in log-precision, or t after each pass, as 0.8,0.5,0.2
   stepper: str = "ode"  # flow, adaptive: ode, ode2 (second order) or ancestral
   threshold: float = 0.25  # adaptive
   window: int = 0  # flow, adaptive: tokens of a window; 0: `default_window`
-  draft: int = 4  # verify: tokens proposed a pass at most; each text proposes as many as are often accepted
-  draft_passes: int = 1  # verify: passes of a round; 1 judges and proposes in one
-  gap: int = 16  # infill: tokens of a gap without a number
-  endless: bool = False  # the document's end is ruled out: every text gets max_tokens tokens
-  batch_size: int = 64  # texts that are written at once
+  draft: int = 4  # verify: drafted tokens per pass at most; each text drafts as many as are often accepted
+  draft_passes: int = 1  # verify: passes per round; with 1, a pass verifies and drafts
+  gap: int = 16  # infilling: tokens of a gap without a number
+  endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens tokens
+  batch_size: int = 64  # texts that are decoded at once
 
 
 def default_window(sampling: Sampling, config: config_lib.Config) -> int:
-  """The tokens of a window where nothing says how many: as in training.
+  """Tokens of a window where `Sampling.window` is 0: as in training.
 
-  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: the
-  tokens that jump together are then so many that a window of training has no places for them that are far apart.
+  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: then so
+  many tokens jump together that a window of the training size has no room for distance between them.
   """
   size = config.window.size
   if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
@@ -55,61 +56,77 @@ def default_window(sampling: Sampling, config: config_lib.Config) -> int:
 
 
 def check_sampling(sampling: Sampling, config: config_lib.Config) -> str | None:
-  """Raises UserError, naming the flag, for settings that are impossible or that the model does not have. Returns the
-  path that windows take, with its number; None for modes without one."""
+  """The path, with its number, that windows take; None in modes without a path.
 
-  def need(condition: bool, flag: str, problem: str) -> None:
-    if not condition:
-      raise UserError(f"--{flag}={getattr(sampling, flag)}: {problem}")
-
-  need(sampling.mode in MODES, "mode", f"is not one of {', '.join(MODES)}")
-  for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size"):
-    need(getattr(sampling, flag) >= 1, flag, "is not positive")
-  need(sampling.temperature > 0, "temperature", "is not positive; for the most probable tokens use --greedy")
-  need(sampling.top_k >= 0, "top_k", "is negative")
-  need(0 < sampling.top_p <= 1, "top_p", "is not in (0, 1]")
-  need(sampling.window >= 0, "window", "is negative")
-  need(sampling.window <= config.model.context, "window", f"is more than the context of {config.model.context}")
-  need(sampling.draft <= 16, "draft", "is more than 16: a pass has a window for every proposal")
-  need(sampling.stepper in steppers.STEPPERS, "stepper", f"is not one of {', '.join(steppers.STEPPERS)}")
-  need(all(sampling.stop), "stop", "is empty")
-  if config.diffusion_alone:
-    need(sampling.mode == "flow", "mode", "the model is of diffusion alone (loss.ar_weight = 0): --mode=flow")
-    need(sampling.window in (0, config.window.size), "window", f"the model knows only windows of {config.window.size}")
+  Raises UserError, naming the flag, for parameters that are impossible or that the model does not support.
+  """
+  _check_ranges(sampling)
+  _check_model(sampling, config)
   if sampling.mode not in DEFAULT_PATH:
-    need(not sampling.path, "path", f"goes with --mode=flow or --mode=adaptive, not with {sampling.mode}")
+    _require(sampling, not sampling.path, "path", f"goes with --mode=flow or --mode=adaptive, not with {sampling.mode}")
     return None
-  path = sampling.path or DEFAULT_PATH[sampling.mode]
-  if sampling.mode == "adaptive":
-    need(path in _THRESHOLD_PATHS, "path", f"is not one of {', '.join(_THRESHOLD_PATHS)}, whose number is --threshold")
-    try:
-      return _full(f"{path}:{sampling.threshold}")
-    except UserError:
-      most = schedules.LIMITS[path]
-      raise UserError(f"--threshold={sampling.threshold}: is not in [0, {most:g}], which {path} needs") from None
-  path = f"{path}:{sampling.steps}" if path in _STEPS_PATHS else path
+  return _adaptive_path(sampling) if sampling.mode == "adaptive" else _flow_path(sampling, config)
+
+
+def _require(sampling: Sampling, condition: bool, flag: str, problem: str) -> None:
+  if not condition:
+    raise UserError(f"--{flag}={getattr(sampling, flag)}: {problem}")
+
+
+def _check_ranges(sampling: Sampling) -> None:
+  """Checks each parameter by itself."""
+  s = sampling
+  _require(s, s.mode in MODES, "mode", f"is not one of {', '.join(MODES)}")
+  for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size"):
+    _require(s, getattr(s, flag) >= 1, flag, "is not positive")
+  _require(s, s.temperature > 0, "temperature", "is not positive; for the most probable tokens use --greedy")
+  _require(s, s.top_k >= 0, "top_k", "is negative")
+  _require(s, 0 < s.top_p <= 1, "top_p", "is not in (0, 1]")
+  _require(s, s.window >= 0, "window", "is negative")
+  _require(s, s.draft <= MAX_DRAFT, "draft", f"is more than {MAX_DRAFT}: a pass has a window for every drafted token")
+  _require(s, s.stepper in steppers.STEPPERS, "stepper", f"is not one of {', '.join(steppers.STEPPERS)}")
+  _require(s, all(s.stop), "stop", "is empty")
+
+
+def _check_model(sampling: Sampling, config: config_lib.Config) -> None:
+  """Checks what depends on the model."""
+  context, size = config.model.context, config.window.size
+  _require(sampling, sampling.window <= context, "window", f"is more than the context of {context}")
+  if config.diffusion_alone:
+    problem = "the model is of diffusion alone (loss.ar_weight = 0): --mode=flow"
+    _require(sampling, sampling.mode == "flow", "mode", problem)
+    _require(sampling, sampling.window in (0, size), "window", f"the model has only windows of {size}")
+
+
+def _adaptive_path(sampling: Sampling) -> str:
+  name, number = sampling.path or DEFAULT_PATH["adaptive"], sampling.threshold
+  problem = f"is not one of {', '.join(_THRESHOLD_PATHS)}, whose number is --threshold"
+  _require(sampling, name in _THRESHOLD_PATHS, "path", problem)
+  # confidence:p asks for a probability above p; as a threshold, 0 must be autoregression: 1 - p.
+  path = f"{name}:{1.0 - number if name == 'confidence' else number}"
+  try:
+    schedules.parse_path(path)
+  except UserError:
+    problem = f"is not in [0, {schedules.LIMITS[name]:g}], which {name} needs"
+    raise UserError(f"--threshold={number}: {problem}") from None
+  return path
+
+
+def _flow_path(sampling: Sampling, config: config_lib.Config) -> str:
+  path = sampling.path or DEFAULT_PATH["flow"]
+  path = f"{path}:{sampling.steps}" if path in STEPS_PATHS else path
   name, _ = schedules.parse_path(path)
-  need(name != "ar", "path", "has a mode of its own, --mode=ar")
-  need(
-    name != "learned" or config.model.progression == "learned",
-    "path",
-    "the model has a shared clock (model.progression)",
-  )
-  _clock_times(sampling)
-  need(sampling.grid == "time" or name in ("diagonal", "rolling"), "grid", f"does not go with --path={path}")
+  _require(sampling, name != "ar", "path", "has a mode of its own, --mode=ar")
+  learned = config.model.progression == "learned"
+  _require(sampling, name != "learned" or learned, "path", "the model has a shared clock (model.progression)")
+  _grid_times(sampling)
+  has_clock = name in ("diagonal", "rolling")
+  _require(sampling, sampling.grid == "time" or has_clock, "grid", f"does not go with --path={path}")
   return path
 
 
-def _full(path: str) -> str:
-  """confidence:t is a probability that has to be exceeded; as a threshold, 0 must be autoregression: 1 - t."""
-  name, _, number = path.partition(":")
-  path = f"{name}:{1.0 - float(number)}" if name == "confidence" else path
-  schedules.parse_path(path)
-  return path
-
-
-def _clock_times(sampling: Sampling) -> list[float] | None:
-  """The times after each pass that `grid` gives, but for the last 0; None where it names a rule. Raises UserError."""
+def _grid_times(sampling: Sampling) -> list[float] | None:
+  """The times after each pass but the last that `grid` lists; None where it names a rule. Raises UserError."""
   if sampling.grid in _GRIDS:
     return None
   try:
@@ -123,14 +140,14 @@ def _clock_times(sampling: Sampling) -> list[float] | None:
   return times
 
 
-def clock_steps(sampling: Sampling, path: str, warp: warp_lib.Warp) -> jax.Array | None:
-  """The clock (K + 1,) of a grid's passes; None: even steps.
+def clock_steps(sampling: Sampling, path: str, warp: Warp) -> jax.Array | None:
+  """The clock (K + 1,) float32 of a path's K passes; None: even steps.
 
   "precision": steps even in the logarithm of the diagonal's precision, between t = 0.98 and t = 0.02.
   """
   if sampling.grid == "time" or sampling.mode != "flow":
     return None
-  times = _clock_times(sampling)
+  times = _grid_times(sampling)
   if times is None:
     K = int(schedules.parse_path(path)[1])
     ends = jnp.log(warp.precision(jnp.array([1.0 - schedules.END, schedules.END])))

@@ -1,237 +1,253 @@
-"""Texts being written: exact keys and values, and the four ways to settle tokens. Pure functions over a network.
+"""Decoding state: the tokens, key-value cache and latents of a batch of texts, and one forward pass over them.
 
-  ar        the staircase: one token a pass
-  flow      windows of tokens, one after another, each down the flow along any path (`policies.make`)
-  adaptive  a window that slides with what is settled: its first token is autoregression's, others jump ahead as a
-            policy says
-  verify    tokens that the windows propose and the next causal pass accepts or corrects: autoregression's distribution
-
-One pass of the network reads some *fresh* slots, known tokens whose keys and values are not final yet, and beside them
-window slots that see the fresh ones before their anchor: a finished window enters the cache in the same pass that
-begins the next one. Everything a row does depends on the row alone, its draws on its own key, so a text comes out the
+A pass reads *uncached* tokens, committed ones whose keys and values are not in the cache yet, and beside them the slots
+of windows, which see the uncached tokens before their anchor: a finished window enters the cache in the same pass that
+begins the next one. What happens to a row depends on that row alone, and its draws on its own key, so a text is the
 same alone and in any batch.
 
-Letters in names: B sequences, C places of the buffers, R fresh slots, T tokens of a window, S slots of a pass,
-D width, V vocabulary, M code elements.
+Letters in names: B rows of the batch, C positions of the buffers, R slots for uncached tokens, T tokens of a window,
+S window slots of a pass, P positions of the prefill, D width, V vocabulary, M code elements.
 """
+
+from collections.abc import Sequence
+import functools
+import operator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from evo_jax.data import tokenizers
-from evo_jax.flow import interface
-from evo_jax.flow import latents as latents_lib
+from evo_jax.flow import interface, latents
 
-KEY_START, KEY_TOKEN, KEY_PASS, KEY_POLICY, KEY_DRAFT = range(
-  5
-)  # what a row's key is folded with first: no two draws share a key
+# The first number that is folded into a row's key: no two draws share a key.
+KEY_START, KEY_TOKEN, KEY_PASS, KEY_POLICY, KEY_DRAFT = range(5)
 
 
 @flax.struct.dataclass
 class Draft:
-  """Tokens proposed for the places after the known ones: token (B, T) int32, log_q (B, T, V) that they were drawn from,
-  count (B,), how many of them are there; most (B,), how many a row proposes; accepted, refused (B,) float32, their
-  numbers of late, by which `most` is chosen."""
+  """Tokens drafted for the positions behind the committed prefix.
 
-  token: jax.Array
+  tokens: (B, T) int32. log_q: (B, T, V) float32, the log-probabilities that they were drawn from. pending: (B,) int32,
+  how many of them are there to be verified. length: (B,) int32, how many a row drafts. accepted, rejected: (B,)
+  float32, decayed counts, from which `length` is chosen.
+  """
+
+  tokens: jax.Array
   log_q: jax.Array
-  count: jax.Array
-  most: jax.Array
+  pending: jax.Array
+  length: jax.Array
   accepted: jax.Array
-  refused: jax.Array
+  rejected: jax.Array
 
-  def holding(self, token_BxT: jax.Array, log_q_BxTxV: jax.Array) -> "Draft":
-    """With new proposals, of which every row counts its own number."""
-    rest = self.token.shape[1] - token_BxT.shape[1]
+  @classmethod
+  def empty(cls, rows: int, max_tokens: int, vocab_rows: int) -> "Draft":
+    """Nothing drafted yet, in buffers of `max_tokens` tokens a row."""
+    none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
+    length = jnp.full(rows, min(max_tokens, 2), jnp.int32)
+    return cls(
+      jnp.zeros((rows, max_tokens), jnp.int32), jnp.zeros((rows, max_tokens, vocab_rows)), none, length, zero, zero
+    )
+
+  def with_tokens(self, tokens_BxT: jax.Array, log_q_BxTxV: jax.Array) -> "Draft":
+    """New drafted tokens, of which each row keeps its own `length`."""
+    rest = self.tokens.shape[1] - tokens_BxT.shape[1]
     return self.replace(
-      token=jnp.pad(token_BxT, [(0, 0), (0, rest)]),
-      count=self.most,
+      tokens=jnp.pad(tokens_BxT, [(0, 0), (0, rest)]),
+      pending=self.length,
       log_q=jnp.pad(log_q_BxTxV, [(0, 0), (0, rest), (0, 0)]),
     )
 
 
 @flax.struct.dataclass
 class DecodingState:
-  """Texts on their way, by absolute place; place 0 holds the document token.
+  """Texts that are being written. Positions are absolute; position 0 holds the tokenizer's begin token.
 
-  token (B, C) int32 and time (B, C): tokens and their progressions, 0 where known. length (B,): the first place that
-  is not known. read (B,): places before it have final keys and values, k and v by layer (B, K, C, E) or (B K, C, E).
-  begin, limit (B,): the places where what is written begins, and where it must end. fixed (B, C) bool: tokens that
-  were given. settled (B, C): the number of the pass that settled a token, from 1. passes (B,); done (B,) bool; key
-  (B,) of each row's draws. motion: latents of unknown tokens, where windows are used; context: the last pass's
-  context logits (B, T, V) of the window behind `anchor` (B,), for models that condition themselves; draft: of
-  `verify`. guess (B, C) int32: the token believed most when it was read last; kept where a trace is wanted.
+  tokens: (B, C) int32. time: (B, C) float32, progressions t; 0 where a token is committed.
+  length: (B,) int32, the length of the committed prefix: the first position that is not committed.
+  cached: (B,) int32, positions whose keys and values are in the cache.
+  k, v: the cache, by layer (B, K, C, E) or (B K, C, E).
+  prompt_end: (B,) int32, the first position that the prompt does not give. max_length: (B,) int32, the length at which
+    a text is full.
+  given: (B, C) bool, tokens of the prompt, also behind gaps.
+  committed_pass: (B, C) int32, number of the pass that committed a token, from 1; 0 for given ones.
+  passes: (B,) int32, passes so far. done: (B,) bool. key: (B,) keys, one for each row's draws.
+  end_ids: any of these tokens ends a text (static).
+  solver: latents of tokens on the flow, in modes with windows.
+  context_logits: (B, T, V) float32, the last pass's for the window behind `anchor` (B,), for models with
+    self-conditioning.
+  draft: of mode verify.
+  top_tokens: (B, C) int32, the most probable token when a position was last read, -1 before; kept for traces.
   """
 
-  token: jax.Array
+  tokens: jax.Array
   time: jax.Array
   length: jax.Array
-  read: jax.Array
+  cached: jax.Array
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
-  begin: jax.Array
-  limit: jax.Array
-  fixed: jax.Array
-  settled: jax.Array
+  prompt_end: jax.Array
+  max_length: jax.Array
+  given: jax.Array
+  committed_pass: jax.Array
   passes: jax.Array
   done: jax.Array
   key: jax.Array
-  motion: latents_lib.SolverState | None = None
-  context: jax.Array | None = None
+  end_ids: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  solver: latents.SolverState | None = None
+  context_logits: jax.Array | None = None
   anchor: jax.Array | None = None
   draft: Draft | None = None
-  guess: jax.Array | None = None
+  top_tokens: jax.Array | None = None
 
 
 def prefill(
   net: interface.Network,
-  token_BxC: jax.Array,
+  tokens_BxC: jax.Array,
   known_BxC: jax.Array,
-  prefix_BxP: jax.Array,
-  begin: jax.Array,
-  limit: jax.Array,
-  key: jax.Array,
-  trace: bool = False,
-  flat: bool = False,
+  prefix: int,
+  prompt_end_B: jax.Array,
+  max_length_B: jax.Array,
+  key_B: jax.Array,
+  end_ids: tuple[int, ...],
+  traced: bool = False,
+  flat_cache: bool = False,
 ) -> DecodingState:
-  """Reads the tokens before the first gap.
+  """The state after the clean stream has read the prompts, up to the first gap.
 
-  token_BxC, known_BxC: the buffers; C must leave room behind the limits for a pass's slots. prefix_BxP: the first
-  places of the buffers, at least all before any row's first gap. key: (B,). `limit` is at least the first unknown
-  place. flat: keys and values keep batch and heads in one axis (see `attention.enter`); for a single device, since
-  one axis cannot be laid out as two.
+  Args:
+    tokens_BxC, known_BxC: the buffers, and which of their tokens are given. C leaves room behind `max_length` for the
+      slots of a pass.
+    prefix: P, positions that are read: at least all before any row's first gap.
+    max_length_B: no less than the first position that is not given.
+    flat_cache: the cache keeps batch and heads in one axis (see `attention.write_cache`); for a single device, since
+      one axis cannot be sharded like two.
   """
-  C, P = token_BxC.shape[1], prefix_BxP.shape[1]
-  _, cache = net.clean(prefix_BxP)
+  C = tokens_BxC.shape[1]
+  _, cache = net.clean(tokens_BxC[:, :prefix])
 
   def pad(a):
-    a = jnp.pad(a, [(0, 0), (0, 0), (0, C - P), (0, 0)])
-    return a.reshape(-1, *a.shape[2:]) if flat else a
+    a = jnp.pad(a, [(0, 0), (0, 0), (0, C - prefix), (0, 0)])
+    return a.reshape(-1, *a.shape[2:]) if flat_cache else a
 
-  zeros = jnp.zeros(token_BxC.shape[:1], jnp.int32)
   length = jnp.argmin(known_BxC, axis=1)
-  texts = DecodingState(
-    token_BxC,
-    jnp.where(known_BxC, 0.0, 1.0),
-    length,
-    length - 1,
-    tuple(map(pad, cache.k)),
-    tuple(map(pad, cache.v)),
-    begin,
-    limit,
-    known_BxC,
-    jnp.zeros_like(token_BxC),
-    zeros,
-    length >= limit,
-    key,
+  return DecodingState(
+    tokens=tokens_BxC,
+    time=jnp.where(known_BxC, 0.0, 1.0),
+    length=length,
+    cached=length - 1,
+    k=tuple(map(pad, cache.k)),
+    v=tuple(map(pad, cache.v)),
+    prompt_end=prompt_end_B,
+    max_length=max_length_B,
+    given=known_BxC,
+    committed_pass=jnp.zeros_like(tokens_BxC),
+    passes=jnp.zeros(tokens_BxC.shape[:1], jnp.int32),
+    done=length >= max_length_B,
+    key=key_B,
+    end_ids=end_ids,
+    top_tokens=jnp.full_like(tokens_BxC, -1) if traced else None,
   )
-  return texts.replace(guess=jnp.zeros_like(token_BxC)) if trace else texts
 
 
 def with_latents(
-  texts: DecodingState, codes_VxM: jax.Array, prior_logits: jax.Array | None = None, tokens: int = 0
+  state: DecodingState, codes_VxM: jax.Array, prior_logits_V: jax.Array | None = None, window: int = 0
 ) -> DecodingState:
-  """Texts with the noise that every place's flow starts from; for models that condition themselves with what a window
-  of `tokens` tokens gets before its first pass, prior_logits (V,)."""
-  C, M = texts.token.shape[1], codes_VxM.shape[1]
-  noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, KEY_START), (C, M), codes_VxM.dtype))(
-    texts.key
-  )
-  texts = texts.replace(motion=latents_lib.SolverState.start(noise), anchor=texts.length - 1)
-  if prior_logits is None:
-    return texts
-  return texts.replace(context=jnp.broadcast_to(prior_logits, (texts.token.shape[0], tokens, prior_logits.shape[0])))
+  """The state with the noise in which each position's flow starts; prior_logits_V: for self-conditioning, the context
+  logits that a window of `window` tokens has before its first pass."""
+  B, C = state.tokens.shape
+  shape = (C, codes_VxM.shape[1])
+  noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, KEY_START), shape, codes_VxM.dtype))(state.key)
+  state = state.replace(solver=latents.SolverState.start(noise), anchor=state.length - 1)
+  if prior_logits_V is None:
+    return state
+  return state.replace(context_logits=jnp.broadcast_to(prior_logits_V, (B, window, prior_logits_V.shape[0])))
 
 
-def with_draft(texts: DecodingState, tokens: int, rows: int) -> DecodingState:
-  """Texts with nothing proposed yet; `tokens` proposals at most, `rows` = V."""
-  B = texts.token.shape[0]
-  flat = jnp.zeros(B, jnp.int32)
-  zeros = jnp.zeros(B, jnp.float32)
-  return texts.replace(
-    draft=Draft(
-      jnp.zeros((B, tokens), jnp.int32),
-      jnp.zeros((B, tokens, rows)),
-      flat,
-      jnp.full(B, min(tokens, 2), jnp.int32),
-      zeros,
-      zeros,
-    )
-  )
-
-
-def gather(values_BxC: jax.Array, place_BxT: jax.Array) -> jax.Array:
-  """values[b, place[b, t], ...]."""
-  index = place_BxT.reshape(*place_BxT.shape, *(1,) * (values_BxC.ndim - 2))
+def gather(values_BxC: jax.Array, position_BxT: jax.Array) -> jax.Array:
+  """values[b, position[b, t], ...]: (B, T, ...)."""
+  index = position_BxT.reshape(*position_BxT.shape, *(1,) * (values_BxC.ndim - 2))
   return jnp.take_along_axis(values_BxC, index, axis=1)
 
 
-def scatter(values_BxC: jax.Array, first_B: jax.Array, new_BxT: jax.Array) -> jax.Array:
-  """values with new[b] at the places first[b], first[b] + 1, ..."""
-  one = lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, 0)
-  return jax.vmap(one)(values_BxC, new_BxT, first_B)
+def write_span(values_BxC: jax.Array, first_B: jax.Array, new_BxT: jax.Array) -> jax.Array:
+  """values (B, C, ...) with new[b] at positions first[b], first[b] + 1, ..."""
+  write = lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), first, 0)
+  return jax.vmap(write)(values_BxC, new_BxT, first_B)
 
 
-def pass_keys(texts: DecodingState, purpose: int = KEY_PASS) -> jax.Array:
-  """(B,) keys of each row's pass."""
-  return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(
-    texts.key, texts.passes
-  )
+def is_any_of(tokens: jax.Array, ids: Sequence[int]) -> jax.Array:
+  """(...) bool: which tokens (...) are one of `ids`."""
+  return functools.reduce(operator.or_, (tokens == i for i in ids), jnp.zeros(tokens.shape, bool))
+
+
+def pass_keys(state: DecodingState, purpose: int = KEY_PASS) -> jax.Array:
+  """(B,) keys, one for each row's next pass."""
+  fold = lambda key, number: jax.random.fold_in(jax.random.fold_in(key, purpose), number)
+  return jax.vmap(fold)(state.key, state.passes)
 
 
 @flax.struct.dataclass
 class WindowSlots:
-  """Window slots of a pass: x (B, S, D), time (B, S), place (B, S); stop (B, S): each sees clean places before it,
-  None: none; sees_slot (B, S, S) bool, or broadcast to it: which of each other they see."""
+  """The window slots of a pass.
+
+  x: (B, S, D), embedded. time: (B, S). position: (B, S) int32. stop: (B, S) int32, each slot sees cached positions
+  before it; None: no clean stream. visible: (B, S, S) bool, or broadcast to it, which slots each slot sees.
+  """
 
   x: jax.Array
   time: jax.Array
-  place: jax.Array
+  position: jax.Array
   stop: jax.Array | None
-  sees_slot: jax.Array
+  visible: jax.Array
 
 
 def forward(
-  net: interface.Network, texts: DecodingState, fresh: int, count_B: jax.Array, slots: WindowSlots | None = None
+  net: interface.Network, state: DecodingState, uncached: int, count_B: jax.Array, window: WindowSlots | None = None
 ) -> tuple[jax.Array, jax.Array, DecodingState]:
-  """One pass: `fresh` clean slots from place `texts.read` on, of which `count` (B,) are there, and window slots.
+  """One pass over R = `uncached` clean slots, from position `state.cached` on, and over window slots.
 
-  Returns hidden states (B, R, D) and (B, S, D), and texts whose `read` has moved on by `count`.
+  count_B: how many of the clean slots hold a committed token; they enter the cache, the others' outputs mean nothing.
+  Returns hidden states (B, R, D) and (B, S, D), and the state with the cache after the pass.
   """
-  B = texts.token.shape[0]
-  place = texts.read[:, None] + jnp.arange(fresh)
-  x, stop, time, visible = net.embed_tokens(gather(texts.token, place)), place + 1, None, None
-  if slots is not None:
-    S = slots.x.shape[1]
-    x = jnp.concatenate([x, slots.x], axis=1)
-    time = jnp.pad(slots.time, [(0, 0), (fresh, 0)])
-    place = jnp.concatenate([place, slots.place], axis=1)
-    stop = None if slots.stop is None else jnp.concatenate([stop, slots.stop], axis=1)
-    visible = jnp.pad(jnp.broadcast_to(slots.sees_slot, (B, S, S)), [(0, 0), (fresh, 0), (0, 0)])
-  past = None if stop is None else (texts.k, texts.v)
-  hidden, past = net.decode(past, texts.read, fresh, x, time, place, stop, visible)
-  if fresh:
-    texts = texts.replace(k=past[0], v=past[1], read=texts.read + count_B)
-  return hidden[:, :fresh], hidden[:, fresh:], texts
+  B = state.tokens.shape[0]
+  position = state.cached[:, None] + jnp.arange(uncached)
+  x, stop, time, visible = net.embed_tokens(gather(state.tokens, position)), position + 1, None, None
+  if window is not None:
+    S = window.x.shape[1]
+    x = jnp.concatenate([x, window.x], axis=1)
+    time = jnp.pad(window.time, [(0, 0), (uncached, 0)])
+    position = jnp.concatenate([position, window.position], axis=1)
+    stop = None if window.stop is None else jnp.concatenate([stop, window.stop], axis=1)
+    visible = jnp.pad(jnp.broadcast_to(window.visible, (B, S, S)), [(0, 0), (uncached, 0), (0, 0)])
+  cache = None if stop is None else (state.k, state.v)
+  hidden, cache = net.decode(cache, state.cached, uncached, x, time, position, stop, visible)
+  if uncached:
+    state = state.replace(k=cache[0], v=cache[1], cached=state.cached + count_B)
+  return hidden[:, :uncached], hidden[:, uncached:], state
 
 
-def commit(texts: DecodingState, token: jax.Array, time: jax.Array, active_B: jax.Array | None = None) -> DecodingState:
-  """Texts after a pass that gave `token` and `time` (B, C): counts it for rows that are `active` (all that are not
-  done), and ends rows that are full or have ended."""
-  active_B = ~texts.done if active_B is None else active_B & ~texts.done
-  token = jnp.where(active_B[:, None], token, texts.token)
-  time = jnp.where(active_B[:, None], time, texts.time)
-  passes = texts.passes + active_B
-  newly = (time <= 0.0) & (texts.time > 0.0)
+def commit(
+  state: DecodingState, tokens_BxC: jax.Array, time_BxC: jax.Array, active_B: jax.Array | None = None
+) -> DecodingState:
+  """The state after a pass that gave these tokens and progressions: newly known tokens are committed.
+
+  The pass counts for the rows that are `active` (default: all that are not done). A row is done when it is full, or
+  when the committed prefix has an end token that the prompt did not give.
+  """
+  active_B = ~state.done if active_B is None else active_B & ~state.done
+  tokens = jnp.where(active_B[:, None], tokens_BxC, state.tokens)
+  time = jnp.where(active_B[:, None], time_BxC, state.time)
+  passes = state.passes + active_B
+  newly_known = (time <= 0.0) & (state.time > 0.0)
   length = jnp.argmax(time > 0.0, axis=1)
-  place = jnp.arange(token.shape[1])
-  ended = (token == tokenizers.DOCUMENT) & (place >= texts.begin[:, None]) & (place < length[:, None]) & ~texts.fixed
-  return texts.replace(
-    token=token,
+  position = jnp.arange(tokens.shape[1])
+  written = (position >= state.prompt_end[:, None]) & (position < length[:, None]) & ~state.given
+  ended = is_any_of(tokens, state.end_ids) & written
+  return state.replace(
+    tokens=tokens,
     time=time,
     length=length,
     passes=passes,
-    settled=jnp.where(newly, passes[:, None], texts.settled),
-    done=texts.done | (length >= texts.limit) | jnp.any(ended, axis=1),
+    committed_pass=jnp.where(newly_known, passes[:, None], state.committed_pass),
+    done=state.done | (length >= state.max_length) | jnp.any(ended, axis=1),
   )

@@ -11,6 +11,7 @@ T tokens of any run.
 
 from collections.abc import Callable
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,8 @@ class Step:
   ) -> "Step":
     """The step to progressions `time_next` (..., T), with standard normal `noise` (..., T, M) and, if `antithetic`,
     with -`noise`, too."""
+    chex.assert_equal_shape([latent.time, token, time_next])
+    chex.assert_equal_shape([latent.y, noise])
     d = jnp.maximum(precision_at(warp, time_next) - precision_at(warp, latent.time), 0.0)
     ends = tuple(
       latent.y + latents_lib.observe(codes_VxM, token, d, n) for n in ([noise, -noise] if antithetic else [noise])
@@ -162,6 +165,8 @@ def path_nll(
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
   None: the field is called with the latents alone.
   """
+  chex.assert_rank(codes_VxM, 2)
+  chex.assert_type(token, int)
   dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
 
   def step(path: _PathState, index: jax.Array) -> _PathState:
@@ -241,6 +246,7 @@ def sequence_nll(
   learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream.
   """
   tokens = batch.tokens
+  chex.assert_rank(tokens, 2)
   B, L = tokens.shape[0], tokens.shape[1] - 1
   hidden, cache = None, None
   if policy is None or size < L:  # a window of the whole sequence has no past

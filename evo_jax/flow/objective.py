@@ -88,6 +88,7 @@ def training_loss(
     windows of each path.
   """
   chex.assert_rank(batch.tokens, 2)
+  chex.assert_type(batch.tokens, int)
   if draw is None:
     return _autoregression(net, batch, counts, config)
   B, T = batch.tokens.shape

@@ -12,6 +12,7 @@ Letters in names: B sequences, T tokens of a window, V vocabulary, M code elemen
 
 from collections.abc import Callable
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ def step_latents(
 
   key: one for all, or (B,), one for each row of the first axis, so that a row's draws do not depend on the others.
   """
+  chex.assert_equal_shape([solver.precision, time, time_next])
   code = latents_lib.expected_code(log_belief, codes_VxM)
   moves = (time_next > 0.0) & (time_next < time)
   precision = jnp.where(moves, jnp.maximum(precision_at(warp, time_next), solver.precision), solver.precision)

@@ -1,0 +1,78 @@
+"""A model on its devices, and the programs that decode with it: the one place that compiles."""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax.decoding.state import DecodingState
+from evo_jax.network import evo
+from evo_jax.parallel import sharding
+from evo_jax.run import Run
+
+
+class DeviceModel:
+  """A model laid out over a mesh for decoding, and programs over it, each compiled once, before its first run."""
+
+  def __init__(self, run: Run, mesh: jax.sharding.Mesh):
+    self.mesh = mesh
+    self.compile_seconds = 0.0
+    self._replicated = sharding.replicated(mesh)
+    self._model = run.model.clone(stacked=False, layout=sharding.Layout.of(mesh))
+    init = run.model.clone(stacked=False, layout=sharding.Layout()).init
+    boxed = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    shardings = sharding.shardings(mesh, boxed)
+    self._params = jax.jit(evo.unstack_layers, out_shardings=shardings)(run.params)
+    self._statistics = jax.jit(lambda s: s, out_shardings=self._replicated)(run.statistics)
+    self._replicate = jax.jit(lambda x: x, out_shardings=self._replicated)
+    self._compiled = {}
+
+  @property
+  def vocab_rows(self) -> int:
+    """V: rows of the model's tables."""
+    return self._model.rows
+
+  @property
+  def row_multiple(self) -> int:
+    """A batch's rows must be a multiple of this."""
+    return sharding.batch_shards(self.mesh)
+
+  def run(self, name: tuple, program: Callable, *args: Any) -> Any:
+    """program(net, statistics, *args), compiled once for each name, and structure, shapes and dtypes of the arguments.
+
+    The name must tell programs apart that differ in what they close over. Decoding states among the arguments are
+    donated; those among the results are sharded by rows, all else is replicated.
+    """
+    signature = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+    key = (name, jax.tree.structure(args), signature)
+    args = (self._params, self._statistics, *args)
+    if key not in self._compiled:
+      start = time.perf_counter()
+      self._compiled[key] = self._compile(program, args)
+      self.compile_seconds += time.perf_counter() - start
+    return self._compiled[key](*args)
+
+  def _compile(self, program: Callable, args: tuple) -> Callable:
+    def with_model(params, statistics, *args):
+      return program(self._model.bind({"params": params}), statistics, *args)
+
+    is_state = lambda value: isinstance(value, DecodingState)
+    layout = jax.tree.map(self._layout, jax.eval_shape(with_model, *args), is_leaf=is_state)
+    donated = tuple(i for i, arg in enumerate(args) if is_state(arg))
+    return jax.jit(with_model, out_shardings=layout, donate_argnums=donated).lower(*args).compile()
+
+  def _layout(self, value: Any) -> Any:
+    if not isinstance(value, DecodingState):
+      return self._replicated
+    over = lambda *names: jax.sharding.NamedSharding(self.mesh, sharding.RULES.spec(names))
+    # A flat cache, of a single device, has no axis of its own for heads.
+    cache = self._replicated if self.mesh.size == 1 else over("batch", "kv_heads", None, None)
+    rows = jax.tree.map(lambda _: over("batch"), value)
+    return rows.replace(k=(cache,) * len(value.k), v=(cache,) * len(value.v))
+
+  def to_host(self, value: Any) -> Any:
+    """The value with numpy arrays, also where other processes hold parts of it. Copies, since states are donated."""
+    return jax.tree.map(np.array, self._replicate(value) if jax.process_count() > 1 else value)

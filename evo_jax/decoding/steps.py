@@ -1,0 +1,129 @@
+"""The host's steps: each takes a batch some passes on by a compiled program. One function for each mode."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax.decoding import modes, speculative
+from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.logits import LogitsProcessor
+from evo_jax.decoding.modes import WindowSchedule
+from evo_jax.decoding.settings import MAX_DRAFT, Sampling
+from evo_jax.decoding.state import DecodingState
+
+_PASSES = 8  # between two looks of the host
+_DRAFT_SIZES = (1, 2, 3, 4, 6, 8, 12, MAX_DRAFT)  # for which programs are compiled
+
+
+@dataclasses.dataclass
+class RunningBatch:
+  """A batch that is being decoded, as the host holds it; the steps replace its state.
+
+  schedule: of windows, in modes that have them. stopped: (B,) bool, rows that the host has ended. infill: whether gaps
+  are filled. window: of flow that is traced, the schedule of the windows on their way and the number of their next
+  pass; None: new ones are to begin.
+  """
+
+  sampling: Sampling
+  schedule: WindowSchedule | None
+  processor: LogitsProcessor
+  state: DecodingState
+  stopped: np.ndarray
+  infill: bool
+  window: tuple[WindowSchedule, int] | None = None
+
+  @property
+  def traced(self) -> bool:
+    """Whether the host looks after every pass."""
+    return self.state.top_tokens is not None
+
+  @property
+  def passes(self) -> int:
+    """Passes of one step, in modes in which a step is a number of passes."""
+    return 1 if self.traced else _PASSES
+
+
+def ar_step(device: DeviceModel, batch: RunningBatch) -> None:
+  """Some passes, one token each."""
+  passes = batch.passes
+
+  def program(net, statistics, state, processor):
+    return modes.run_passes(lambda state: modes.ar_pass(net, state, processor), state, passes)
+
+  batch.state = _run(device, batch, ("ar", passes), program)
+
+
+def adaptive_step(device: DeviceModel, batch: RunningBatch) -> None:
+  """Some passes of the sliding window."""
+  passes, infill = batch.passes, batch.infill
+
+  def program(net, statistics, state, processor, schedule):
+    step = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor, infill)
+    return modes.run_passes(step, state, passes)
+
+  batch.state = _run(device, batch, ("adaptive", passes, infill), program, batch.schedule)
+
+
+def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
+  """Some rounds, over as many drafted tokens as the row that drafts most; then draft lengths are adapted."""
+  passes, draft_passes = batch.passes, batch.sampling.draft_passes
+  done, length = device.to_host((batch.state.done, batch.state.draft.length))
+  wanted = int(np.max(np.where(done, 1, length)))
+  tokens = min(next(size for size in _DRAFT_SIZES if size >= wanted), batch.sampling.draft)
+
+  def program(net, statistics, state, processor):
+    step = lambda state: speculative.verify_round(net, statistics, state, processor, tokens, draft_passes)
+    return speculative.adapt_draft_length(modes.run_passes(step, state, passes))
+
+  batch.state = _run(device, batch, ("verify", passes, tokens), program)
+
+
+def flow_step(device: DeviceModel, batch: RunningBatch) -> None:
+  """A window to its end; where a trace is wanted, one pass of it."""
+  if batch.traced:
+    _flow_pass(device, batch)
+  else:
+    batch.state = _run(device, batch, ("flow",), _flow_window, batch.schedule)
+
+
+STEPS: dict[str, Callable[[DeviceModel, RunningBatch], None]] = {
+  "ar": ar_step,
+  "flow": flow_step,
+  "adaptive": adaptive_step,
+  "verify": verify_step,
+}
+
+
+def _flow_window(net, statistics, state, processor, schedule):
+  return modes.flow_window(net, statistics, state, schedule, processor)
+
+
+def _flow_pass(device: DeviceModel, batch: RunningBatch) -> None:
+  def first(net, statistics, state, processor, schedule):
+    state, schedule = modes.flow_first_pass(net, statistics, state, schedule, processor)
+    return state, schedule, modes.window_unfinished(state, schedule.size)
+
+  def following(net, statistics, state, processor, schedule, index):
+    state = modes.flow_next_pass(net, statistics, state, schedule, processor, index)
+    return state, modes.window_unfinished(state, schedule.size)
+
+  if batch.window is None:
+    index = 0
+    batch.state, schedule, unfinished = _run(device, batch, ("flow first",), first, batch.schedule)
+  else:
+    schedule, index = batch.window
+    batch.state, unfinished = _run(device, batch, ("flow next",), following, schedule, np.int32(index))
+  batch.window = (schedule, index + 1) if device.to_host(unfinished) else None
+
+
+def _run(device: DeviceModel, batch: RunningBatch, name: tuple, program: Callable, *extra: Any) -> Any:
+  """program(net, statistics, state, processor, *extra) on the batch, where rows that the host has stopped are done."""
+
+  def stopping(net, statistics, state, processor, stopped, *extra):
+    state = state.replace(done=jnp.logical_or(state.done, stopped))
+    return program(net, statistics, state, processor, *extra)
+
+  return device.run(name, stopping, batch.state, batch.processor, batch.stopped, *extra)
