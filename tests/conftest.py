@@ -176,7 +176,7 @@ def pytest_addoption(parser):
 
 
 # Files that take minutes, the longest first.
-_LONG = ("processes", "decode", "step", "commands", "train", "model", "sample", "mesh", "objective", "colab", "hlo")
+_LONG = ("processes", "decode", "commands", "step", "train", "model", "sample", "mesh", "hlo", "colab", "objective")
 
 
 def pytest_collection_modifyitems(config, items):

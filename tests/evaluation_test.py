@@ -1,14 +1,18 @@
-"""The evaluator: sums and counts over sequences of which some tokens may not count; the path gap."""
+"""The evaluator: sums and counts over sequences of which some tokens may not count; path gap; inferred progression."""
 
 from conftest import small_config
 import jax
+from model_test import build
 import numpy as np
 import pytest
+from step_test import LEARNED
 
 from evo_jax import config as config_lib
+from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.evaluation import paths as paths_lib
+from evo_jax.evaluation import progression
 from evo_jax.parallel import sharding
 from evo_jax.training import state as state_lib
 
@@ -70,3 +74,16 @@ def test_the_gap_extrapolates_the_two_longest_diagonals():
   gap = {entry["path"]: entry["gap"] for entry in paths_lib.path_gap(table)}
   assert gap == pytest.approx({"diagonal:1": 2.5, "diagonal:4": 1.0, "diagonal:16": 0.625, "diagonal:inf": 0.5})
   assert not paths_lib.path_gap(table[1:]) and not paths_lib.path_gap(table[:2])
+
+
+def test_inferred_times_fall_from_one_to_zero_for_each_token():
+  net, statistics, config = build(257, **LEARNED)
+  tokenizer = tokenizers.Bytes()
+  run = run_lib.Run(config, tokenizer, net.clone(), net.variables["params"], statistics, 0)
+  sequence = np.random.default_rng(0).integers(1, 257, 33).astype(np.int32)
+  entries = progression.infer_progression(run, sequence, 8, 4)
+  times = np.array([entry["times"] for entry in entries])
+  assert times.shape == (32, 5) and (times[:, 0] == 1).all() and (times[:, -1] == 0).all()
+  assert (np.diff(times) <= 0).all() and np.ptp(times[:, 2]) > 0.01  # each token has its own
+  assert all(0 < entry["half"] < 1 for entry in entries)
+  assert len(progression.format_progression(entries, tokenizer, 8).splitlines()) == 1 + 4 + 32
