@@ -11,67 +11,17 @@ import gzip
 import io
 import lzma
 import os
+import re
 from typing import BinaryIO
 import zlib
 
 from evo_jax.errors import UserError
 
 LINES = (".jsonl", ".ndjson", ".json")  # a JSON object for each line
-_REFUSED = (  # as far as people keep them beside text
-  ".7z",
-  ".arrow",
-  ".avro",
-  ".br",
-  ".bmp",
-  ".db",
-  ".doc",
-  ".docx",
-  ".epub",
-  ".feather",
-  ".gguf",
-  ".gif",
-  ".h5",
-  ".hdf5",
-  ".jpeg",
-  ".jpg",
-  ".lz",
-  ".lz4",
-  ".mp3",
-  ".mp4",
-  ".npy",
-  ".npz",
-  ".odt",
-  ".orc",
-  ".parquet",
-  ".pdf",
-  ".pickle",
-  ".pkl",
-  ".png",
-  ".ppt",
-  ".pptx",
-  ".pt",
-  ".pth",
-  ".pyc",
-  ".rar",
-  ".safetensors",
-  ".snappy",
-  ".sqlite",
-  ".sz",
-  ".tar",
-  ".tbz",
-  ".tbz2",
-  ".tfrecord",
-  ".tgz",
-  ".txz",
-  ".tzst",
-  ".wav",
-  ".webp",
-  ".whl",
-  ".xls",
-  ".xlsx",
-  ".z",
-  ".zip",
-  ".zipx",
+_REFUSED = re.compile(
+  r"\.(7z|arrow|avro|br|bmp|db|doc|docx|epub|feather|gguf|gif|h5|hdf5|jpeg|jpg|lz|lz4|mp3|mp4|npy|npz|odt"
+  r"|orc|parquet|pdf|pickle|pkl|png|ppt|pptx|pt|pth|pyc|rar|safetensors|snappy|sqlite|sz|tar|tbz|tbz2"
+  r"|tfrecord|tgz|txz|tzst|wav|webp|whl|xls|xlsx|z|zip|zipx)"
 )
 _FIRST_BYTES = {
   b"\x1f\x8b\x08": "gzip data (name it .gz)",
@@ -111,7 +61,7 @@ def suffix_of(file: str) -> tuple[str, list[str]]:
 def check_name(file: str) -> None:
   """Raises UserError where the file's name tells that it cannot be read here."""
   suffix, compressions = suffix_of(file)
-  if suffix in _REFUSED:
+  if _REFUSED.fullmatch(suffix):
     raise UserError(
       f"{shown(file)}: {suffix} files cannot be read; give plain text or .jsonl, which may be compressed ({_READABLE})"
     )
