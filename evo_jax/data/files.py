@@ -11,6 +11,8 @@ from evo_jax.data import formats
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
+_COMMAS = 32  # of a file's name that are looked for
+
 
 def find_sources(path: str, field: str) -> list[tuple[str, list[str]]]:
   """The sources of a comma-separated list: the pattern and the sorted files of each. Raises UserError, naming `field`.
@@ -43,7 +45,7 @@ def _split(path: str) -> list[str]:
   """The patterns of a comma-separated list; a comma that is part of an existing file's name separates nothing."""
   pieces, patterns = path.split(","), []
   while pieces:
-    joined = ((n, _as_it_stands(",".join(pieces[:n]))) for n in range(len(pieces), 1, -1))
+    joined = ((n, _as_it_stands(",".join(pieces[:n]))) for n in range(min(len(pieces), _COMMAS), 1, -1))
     count, name = next(((n, name) for n, name in joined if name), (1, None))
     patterns.append(name or _as_it_stands(pieces[0]) or pieces[0].strip())
     del pieces[:count]

@@ -142,7 +142,7 @@ class SentencePiece:
     self.identity = f"sentencepiece:{hashlib.sha256(self.proto).hexdigest()[:16]}"
     self._space = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
     ids = self.encode(_PROBE)
-    if self.decode(ids) != _PROBE or self.lengths()[ids].sum() != len(_PROBE.encode()):
+    if self.decode(ids) != _PROBE or sum(map(self._piece_length, ids.tolist())) != len(_PROBE.encode()):
       raise UserError(f"{self.path}: does not keep text as it is; train a model with python -m evo_jax.tokenizer")
 
   def encode(self, text: str | bytes) -> np.ndarray:
