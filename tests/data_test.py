@@ -296,6 +296,18 @@ def test_short_text_is_padded_and_only_its_tokens_count():
     assert 0 < (training.counted.sum(axis=1) == 4).sum() < 8 and training.counted.shape == (8, 9)
 
 
+def test_held_out_text_may_be_shorter_than_a_sequence(tmp_path):
+  for i in range(25):
+    write(tmp_path / f"{i:02d}.txt", f"{i:02d}: twenty-five letters!!"[:25])
+  corpora = load(tmp_path / "*.txt")
+  (batch,) = take_batches(batches_lib.training_stream(corpora, config_lib.Data(batch_size=2), 128), 1)
+  assert batch.tokens.shape == (2, 129) and batch.counted is None
+  for split, first in (("valid", "09"), ("test", "19")):
+    held_out = batches_lib.held_out(corpora, split, 128)
+    assert held_out.tokens.shape == (1, 129) and held_out.counted[:, 1:].sum() == len(corpora[0].tokens[split]) == 26
+    assert BYTES.decode(held_out.tokens[0, 1:]).startswith(first)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
   """A run on one document of 30 bytes: 27 for training, 1 for validation; its context is 32."""

@@ -71,13 +71,23 @@ def _matches(pattern: str, field: str) -> list[str]:
   name = os.path.expanduser(pattern)
   if os.path.isdir(name):
     raise UserError(f"{field}: {pattern!r} is a folder; give the files in it, as in {os.path.join(pattern, '*.txt')!r}")
-  if not os.path.lexists(name):
+  if not _exists(name, field):
     root = os.sep if name.startswith(os.sep) else ""
     found = sorted(set(_expand(root, name.strip(os.sep).split(os.sep))))
     return [file for file in found if stat.S_ISREG(_stat(file).st_mode)]
   if not (stat.S_ISREG(_stat(name).st_mode) or stat.S_ISFIFO(_stat(name).st_mode)):
     raise UserError(f"{field}: {pattern!r} is neither a file nor a pipe")
   return [name]
+
+
+def _exists(name: str, field: str) -> bool:
+  try:
+    os.lstat(name)
+  except PermissionError as error:
+    raise UserError(f"{field}: {name!r} cannot be read: {error.strerror}") from error
+  except (OSError, ValueError):  # a name that no file has, or can have
+    return False
+  return True
 
 
 def _expand(folder: str, parts: list[str]) -> Iterator[str]:

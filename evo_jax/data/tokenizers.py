@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 from typing import Protocol
+import uuid
 
 from etils import epath
 import numpy as np
@@ -214,7 +215,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed
   if not 1 <= vocab_size < 2**31:
     raise UserError(f"--vocab_size={vocab_size}: is not in 1..2147483647")
   folder = epath.Path(output)
-  temporary = folder / f".{MODEL_FILE}.tmp"
+  temporary = folder / f".{MODEL_FILE}.{uuid.uuid4().hex}"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(b"")  # before the work, not after it
