@@ -1,30 +1,73 @@
-"""Readers: text files to documents, of which bad ones are skipped, counted and reported.
+"""Readers: files to documents, of which bad ones are skipped, counted and reported.
 
-A document is a file of plain text, or the field "text" of a line of a .jsonl, .ndjson or .json file; text is UTF-8,
-with or without a byte order mark.
+A document is a file of plain text, a field ("text") of a line of a .jsonl, .ndjson or .json file, or of a row of a
+.parquet file; text is UTF-8, with or without a byte order mark.
 """
 
 import codecs
 import collections
 from collections.abc import Iterator
 import dataclasses
-import json
+from typing import NamedTuple
 
-from evo_jax.data import formats
+from evo_jax.data import json_lines
+from evo_jax.data.blocks import EMPTY, Block, read_blocks
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
-_BAD_SHARE = 0.1  # of more bad documents than this the files are probably of another kind
-_EMPTY = "is empty"
-_UTF32 = "is UTF-32 text; convert it to UTF-8"
-_UTF16 = "is UTF-16 text; convert it to UTF-8"
-_MARKS = {  # the first of UTF-32 begins as that of UTF-16 does
-  codecs.BOM_UTF32_LE: _UTF32,
-  codecs.BOM_UTF32_BE: _UTF32,
-  codecs.BOM_UTF16_LE: _UTF16,
-  codecs.BOM_UTF16_BE: _UTF16,
-}
-_JSON = json.JSONDecoder(parse_int=float)  # a number's size does not matter, and int refuses thousands of digits
+BAD_SHARE = 0.1  # of more bad documents than this the files are probably of another kind
+FIELD = "text"
+
+
+class Document(NamedTuple):
+  """text: None of a bad document, bytes where text need not be UTF-8. place: of a bad one, in its file."""
+
+  text: str | bytes | None
+  problem: str = ""
+  place: str = ""
+
+
+@dataclasses.dataclass
+class Tally:
+  """Counts documents. skipped: the bad ones by reason. first: one line about the first of them."""
+
+  documents: int = 0
+  skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  first: str = ""
+
+  def add(self, file: str, document: Document) -> None:
+    self.documents += 1
+    if document.problem:
+      self.first = self.first or f"{shown(file)}: {document.place}{document.problem}"
+      self.skipped[document.problem.split(" (")[0].split(";")[0]] += 1
+
+  def update(self, other: "Tally") -> None:
+    """Adds what was counted behind what has been."""
+    self.documents += other.documents
+    self.skipped.update(other.skipped)
+    self.first = self.first or other.first
+
+  def check(self, source: str, share: float, complete: bool = True) -> None:
+    """Raises UserError where more than a share of the documents, empty files aside, is bad; where it is 0, any is.
+
+    complete: whether all have been counted; a source without a good one is refused, too.
+    """
+    count = self.skipped.total()
+    if count and not share:
+      raise UserError(self.first)
+    if complete and self.documents == 0:
+      raise UserError(f"{source}: no line has text")
+    if (complete and count == self.documents) or count - self.skipped[EMPTY] > share * self.documents:
+      raise UserError(self.first if self.documents == 1 else f"{source}: {self._report('cannot be used')}")
+
+  @property
+  def report(self) -> str:
+    """What was skipped, in one line; "" for nothing."""
+    return self._report("are skipped") if self.skipped.total() else ""
+
+  def _report(self, what: str) -> str:
+    reasons = ", ".join(f"{reason}: {number:,}" for reason, number in self.skipped.most_common())
+    return f"{self.skipped.total():,} of {self.documents:,} documents {what} ({reasons}); the first: {self.first}"
 
 
 @dataclasses.dataclass
@@ -42,89 +85,71 @@ class Reader:
   files: list[str]
   binary: bool
   strict: bool = False
+  field: str = FIELD
   report: str = dataclasses.field(default="", init=False)
 
   def __iter__(self) -> Iterator[str | bytes | None]:
-    total, bad, first = 0, collections.Counter(), ""
+    tally = Tally()
     for file in self.files:
-      for text, problem, line in _read(file, self.binary):
-        total += 1
-        if problem:
-          first = first or f"{shown(file)}: {f'line {line} ' if line else ''}{problem}"
-          bad[problem.split(" (")[0].split(";")[0]] += 1
-          if self.strict:
-            raise UserError(first)
-        yield text
-    if total == 0:
-      raise UserError(f"{self.source}: no line has text")
-    count = bad.total()
-    reasons = ", ".join(f"{reason}: {number:,}" for reason, number in bad.most_common())
-    what = f"{count:,} of {total:,} documents {{}} ({reasons}); the first: {first}"
-    if count == total or count - bad[_EMPTY] > _BAD_SHARE * total:
-      raise UserError(first if total == 1 else f"{self.source}: {what.format('cannot be used')}")
-    if count:
-      self.report = what.format("are skipped")
+      for document in self._read(file):
+        tally.add(file, document)
+        if self.strict:
+          tally.check(self.source, 0, complete=False)
+        yield document.text
+    tally.check(self.source, BAD_SHARE)
+    self.report = tally.report
+
+  def _read(self, file: str) -> Iterator[Document]:
+    parts = []
+    for block in read_blocks(file, self.field, self.binary):
+      if block.form == "text" and not (block.begins and block.ends):
+        parts.append(block.content)
+        if block.ends:
+          block, parts = dataclasses.replace(block, begins=True, content=b"".join(parts)), []
+        else:
+          continue
+      yield from documents_of(block, self.field, self.binary)
 
 
-def _read(file: str, binary: bool) -> Iterator[tuple[str | bytes | None, str, int]]:
-  """(text, "", line), or (None, its problem, line), of each document in a file; line 0 is the file as a whole."""
-  raw = formats.read_content(file).removeprefix(codecs.BOM_UTF8)
-  has_lines = formats.suffix_of(file)[0] in formats.LINES
-  if not raw.strip():
-    yield None, _EMPTY, 0
-  elif problem := next((problem for mark, problem in _MARKS.items() if raw.startswith(mark)), None):
-    if has_lines:  # it would count as one document
-      raise UserError(f"{shown(file)}: {problem}")
-    yield None, problem, 0
-  elif has_lines:
-    _check_lines(file, raw)
-    yield from _read_lines(raw)
-  else:
-    text, problem = (raw, "") if binary else _decode(raw)
-    yield text, problem, 0
+def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
+  """The documents of a block that holds them whole. Empty lines and texts are no documents."""
+  if block.form == "lines":
+    yield from _documents_of_lines(block, field)
+  elif block.form == "rows":
+    yield from _documents_of_rows(block, field)
+  elif block.problem:
+    yield Document(None, block.problem, f"line {block.first} " if block.first else "")
+  elif block.content:
+    yield Document(block.content) if binary else Document(*_decode(block.content))
 
 
-def _check_lines(file: str, raw: bytes) -> None:
-  """Raises UserError where a .json file is one JSON value, not a value for each line."""
-  if formats.suffix_of(file)[0] != ".json":
-    return
-  text = raw.decode(errors="replace").strip()
-  try:
-    _, end = _JSON.raw_decode(text)
-  except (ValueError, RecursionError):
-    return
-  if text[0] != "{" or {"\n", "\r"} & set(text[:end]):
-    raise UserError(f"{shown(file)}: is one JSON value; documents are lines of JSON (.jsonl), one object each")
-
-
-def _read_lines(raw: bytes) -> Iterator[tuple[str | None, str, int]]:
-  """The field "text" of each line; empty lines and texts are no documents."""
-  for number, line in enumerate(raw.splitlines(), 1):
+def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
+  for number, line in enumerate(block.content.splitlines(), block.first):
     line = line.removeprefix(codecs.BOM_UTF8)
     if line.strip():
       text, problem = _decode(line)
-      text, problem = (None, problem) if problem else _text_field(text)
-      if text or problem:
-        yield text, problem, number
+      if not problem:
+        try:
+          text = json_lines.text_field(text, field)
+        except json_lines.BadLine as error:
+          text, problem = None, str(error)
+      if problem:
+        yield Document(None, problem, f"line {number} ")
+      elif text:
+        yield Document(text)
 
 
-def _text_field(line: str) -> tuple[str | None, str]:
-  """The text of a line, or its problem."""
-  try:
-    value = _JSON.decode(line)
-  except json.JSONDecodeError as error:
-    return None, f"is not JSON ({error.msg})"
-  except RecursionError:
-    return None, "is JSON that is nested too deeply"
-  if not isinstance(value, dict) or "text" not in value:
-    return None, "has no field 'text'"
-  if not isinstance(value["text"], str):
-    return None, "has no string in field 'text'"
-  try:
-    value["text"].encode()
-  except UnicodeEncodeError:  # a lone surrogate, which JSON can escape
-    return None, "has a field 'text' that is not valid Unicode"
-  return value["text"], ""
+def _documents_of_rows(block: Block, field: str) -> Iterator[Document]:
+  import pyarrow
+
+  column = pyarrow.ipc.open_stream(block.content).read_all().column(0)
+  for number, value in enumerate(column, block.first):
+    raw = value.as_buffer()
+    text, problem = (None, f"has no string in column '{field}'") if raw is None else _decode(raw.to_pybytes())
+    if problem:
+      yield Document(None, problem, f"row {number} (row group {block.row_group}) ")
+    elif text:
+      yield Document(text)
 
 
 def _decode(raw: bytes) -> tuple[str | None, str]:

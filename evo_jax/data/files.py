@@ -7,22 +7,25 @@ from pathlib import Path
 import stat
 import sysconfig
 
-from evo_jax.data import formats
+from evo_jax.data import formats, storage
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
 _COMMAS = 32  # of a file's name that are looked for
 
 
-def find_sources(path: str, field: str) -> list[tuple[str, list[str]]]:
+def find_sources(path: str, field: str, seen: set | None = None) -> list[tuple[str, list[str]]]:
   """The sources of a comma-separated list: the pattern and the sorted files of each. Raises UserError, naming `field`.
 
   A pattern is the name of a file, a glob, or "stdlib", Python's standard library. What exists under a name as it stands
   is meant, though the name has commas, brackets or spaces at its ends; in a glob, `?` stands for a comma, too. `**` is
   any number of folders. As in a shell, patterns match no hidden names, and links are followed, but no folder is read
-  twice. A file that can be reached by several names, or from several sources, counts once, where it comes first.
+  twice. A file that can be reached by several names, or from several sources, counts once, where it comes first. Globs
+  with a protocol (gs://BUCKET/**/*.jsonl.zst, hf://datasets/OWNER/NAME/*.parquet) are looked up there.
+
+  seen: identities of files that are in sources before these; those of these are added.
   """
-  sources, seen = [], set()
+  sources, seen = [], set() if seen is None else seen
   for pattern in _split(path):
     found = _standard_library() if pattern == "stdlib" else _matches(pattern, field)
     if not found:
@@ -68,6 +71,8 @@ def _standard_library() -> list[str]:
 
 def _matches(pattern: str, field: str) -> list[str]:
   """The file or pipe of that name, or the sorted files (no folders, pipes, sockets) that match."""
+  if "://" in pattern:
+    return _remote_matches(pattern, field)
   name = os.path.expanduser(pattern)
   if os.path.isdir(name):
     raise UserError(f"{field}: {pattern!r} is a folder; give the files in it, as in {os.path.join(pattern, '*.txt')!r}")
@@ -88,6 +93,16 @@ def _exists(name: str, field: str) -> bool:
   except (OSError, ValueError):  # a name that no file has, or can have
     return False
   return True
+
+
+def _remote_matches(pattern: str, field: str) -> list[str]:
+  """The sorted URLs of the files that match."""
+  files, path = storage.open_filesystem(pattern)
+  try:
+    found = files.glob(path, detail=True)
+  except Exception as error:  # OSError; libraries for buckets raise others, too
+    raise UserError(f"{field}: {pattern!r} cannot be looked up: {storage.reason(error)}") from error
+  return sorted(files.unstrip_protocol(name) for name, entry in found.items() if entry["type"] == "file")
 
 
 def _expand(folder: str, parts: list[str]) -> Iterator[str]:
@@ -129,6 +144,8 @@ def _names(folder: str) -> list[str]:
 
 def _identity(file: str) -> tuple[int, int] | str:
   """What the names of one file have in common. Raises UserError where it cannot be read."""
+  if "://" in file:
+    return file
   status = _stat(file)
   return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(file)
 

@@ -5,22 +5,26 @@ in upper or lower case, and by their first bytes, and refused. All other names t
 """
 
 import bz2
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import gzip
+import importlib
 import io
 import lzma
 import os
 import re
+import stat
 from typing import BinaryIO
 import zlib
 
+from evo_jax.data import storage
 from evo_jax.errors import UserError
 
 LINES = (".jsonl", ".ndjson", ".json")  # a JSON object for each line
+ROWS = ".parquet"  # a document for each row
 _REFUSED = re.compile(
   r"\.(7z|arrow|avro|br|bmp|db|doc|docx|epub|feather|gguf|gif|h5|hdf5|jpeg|jpg|lz|lz4|mp3|mp4|npy|npz|odt"
-  r"|orc|parquet|pdf|pickle|pkl|png|ppt|pptx|pt|pth|pyc|rar|safetensors|snappy|sqlite|sz|tar|tbz|tbz2"
+  r"|orc|pdf|pickle|pkl|png|ppt|pptx|pt|pth|pyc|rar|safetensors|snappy|sqlite|sz|tar|tbz|tbz2"
   r"|tfrecord|tgz|txz|tzst|wav|webp|whl|xls|xlsx|z|zip|zipx)"
 )
 _FIRST_BYTES = {
@@ -63,72 +67,155 @@ def check_name(file: str) -> None:
   suffix, compressions = suffix_of(file)
   if _REFUSED.fullmatch(suffix):
     raise UserError(
-      f"{shown(file)}: {suffix} files cannot be read; give plain text or .jsonl, which may be compressed ({_READABLE})"
+      f"{shown(file)}: {suffix} files cannot be read; give plain text or .jsonl, also compressed ({_READABLE}), "
+      "or .parquet"
     )
+  if suffix == ROWS and compressions:
+    raise UserError(f"{shown(file)}: is a compressed .parquet file; decompress it: its columns are compressed anyway")
   if {".zst", ".zstd"} & set(compressions):
-    try:
-      import zstandard  # noqa: F401
-    except ImportError as error:
-      raise UserError(f"{shown(file)}: needs zstandard: pip install 'evo_jax[zstd]'") from error
+    _require(file, "zstandard", "zstd")
+  if suffix == ROWS:
+    _require(file, "pyarrow", "parquet")
 
 
-def read_content(file: str) -> bytes:
-  """A file's content without compression. Raises UserError for what is unreadable, cut off, damaged or not text."""
-  check_name(file)
-  raw = _decompressed(file)
-  what = next((what for first, what in _FIRST_BYTES.items() if raw.startswith(first)), None)
-  what = "a tar archive" if raw[257:262] == b"ustar" else what
-  if what:
-    raise UserError(f"{shown(file)}: is not text, but holds {what}")
-  return raw
-
-
-def _decompressed(file: str) -> bytes:
-  _, compressions = suffix_of(file)
+def _require(file: str, library: str, extra: str) -> None:
   try:
-    with contextlib.ExitStack() as stack:
-      stream = stack.enter_context(open(file, "rb"))
-      if not stream.peek(1):
-        return b""
-      for suffix in compressions:
-        stream = stack.enter_context(_OPENERS[suffix](stream))
-      return stream.read()
+    importlib.import_module(library)
+  except ImportError as error:
+    raise UserError(f"{shown(file)}: needs {library}: pip install 'evo_jax[{extra}]'") from error
+
+
+def size_of(file: str) -> int:
+  """Bytes of a file, local or remote, as it stands. Raises UserError where it cannot be read."""
+  return _status(file)[0]
+
+
+def version_of(file: str) -> str:
+  """Names the content that a file has now. Raises UserError where it cannot be read, or can be read only once."""
+  size, version = _status(file)
+  return f"{file if '://' in file else os.path.abspath(file)} {size} {version}"
+
+
+def _status(file: str) -> tuple[int, str]:
+  """Bytes, and what changes with the content."""
+  try:
+    if "://" in file:
+      files, path = storage.open_filesystem(file)
+      info = files.info(path)
+      marks = ("etag", "ETag", "md5Hash", "generation", "blob_id", "last_commit", "mtime", "created")
+      return int(info["size"]), " ".join(str(info[mark]) for mark in marks if info.get(mark))
+    status = os.stat(file)
+  except Exception as error:  # OSError; libraries for buckets raise others, too
+    raise UserError(f"{shown(file)}: cannot be read: {storage.reason(error)}") from error
+  if not stat.S_ISREG(status.st_mode):
+    raise UserError(f"{shown(file)}: is a pipe, which can be read only once; training needs files")
+  return status.st_size, str(status.st_mtime_ns)
+
+
+def open_file(file: str) -> BinaryIO:
+  """A file as it stands, local or remote."""
+  if "://" not in file:
+    return open(file, "rb")
+  files, path = storage.open_filesystem(file)
+  return files.open(path, "rb", block_size=_REMOTE_BLOCK)
+
+
+def read_chunks(file: str, size: int, moved: Callable[[int], None] = lambda position: None) -> Iterator[bytes]:
+  """A file's content without compression, in chunks of `size` bytes, but for the last.
+
+  Raises UserError for what is unreadable, cut off, damaged or not text. moved: is told how many bytes of the file, as
+  it stands, have been read.
+  """
+  check_name(file)
+  with _errors(file), contextlib.ExitStack() as stack:
+    raw = stack.enter_context(open_file(file))
+    stream = raw if hasattr(raw, "peek") else stack.enter_context(io.BufferedReader(raw, _BUFFER))
+    if stream.peek(1):
+      for suffix in suffix_of(file)[1]:
+        stream = stack.enter_context(io.BufferedReader(_OPENERS[suffix](stream), _BUFFER))
+    checked = False
+    while chunk := stream.read(size):
+      if not checked:
+        _check_first_bytes(file, chunk)
+        checked = True
+      moved(_position(raw))
+      yield chunk
+
+
+@contextlib.contextmanager
+def _errors(file: str) -> Iterator[None]:
+  """Turns what reading a file raises into a UserError that names it."""
+  try:
+    yield
+  except (UserError, GeneratorExit):
+    raise
   except EOFError as error:
     raise UserError(f"{shown(file)}: is cut off in the middle of the compressed data") from error
   except (zlib.error, lzma.LZMAError) as error:
     raise UserError(f"{shown(file)}: the compressed data is damaged ({error})") from error
   except OSError as error:
-    if error.errno is None:  # of gzip and bz2, that what they read is of another kind
+    if error.errno is None and "://" not in file:  # of gzip and bz2, that what they read is of another kind
       raise UserError(f"{shown(file)}: the compressed data is damaged ({error})") from error
-    raise UserError(f"{shown(file)}: cannot be read: {error.strerror or error}") from error
+    raise UserError(f"{shown(file)}: cannot be read: {storage.reason(error)}") from error
 
 
-def _open_zstd(stream: BinaryIO) -> BinaryIO:
-  """The content of all frames: the library's own streams end without a word where the data is cut off."""
-  import zstandard
-
-  new = lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-  content, frame, complete = io.BytesIO(), new(), True
+def _position(raw: BinaryIO) -> int:
   try:
-    while raw := stream.read(1 << 20):
-      while raw:
-        content.write(frame.decompress(raw))
-        raw, complete = frame.unused_data, frame.eof
-        frame = new() if complete else frame
-  except zstandard.ZstdError as error:
-    raise OSError(str(error)) from error
-  if not complete:
-    raise EOFError
-  content.seek(0)
-  return content
+    return raw.tell()
+  except OSError:  # a pipe
+    return 0
 
 
-_OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+def _check_first_bytes(file: str, raw: bytes) -> None:
+  what = next((what for first, what in _FIRST_BYTES.items() if raw.startswith(first)), None)
+  what = "a tar archive" if raw[257:262] == b"ustar" else what
+  if what:
+    raise UserError(f"{shown(file)}: is not text, but holds {what}")
+
+
+class _Zstd(io.RawIOBase):
+  """The content of all frames: the library's own streams end without a word where the data is cut off."""
+
+  def __init__(self, stream: BinaryIO):
+    import zstandard
+
+    self._new = lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    self._error = zstandard.ZstdError
+    self._stream, self._frame, self._complete = stream, self._new(), True
+    self._content, self._raw = memoryview(b""), b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._content:
+      self._raw = self._raw or self._stream.read(_ZSTD_PIECE)
+      if not self._raw:
+        if not self._complete:
+          raise EOFError
+        return 0
+      try:
+        self._content = memoryview(self._frame.decompress(self._raw))
+      except self._error as error:
+        raise OSError(str(error)) from error
+      self._raw, self._complete = self._frame.unused_data, self._frame.eof
+      if self._complete:
+        self._frame = self._new()
+    count = min(len(buffer), len(self._content))
+    buffer[:count] = self._content[:count]
+    self._content = self._content[count:]
+    return count
+
+
+_BUFFER = 1 << 17
+_ZSTD_PIECE = 1 << 14  # bytes that are decompressed at a time: rarely to more than a hundred times as many
+_REMOTE_BLOCK = 8 << 20
+_OPENERS: dict[str, Callable[[BinaryIO], io.RawIOBase]] = {
   ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
   ".xz": lzma.LZMAFile,
   ".lzma": lzma.LZMAFile,
   ".bz2": bz2.BZ2File,
-  ".zst": _open_zstd,
-  ".zstd": _open_zstd,
+  ".zst": _Zstd,
+  ".zstd": _Zstd,
 }
 _READABLE = ", ".join(_OPENERS)

@@ -74,7 +74,7 @@ class Split:
 class Source:
   """What one pattern of --input (all splits), --valid or --test (that split alone) gave.
 
-  skipped: by reason, how many documents could not be used; first_skipped: one line about the first of them.
+  skipped: by reason, how many documents could not be used. report: the same in one line, with the first of them.
   """
 
   name: str
@@ -83,7 +83,7 @@ class Source:
   inputs: str  # fingerprint of the files' names and sizes
   splits: dict[str, Split]  # those with tokens
   skipped: dict[str, int]
-  first_skipped: str
+  report: str
   duplicates: int
 
 

@@ -120,6 +120,12 @@ class Folder:
     with self.write(name) as file:
       file.write(content)
 
+  def scratch(self) -> str | None:
+    """A local folder for temporary files: this one, or None for the system's."""
+    if self.local:
+      os.makedirs(self._root, exist_ok=True)
+    return self._root if self.local else None
+
   def remove(self, name: str) -> None:
     """Removes a file or a folder with all that is in it, if it is there."""
     with self._errors(name, "removed"), contextlib.suppress(FileNotFoundError):

@@ -25,7 +25,10 @@ _NOT_TRAINED_ON = re.compile("[\x00\u2581\u2585]")  # the trainer leaves out lin
 
 
 class Tokenizer(Protocol):
-  """Text to token ids and back. Special ids stand for no text."""
+  """Text to token ids and back. Special ids stand for no text.
+
+  `encode` is told whether a text is the beginning of one: some tokenizers put a space there.
+  """
 
   vocab_size: int
   unit: str  # what `lengths` counts, the denominator of bits: "byte" or "character"
@@ -36,10 +39,11 @@ class Tokenizer(Protocol):
   end_ids: tuple[int, ...]  # any of them ends a text
   turn_end_ids: tuple[int, ...]  # any of them ends a turn of a conversation
 
-  def encode(self, text: str | bytes) -> np.ndarray: ...  # no special id is among the result
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...  # no special id is among the result
   def decode(self, tokens: np.ndarray) -> str: ...
   def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
   def lengths(self) -> np.ndarray: ...
+  def files(self) -> dict[str, bytes]: ...  # what `load_tokenizer` reads, by name
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
@@ -59,7 +63,7 @@ class Bytes:
   end_ids = (0,)
   turn_end_ids = ()
 
-  def encode(self, text: str | bytes) -> np.ndarray:
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray:
     """(n,) uint16 ids; text is taken as UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
     return np.frombuffer(raw, np.uint8).astype(np.uint16) + 1
@@ -77,6 +81,10 @@ class Bytes:
     """(vocab_size,) int64, bytes of text that each token stands for: 0 for special ids."""
     return _one_each(self)
 
+  def files(self) -> dict[str, bytes]:
+    """Nothing to be read."""
+    return {}
+
 
 class Chars27:
   """Space (token 1) and a-z, as in text8: text in lower case, each run of other characters replaced by one space."""
@@ -90,7 +98,7 @@ class Chars27:
   end_ids = (0,)
   turn_end_ids = ()
 
-  def encode(self, text: str | bytes) -> np.ndarray:
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray:
     """(n,) uint8 ids. Accepts any text."""
     text = text.decode() if isinstance(text, bytes) else text
     raw = np.frombuffer(text.lower().encode("ascii", errors="replace"), np.uint8)
@@ -110,6 +118,10 @@ class Chars27:
   def lengths(self) -> np.ndarray:
     """(vocab_size,) int64, characters that each token stands for: 0 for special ids."""
     return _one_each(self)
+
+  def files(self) -> dict[str, bytes]:
+    """Nothing to be read."""
+    return {}
 
 
 class SentencePiece:
@@ -146,7 +158,7 @@ class SentencePiece:
     if self.decode(ids) != _PROBE or sum(map(self._piece_length, ids.tolist())) != len(_PROBE.encode()):
       raise UserError(f"{self.path}: does not keep text as it is; train a model with python -m evo_jax.tokenizer")
 
-  def encode(self, text: str | bytes) -> np.ndarray:
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray:
     """(n,) ids, uint16 if the vocabulary fits, else uint32."""
     text = text.decode() if isinstance(text, bytes) else text
     first, *others = text.split(_SPACE)
@@ -172,6 +184,10 @@ class SentencePiece:
     lengths[special_ids(self)] = 0
     return lengths
 
+  def files(self) -> dict[str, bytes]:
+    """The model."""
+    return {MODEL_FILE: self.proto}
+
   def _piece_length(self, i: int) -> int:
     if self._processor.IsControl(i):
       return 0
@@ -180,12 +196,12 @@ class SentencePiece:
     return len(self._processor.IdToPiece(i).replace(_SPACE, " ").encode())
 
 
-def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
-  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
+def load_tokenizer(name: str, folder: str = "", field: str = "config.data.tokenizer_path") -> Tokenizer:
+  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError, naming `field`."""
   if name != "sentencepiece":
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
-    raise UserError("config.data.tokenizer_path: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
+    raise UserError(f"{field}: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
   return SentencePiece(folder)
 
 

@@ -1,0 +1,64 @@
+"""What a prepared data set holds: its manifest as a table, some documents, statistics of tokens."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from evo_jax.data import shards
+from evo_jax.data.shards import SPLITS, Manifest, TokenStream
+from evo_jax.data.tokenizers import Tokenizer, special_ids
+
+_SAMPLE = 1 << 20  # tokens of a split that statistics are taken from
+_SHOWN = 300  # characters of a document
+
+
+def table(manifest: Manifest) -> Iterator[str]:
+  """Lines: what was prepared how, and for each source and split the documents, tokens and bytes."""
+  yield f"fingerprint {manifest.fingerprint}; tokens of {manifest.tokenizer_identity} as {manifest.dtype}"
+  yield f"vocabulary of {manifest.vocab_size:,}, begin {manifest.begin_id}, separator {manifest.separator_id}"
+  yield "flags: " + " ".join(f"--{name}={value}" for name, value in manifest.flags.items() if value != "")
+  yield f"{'split':6}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'shards':>8}  source"
+  for source in manifest.sources:
+    for name in SPLITS:
+      if split := source.splits.get(name):
+        yield (
+          f"{name:6}{split.documents:>14,}{split.tokens:>18,}{split.text_bytes:>18,}{len(split.shards):>8,}"
+          f"  {source.name}"
+        )
+    if source.duplicates:
+      yield f"{source.name}: {source.duplicates:,} copies of documents before them are left out"
+    if source.report:
+      yield f"{source.name}: {source.report}"
+
+
+def statistics(stream: TokenStream, split: shards.Split, manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
+  """Lines about a split of a source: lengths of documents, bytes per token, byte and unknown tokens."""
+  tokens = stream.read(0, min(stream.length, _SAMPLE))
+  ends = np.flatnonzero(tokens == manifest.separator_id)
+  lengths = np.diff(np.concatenate([[-1], ends])) - 1
+  if len(lengths):
+    low, middle, high = np.percentile(lengths, [5, 50, 95]).astype(int)
+    yield f"  tokens per document: 5 % have at most {low:,}, half {middle:,}, 95 % {high:,}; longest {lengths.max():,}"
+  yield f"  bytes of text per token: {split.text_bytes / max(1, split.tokens - split.documents):.3f}"
+  counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+  counts[special_ids(tokenizer)] = 0
+  unknown = tokenizer.lengths() == 0
+  in_part = np.array([count and "\ufffd" in tokenizer.decode([i]) for i, count in enumerate(counts)], bool)
+  total = max(1, counts.sum())
+  yield (
+    f"  of the first {len(tokens):,} tokens {100 * counts[in_part].sum() / total:.3f} % are bytes of a character, "
+    f"{100 * counts[unknown].sum() / total:.3f} % unknown; {np.count_nonzero(counts):,} different ones"
+  )
+
+
+def documents(stream: TokenStream, manifest: Manifest, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+  """Lines: the beginnings of `count` documents, from places spread over the stream."""
+  for i in range(count):
+    start = stream.length * i // count
+    tokens = stream.read(start, min(8192, stream.length - start))
+    if start:  # in the middle of a document: the next one
+      ends = np.flatnonzero(tokens == manifest.separator_id)
+      tokens = tokens[ends[0] + 1 :] if len(ends) and ends[0] + 1 < len(tokens) else tokens
+    end = np.flatnonzero(tokens == manifest.separator_id)
+    text = tokenizer.decode(tokens[: end[0]] if len(end) else tokens)
+    yield f"  {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}"
