@@ -6,6 +6,7 @@ names it. Each section checks itself, `Config` what concerns several sections.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -19,6 +20,7 @@ REMAT_NAMES = ("qkv", "attention", "gate", "up")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
+TRACKERS = ("tensorboard", "wandb")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
 JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
@@ -212,25 +214,58 @@ class Optim(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
-  """Text. `path`: 'stdlib' or comma-separated globs of plain text, .jsonl, .ndjson or .json (an object for each line)
-  files, also compressed (.gz, .xz, .bz2, .zst); each glob is a source. `data/files.py` has the rules for odd names."""
+  """Text. `path`: folders that evo_jax.prepare wrote, globs of text files, or both, comma-separated; 'stdlib' is the
+  standard library of Python. Each glob, and each that a folder was prepared from, is a source. `data/files.py` has the
+  rules for odd names, `data/preparation.py` those of held-out text."""
 
   path: str = pinned("stdlib")
-  weights: tuple[float, ...] = pinned(())  # one per source; empty: in proportion to their tokens
+  weights: tuple[float, ...] = pinned(())  # of tokens, one per source; empty: in proportion to the sources' tokens
+  weight_changes: str = pinned("")  # STEP:W,W,...;STEP:W,W,...: other weights after so many steps
+  valid: str = ""  # of text files: globs of those for validation; then nothing else is held out
+  test: str = ""  # the same for testing
+  valid_share: float = 0.05  # of text files' documents, held out by a hash of their content
+  test_share: float = 0.05
   tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece
   tokenizer_path: str = ""  # folder of a trained SentencePiece model
   batch_size: int = pinned(16)  # sequences per step, over all processes
   seed: int = pinned(0)
   strict: bool = False  # whether a document that cannot be used is an error, instead of skipped and reported
-  threads: int = 2  # that read ahead
+  threads: int = 16  # that read ahead: a bucket answers after some hundredths of a second
 
   def check(self) -> None:
     self.require_positive("batch_size", "threads")
     self.require_not_negative("seed")
     self.require_choice("tokenizer", TOKENIZERS)
-    self.require(all(w > 0 for w in self.weights), "weights", "must be positive")
-    sources = sum(bool(name.strip()) for name in self.path.split(","))  # or fewer, if a file's name has a comma
-    self.require(len(self.weights) <= sources, "weights", f"has more weights than data.path has sources ({sources})")
+    self.require_not_negative("valid_share", "test_share")
+    self.require(
+      self.valid_share + self.test_share < 1, "valid_share", "with data.test_share leaves nothing to train on"
+    )
+    self.require(not self.weights or _are_weights(self.weights), "weights", "must be positive, or some of them 0")
+    changes = parse_weight_changes(self.weight_changes)
+    steps = [step for step, _ in changes]
+    self.require(steps == sorted({0, *steps} - {0}), "weight_changes", "must have ascending steps above 0")
+    counts = {len(weights) for _, weights in changes} | ({len(self.weights)} if self.weights else set())
+    self.require(len(counts) <= 1, "weight_changes", "must have one weight for each source, as data.weights has")
+
+
+def parse_weight_changes(value: str) -> list[tuple[int, tuple[float, ...]]]:
+  """(step, weights) of each change in data.weight_changes. Raises UserError."""
+  changes = []
+  for change in filter(None, value.split(";")):
+    step, _, weights = change.partition(":")
+    try:
+      changes.append((int(step), tuple(float(weight) for weight in weights.split(","))))
+    except ValueError as error:
+      raise UserError(
+        f"config.data.weight_changes: {change!r} is not STEP:WEIGHT,WEIGHT,..., a weight for each source"
+      ) from error
+    if not _are_weights(changes[-1][1]):
+      raise UserError(f"config.data.weight_changes: {change!r}: weights must be positive, or some of them 0")
+  return changes
+
+
+def _are_weights(weights: tuple[float, ...]) -> bool:
+  return all(0 <= weight < math.inf for weight in weights) and any(weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +276,19 @@ class Train(Section):
   seed: int = pinned(0)
   accumulate: int = 1  # microbatches per step
   log_every: int = 20
+  log_to: str = ""  # beside metrics.jsonl: tensorboard (files in WORKDIR/tensorboard), wandb, or both, by a comma
   checkpoint_every: int = 250
   checkpoints_kept: int = 2
   profile: str = ""  # START:STOP, the first and the last step of a trace, written to WORKDIR/profile
   eval_every: int = 250
 
+  @property
+  def trackers(self) -> list[str]:
+    """The names in `log_to`."""
+    return [name.strip() for name in self.log_to.split(",") if name.strip()]
+
   def check(self) -> None:
+    self.require(set(self.trackers) <= set(TRACKERS), "log_to", f"is not of {', '.join(TRACKERS)}")
     self.require_positive("steps", "accumulate", "checkpoints_kept")
     self.require_not_negative("log_every", "checkpoint_every", "eval_every", "seed")
     if self.profile:

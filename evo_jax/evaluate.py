@@ -95,11 +95,12 @@ def check_flags(args: flags.FlagValues) -> None:
 
 def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
   """The sequences to measure, at most `count` (0: all), and what to call them."""
+  split = args.split
   if args.data:
-    corpora = [corpora_lib.all_text(args.data, run.tokenizer, "--data", run.config.data.strict)]
-    split, source = "test", corpora[0].name
+    corpora = corpora_lib.load_text(args.data, "--data", run.config.data, run.tokenizer)
+    source = formats.shown(args.data)
   else:
-    corpora, split = corpora_lib.load_corpora(run.config.data, run.tokenizer), args.split
+    corpora = corpora_lib.load_corpora(run.config.data, run.tokenizer)
     source = f"{formats.shown(run.config.data.path)} ({split})"
     trained_on = checkpoint.read_config(checkpoint.resolve_workdir(args.workdir))["text"]
     if [corpus.fingerprint for corpus in corpora] != trained_on and jax.process_index() == 0:
@@ -137,8 +138,10 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "paths", "", f"Comma-separated paths; default: {','.join(GAP_PATHS)}, and learned:8 where the clock is learned."
   )
-  flags.DEFINE_string("data", "", "Text to measure: comma-separated globs; empty: the run's own held-out text.")
-  flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which of the run's held-out texts.")
+  flags.DEFINE_string(
+    "data", "", "Text to measure: comma-separated globs, or prepared folders; empty: the run's own held-out text."
+  )
+  flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run, or of a prepared folder.")
   flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")
   flags.DEFINE_integer("window", 0, "Tokens of a window; 0: as in training.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")

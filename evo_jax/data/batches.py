@@ -32,9 +32,7 @@ class TrainingText:
     self._rings = [order.Ring(size, length, (config.seed, i)) for i, size in enumerate(sizes)]
     self._mixture = order.Mixture(self._weights(sizes), config.batch_size)
 
-  def batches(
-    self, rows: Sequence[int] | None = None, start: int = 0, segments: bool = False
-  ) -> grain.DatasetIterator:
+  def batches(self, rows: Sequence[int] | None = None, start: int = 0, segments: bool = False) -> grain.DatasetIterator:
     """Endless batches from number `start` on. Reading raises UserError for text that is damaged, or cannot be read.
 
     A run that has made n steps resumes with start = n, on any number of processes, whichever rows each of them needs,
@@ -58,6 +56,11 @@ class TrainingText:
       .batch(len(rows), batch_fn=lambda sequences: _stack(sequences, self.corpora[0], self._length, segments))
     )
 
+  @property
+  def tokens(self) -> int:
+    """Of all corpora."""
+    return sum(ring.tokens for ring in self._rings)
+
   def epochs(self, batches: int) -> dict[str, float]:
     """How often each corpus has been read by so many batches of the run, by name."""
     taken = self._mixture.taken(batches * self._config.batch_size)
@@ -75,9 +78,7 @@ class TrainingText:
     return weights
 
 
-def held_out(
-  corpora: Sequence[Corpus], split: str, length: int, count: int = 0, segments: bool = False
-) -> Batch:
+def held_out(corpora: Sequence[Corpus], split: str, length: int, count: int = 0, segments: bool = False) -> Batch:
   """Consecutive sequences of a split, each of `length` tokens behind the begin token; the remainder is dropped.
 
   Where there is not even one, each corpus is one, padded with separators that do not count: `ar` gives its tokens the
@@ -87,7 +88,9 @@ def held_out(
   """
   lengths = [corpus.streams[split].length for corpus in corpora]
   if not any(lengths):
-    raise UserError(f"{', '.join(c.name for c in corpora)}: the {split} split has no text")
+    raise UserError(
+      f"{', '.join(c.name for c in corpora)}: the {split} split has no text (config.data.{split}_share, config.data.{split})"
+    )
   padded = max(lengths) < length
   counts = [bool(n) if padded else n // length for n in lengths]
   ends = list(itertools.accumulate(counts))
@@ -126,9 +129,7 @@ def _sequence(corpus: Corpus, split: str, start: int, length: int) -> np.ndarray
   return np.concatenate([[corpus.begin_id], tokens]).astype(np.int32)
 
 
-def _stack(
-  sequences: Sequence[np.ndarray], corpus: Corpus, length: int, segments: bool, padded: bool = False
-) -> Batch:
+def _stack(sequences: Sequence[np.ndarray], corpus: Corpus, length: int, segments: bool, padded: bool = False) -> Batch:
   """The batch of sequences (length + 1,) or, if `padded`, shorter."""
   tokens = np.full((len(sequences), length + 1), corpus.separator_id, np.int32)
   for row, sequence in zip(tokens, sequences):

@@ -1,92 +1,86 @@
-"""The cache of tokenized text: arrays on disk, memory-mapped, checked whenever they are read, mended if damaged."""
+"""The cache of text files as prepared data sets, shared by the processes of a machine."""
 
-from collections.abc import Callable
 import contextlib
-import dataclasses
+import fcntl
 import hashlib
-import json
 import os
 from pathlib import Path
 import sys
-from typing import BinaryIO
-import uuid
 
 import numpy as np
 
-SPLITS = ("train", "valid", "test")
-_META = "meta.json"
+from evo_jax.data import preparation, shards
+from evo_jax.data.plan import Job, make_plan
+from evo_jax.data.storage import Folder
+from evo_jax.data.tokenizers import Tokenizer
+from evo_jax.errors import UserError
+
+_VERSION = 3  # to be raised when the same text would give other tokens
+_LARGE = 1 << 26  # bytes of files; more are tokenized by several processes
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-  """The streams of a source. by_split: each (n,) unsigned ints. report: of the documents that were skipped."""
+def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str) -> str:
+  """The folder with what a job gives, prepared now or before.
 
-  by_split: dict[str, np.ndarray]
-  report: str
-  fingerprint: str  # of all tokens
-
-  @classmethod
-  def of(cls, by_split: dict[str, np.ndarray], report: str = "") -> "Tokens":
-    """With the fingerprint that the tokens have."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-      digest.update(np.ascontiguousarray(by_split[split]).data)
-    return cls(by_split, report, digest.hexdigest()[:16])
-
-
-class Cache:
-  """Tokens by key, in $XDG_CACHE_HOME/evo_jax/tokens or ~/.cache/evo_jax/tokens."""
-
-  def __init__(self):
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    self._root = Path(home) / "evo_jax" / "tokens"
-    self._failed = False
-
-  def read(self, key: str) -> Tokens | None:
-    """What was written under `key`, memory-mapped; None where there is nothing, or not what was written."""
-    folder = self._root / key
-    try:
-      meta = json.loads((folder / _META).read_text())
-      by_split = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
-      tokens = Tokens.of(by_split, str(meta["report"]))
-    except Exception:  # NumPy raises nearly anything on damaged files
-      return None
-    sound = all(tokens.ndim == 1 and tokens.dtype.kind == "u" for tokens in by_split.values())
-    return tokens if sound and tokens.fingerprint == meta["fingerprint"] else None
-
-  def write(self, key: str, tokens: Tokens) -> Tokens:
-    """Writes tokens and returns them memory-mapped, or as they are, with one line on stderr, if that is impossible.
-
-    Each file is replaced in one go: processes that write the same at once write the same bytes, and arrays that others
-    have mapped stay valid.
-    """
-    folder = self._root / key
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      for split in SPLITS:
-        _replace(folder / f"{split}.npy", lambda file, split=split: np.save(file, tokens.by_split[split]))
-      meta = json.dumps({"fingerprint": tokens.fingerprint, "report": tokens.report}).encode()
-      _replace(folder / _META, lambda file: file.write(meta))
-    except OSError as error:
-      if not self._failed:
-        print(
-          f"evo_jax: tokens are kept in memory: {self._root} cannot be used ({error.strerror or error})",
-          file=sys.stderr,
-        )
-      self._failed = True
-    return self.read(key) or tokens
+  It stands in $XDG_CACHE_HOME/evo_jax/tokens or ~/.cache/evo_jax/tokens, or, with one line on stderr, in memory where
+  that cannot be used. It is made again where files are missing or cut off. Of several processes one prepares, and the
+  others wait. Raises UserError as `preparation.prepare` does.
+  """
+  plan = make_plan(job, tokenizer.binary)
+  digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {tokenizer_name} {tokenizer.identity}".encode())
+  for group in plan.groups:
+    digest.update(os.fsencode("\n".join([group.name, group.rule, *group.versions()])))
+  key = digest.hexdigest()[:32]
+  workers = os.cpu_count() or 1 if plan.size > _LARGE else 1
+  with _locked(key) as folder:
+    if folder.exists(shards.MANIFEST):
+      if _is_whole(folder):
+        return folder.path
+      folder.remove("")
+    preparation.prepare(job, tokenizer, tokenizer_name, folder.path, workers)
+    return folder.path
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-  """Writes a file beside `path` and renames it: whatever happens, `path` is complete, or as it was."""
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _is_whole(folder: Folder) -> bool:
   try:
-    with temporary.open("xb") as file:
-      write(file)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise
+    return not shards.missing(folder.path, shards.read_manifest(folder.path))
+  except UserError:  # a damaged manifest
+    return False
+
+
+def open_cached(path: str, manifest: shards.Manifest, source: shards.Source, split: str) -> "CachedStream":
+  """As `shards.open_stream`, for what stands in the cache."""
+  return CachedStream(path, shards.open_stream(path, manifest, source, split))
+
+
+class CachedStream:
+  """A stream of tokens in the cache; where they are damaged, they will be made again."""
+
+  def __init__(self, path: str, stream: shards.TokenStream):
+    self._path, self._stream, self.length = path, stream, stream.length
+
+  def read(self, start: int, count: int) -> np.ndarray:
+    """As `shards.TokenStream.read`."""
+    try:
+      return self._stream.read(start, count)
+    except UserError as error:
+      with contextlib.suppress(UserError):
+        Folder(self._path).remove(shards.MANIFEST)
+      raise UserError(f"{error}; the same command tokenizes the text again") from error
+
+
+@contextlib.contextmanager
+def _locked(key: str):
+  """The folder of a key, which other processes leave alone meanwhile."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  root = Path(home) / "evo_jax" / "tokens"
+  with contextlib.ExitStack() as stack:
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((root / f"{key}.lock").open("wb"))
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      folder = Folder(str(root / key))
+    except OSError as error:
+      print(f"evo_jax: tokens are kept in memory: {root} cannot be used ({error.strerror or error})", file=sys.stderr)
+      folder = Folder(f"memory://evo_jax/tokens/{key}")
+    yield folder

@@ -1,144 +1,167 @@
-"""Corpora: text sources as streams of tokens, split into training and held-out text, and cached on disk.
+"""Corpora: sources of text as streams of tokens by split, from prepared data sets or from text files.
 
-Each source's documents are tokenized once, into arrays that are cached and memory-mapped, so that the threads and
-processes of a machine share one copy. In a stream, the tokenizer's separator stands after each document.
-
-Held-out text: of 20 documents or more, in sorted order, numbers 9, 29, 49, ... are for validation and 19, 39, 59, ...
-for testing; of fewer documents, each gives its last 10 %, half for each. A document that cannot be used keeps its
-number, so that the others stay where they are when it is mended.
+A data set that `python -m evo_jax.prepare` wrote is read where it stands, and at the start no more of it than its
+manifest. Text files become a data set in the cache first (`cache`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 import dataclasses
-import hashlib
+import itertools
 import os
-import stat
 import sys
+from typing import Protocol
 
 import numpy as np
 
 from evo_jax import config as config_lib
-from evo_jax.data import cache as cache_lib
-from evo_jax.data import documents as documents_lib
-from evo_jax.data import files as files_lib
-from evo_jax.data import formats, tokenizers
-from evo_jax.data.cache import SPLITS
+from evo_jax.data import cache, documents, files, shards, tokenizers
+from evo_jax.data.plan import WORK, Job
+from evo_jax.data.shards import SPLITS, Manifest, Source
+from evo_jax.data.storage import Folder
 from evo_jax.errors import UserError
 
-_HOLDOUT = 20  # of so many documents one is for validation, one for testing
-_CACHE_VERSION = 2  # of the tokens on disk: to be raised when the same text would give other tokens
+
+class Stream(Protocol):
+  """Tokens with random access; threads may share it."""
+
+  length: int
+
+  def read(self, start: int, count: int) -> np.ndarray: ...  # (count,) unsigned ints; raises UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
   """The token streams of one source.
 
-  tokens: by split, each (n,) unsigned ints, memory-mapped where they could be cached. begin_id, separator_id: the
-  tokenizer's, for sequences and their documents.
+  streams: by split; documents with a separator behind each. fingerprint: of all tokens. begin_id, separator_id,
+  vocab_size: the tokenizer's, for sequences and their documents.
   """
 
   name: str
-  tokens: dict[str, np.ndarray]
-  fingerprint: str  # of all tokens
+  streams: dict[str, Stream]
+  fingerprint: str
   begin_id: int
   separator_id: int
+  vocab_size: int
+
+
+def load_tokenizer(config: config_lib.Data) -> tokenizers.Tokenizer:
+  """The tokenizer of the configuration, which a prepared data set brings with it. Raises UserError."""
+  folder = config.tokenizer_path
+  if not folder and config.tokenizer == "sentencepiece":
+    prepared = next(
+      (pattern for pattern in files.split_patterns(config.path) if _is_prepared(pattern, "config.data.path")), None
+    )
+    folder = f"{prepared.rstrip('/')}/{shards.TOKENIZER}" if prepared else ""
+  return tokenizers.load_tokenizer(config.tokenizer, folder)
 
 
 def load_corpora(config: config_lib.Data, tokenizer: tokenizers.Tokenizer) -> list[Corpus]:
-  """The corpora of config.path's sources, from the cache or tokenized. Raises UserError.
+  """The corpora of data.path's sources, in order, and behind them those of held-out files.
 
-  Prints a line for each source with documents that are skipped, and one if the cache cannot be used.
+  Raises UserError. Prints a line for each source with documents that are skipped, and one if the cache cannot be used.
   """
-  sources = files_lib.find_sources(config.path, "config.data.path")
-  if config.weights and len(config.weights) != len(sources):
+  named = {"config.data.valid": config.valid, "config.data.test": config.test}
+  shares = dict(valid_share=config.valid_share, test_share=config.test_share)
+  return _load(config.path, "config.data.path", named, shares, config, tokenizer)
+
+
+def load_text(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.Tokenizer) -> list[Corpus]:
+  """The corpora of comma-separated sources that a run knows nothing of: all of a text file is in each split.
+
+  config: of the run; field: that names `path` in errors. Raises UserError, and prints, as `load_corpora` does.
+  """
+  return _load(path, field, {}, dict(valid_share=0.0, test_share=0.0), config, tokenizer)
+
+
+def _load(
+  path: str,
+  field: str,
+  named: dict[str, str],
+  shares: dict[str, float],
+  config: config_lib.Data,
+  tokenizer: tokenizers.Tokenizer,
+) -> list[Corpus]:
+  patterns = files.split_patterns(path)
+  is_prepared = [_is_prepared(pattern, field) for pattern in patterns]
+  text = ",".join(pattern for pattern, prepared in zip(patterns, is_prepared) if not prepared)
+  held_out, inputs = [], []
+  if text or not patterns:
+    held_out, inputs = _from_text({**named, field: text}, shares, config, tokenizer)
+  elif given := next((name for name, value in named.items() if value), None):
+    raise UserError(f"{given}: is for text files; {path} is prepared, and has its own held-out text")
+  corpora = []
+  for pattern, prepared in zip(patterns, is_prepared):
+    corpora += _open(pattern, field, config, tokenizer) if prepared else [inputs.pop(0)]
+  return _named_apart(corpora + held_out)
+
+
+def _is_prepared(pattern: str, field: str) -> bool:
+  """Whether a pattern is the folder of a prepared data set. Raises UserError for one that is not finished."""
+  if "://" in pattern:
+    return not set("*?[") & set(pattern) and Folder(pattern).exists(shards.MANIFEST)
+  if not os.path.isdir(os.path.expanduser(pattern)):
+    return False
+  folder = Folder(pattern)
+  if not folder.exists(shards.MANIFEST) and folder.exists(f"{WORK}/flags.json"):
+    raise UserError(f"{field}: {pattern} is not prepared to the end: the same evo_jax.prepare command goes on there")
+  return folder.exists(shards.MANIFEST)
+
+
+def _open(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.Tokenizer) -> list[Corpus]:
+  """The corpora of a prepared data set."""
+  manifest = shards.read_manifest(path)
+  if manifest.tokenizer_identity != tokenizer.identity:
+    hint = f"config.data.tokenizer={manifest.tokenizer}"
     raise UserError(
-      f"config.data.weights: {config.weights!r} must have one weight for each of data.path's {len(sources)} sources"
+      f"{field}: {path} has the tokens of {manifest.tokenizer_identity}, not of {tokenizer.identity}; {hint}"
     )
-  cache = cache_lib.Cache()
-  return [_load_source(name, files, tokenizer, config.strict, cache) for name, files in sources]
+  return _corpora(path, manifest, config.strict, shards.open_stream)
 
 
-def all_text(path: str, tokenizer: tokenizers.Tokenizer, field: str, strict: bool = False) -> Corpus:
-  """One corpus of comma-separated sources with a "test" split only, which holds everything. Raises UserError."""
-  documents = []
-  for name, files in files_lib.find_sources(path, field):
-    reader = documents_lib.Reader(name, files, tokenizer.binary, strict)
-    documents += _tokenize(reader, tokenizer)
-    _say(name, reader.report)
-  tokens = _join([d for d in documents if d is not None], tokenizer.separator_id, np.uint32)
-  return Corpus(formats.shown(path), {"test": tokens}, "", tokenizer.begin_id, tokenizer.separator_id)
+def _from_text(
+  patterns: dict[str, str], shares: dict[str, float], config: config_lib.Data, tokenizer: tokenizers.Tokenizer
+) -> tuple[list[Corpus], list[Corpus]]:
+  """The corpora of text files: those of held-out files, and the others.
+
+  patterns: by field, held-out files first; looked up here, so that errors name the field.
+  """
+  seen, found = set(), []
+  *named, (field, text) = patterns.items()
+  for name, value in named:
+    if value:
+      files.find_sources(value, name, seen)
+  found = files.find_sources(text, field, seen)
+  job = Job(text, *(value for _, value in named), **shares, max_skipped=0.0 if config.strict else documents.BAD_SHARE)
+  folder = cache.prepared(job, tokenizer, config.tokenizer)
+  corpora = _corpora(folder, shards.read_manifest(folder), config.strict, cache.open_cached)
+  if not named:  # all of it is in the one split
+    whole = [dict.fromkeys(SPLITS, corpus.streams["train"]) for corpus in corpora]
+    corpora = [dataclasses.replace(corpus, streams=streams) for corpus, streams in zip(corpora, whole)]
+  return corpora[: -len(found)], corpora[-len(found) :]
 
 
-def check_vocabulary(corpora: list[Corpus], vocab_size: int) -> None:
-  """Raises UserError where a corpus holds a token outside the vocabulary."""
+def _corpora(
+  path: str, manifest: Manifest, strict: bool, open_stream: Callable[[str, Manifest, Source, str], Stream]
+) -> list[Corpus]:
+  corpora = []
+  for source in manifest.sources:
+    if source.report:
+      if strict:
+        raise UserError(f"{source.name}: {source.report}")
+      print(f"evo_jax: {source.name}: {source.report}", file=sys.stderr)
+    streams = {split: open_stream(path, manifest, source, split) for split in SPLITS}
+    fingerprint = shards.fingerprint(manifest.dtype, (source,))
+    ids = (manifest.begin_id, manifest.separator_id, manifest.vocab_size)
+    corpora.append(Corpus(source.name, streams, fingerprint, *ids))
+  return corpora
+
+
+def _named_apart(corpora: Iterable[Corpus]) -> list[Corpus]:
+  """Corpora of different names: those that have the same are numbered."""
+  named = {}
   for corpus in corpora:
-    for tokens in corpus.tokens.values():
-      if tokens.size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{corpus.name}: token {int(tokens.max())} is outside the vocabulary of {vocab_size}")
-
-
-def _load_source(
-  name: str, files: list[str], tokenizer: tokenizers.Tokenizer, strict: bool, cache: cache_lib.Cache
-) -> Corpus:
-  versions = [_version(file) for file in files]
-  key = _cache_key(versions, tokenizer)
-  tokens = cache.read(key)
-  if tokens is None:
-    reader = documents_lib.Reader(name, files, tokenizer.binary, strict)
-    by_split = _split(_tokenize(reader, tokenizer), tokenizer.separator_id)
-    for file, version in zip(files, versions):
-      if _version(file) != version:
-        raise UserError(f"{formats.shown(file)}: was changed while it was read")
-    tokens = cache.write(key, cache_lib.Tokens.of(by_split, reader.report))
-  elif strict and tokens.report:
-    raise UserError(f"{name}: {tokens.report}")
-  _say(name, tokens.report)
-  return Corpus(name, tokens.by_split, tokens.fingerprint, tokenizer.begin_id, tokenizer.separator_id)
-
-
-def _say(name: str, report: str) -> None:
-  if report:
-    print(f"evo_jax: {name}: {report}", file=sys.stderr)
-
-
-def _tokenize(documents: Iterable[str | bytes | None], tokenizer: tokenizers.Tokenizer) -> list[np.ndarray | None]:
-  """The tokens of each document, None of bad ones."""
-  return [None if text is None else tokenizer.encode(text) for text in documents]
-
-
-def _join(documents: Sequence[np.ndarray], separator_id: int, dtype: np.dtype) -> np.ndarray:
-  """One stream of documents, a separator after each."""
-  separator = np.full(1, separator_id, dtype)
-  return np.concatenate([np.zeros(0, dtype), *(x for tokens in documents for x in (tokens, separator))], dtype=dtype)
-
-
-def _split(documents: list[np.ndarray | None], separator_id: int) -> dict[str, np.ndarray]:
-  """The stream of each split."""
-  good = [tokens for tokens in documents if tokens is not None]
-  if len(documents) >= _HOLDOUT:
-    split_of = lambda i: {_HOLDOUT // 2 - 1: "valid", _HOLDOUT - 1: "test"}.get(i % _HOLDOUT, "train")
-    by_split = {split: [] for split in SPLITS}
-    for i, tokens in enumerate(documents):
-      by_split[split_of(i)] += [] if tokens is None else [tokens]
-  else:
-    pieces = [np.split(tokens, [int(len(tokens) * 0.9), int(len(tokens) * 0.95)]) for tokens in good]
-    by_split = dict(zip(SPLITS, zip(*pieces)))
-  return {split: _join(part, separator_id, good[0].dtype) for split, part in by_split.items()}
-
-
-def _version(file: str) -> str:
-  """Names the content that a file has now. Raises UserError where it cannot be read."""
-  try:
-    status = os.stat(file)
-  except OSError as error:
-    raise UserError(f"{formats.shown(file)}: cannot be read: {error.strerror or error}") from error
-  if not stat.S_ISREG(status.st_mode):
-    raise UserError(f"{formats.shown(file)}: is a pipe, which can be read only once; training needs files")
-  return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
-
-
-def _cache_key(versions: list[str], tokenizer: tokenizers.Tokenizer) -> str:
-  digest = hashlib.sha256(f"{_CACHE_VERSION} {tokenizer.identity}".encode())
-  for version in versions:
-    digest.update(os.fsencode(f"{version}\n"))
-  return digest.hexdigest()[:32]
+    names = (f"{corpus.name}{f' ({i})' if i else ''}" for i in itertools.count())
+    name = next(name for name in names if name not in named)
+    named[name] = dataclasses.replace(corpus, name=name)
+  return list(named.values())

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import fnmatch
 import os
-from pathlib import Path
 import stat
 import sysconfig
 
@@ -26,7 +25,7 @@ def find_sources(path: str, field: str, seen: set | None = None) -> list[tuple[s
   seen: identities of files that are in sources before these; those of these are added.
   """
   sources, seen = [], set() if seen is None else seen
-  for pattern in _split(path):
+  for pattern in split_patterns(path):
     found = _standard_library() if pattern == "stdlib" else _matches(pattern, field)
     if not found:
       raise UserError(f"{field}: no file matches {pattern!r}")
@@ -44,7 +43,7 @@ def find_sources(path: str, field: str, seen: set | None = None) -> list[tuple[s
   return sources
 
 
-def _split(path: str) -> list[str]:
+def split_patterns(path: str) -> list[str]:
   """The patterns of a comma-separated list; a comma that is part of an existing file's name separates nothing."""
   pieces, patterns = path.split(","), []
   while pieces:
@@ -62,11 +61,13 @@ def _as_it_stands(name: str) -> str | None:
 
 
 def _standard_library() -> list[str]:
-  root = Path(sysconfig.get_path("stdlib"))
   # Some systems ship no tests and keep installed packages in the same folder: leave out both, everywhere.
   skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-  files = (f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-  return sorted(str(f) for f in files if f.is_file() and f.stat().st_size)
+  found = []
+  for folder, below, names in os.walk(sysconfig.get_path("stdlib")):
+    below[:] = [name for name in below if name not in skip]
+    found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+  return sorted(file for file in found if os.path.isfile(file) and os.path.getsize(file))
 
 
 def _matches(pattern: str, field: str) -> list[str]:

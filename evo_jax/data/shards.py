@@ -154,6 +154,20 @@ def open_stream(path: str, manifest: Manifest, source: Source, split: str) -> "T
   return TokenStream(Folder(path), source.splits.get(split, Split(())).shards, manifest.dtype, manifest.record)
 
 
+def missing(path: str, manifest: Manifest) -> str:
+  """One line about the first shard that is missing or has another size than it should have; "" for none."""
+  folder, record = Folder(path), _record_type(np.dtype(manifest.dtype), manifest.record)
+  shards = (shard for source in manifest.sources for split in source.splits.values() for shard in split.shards)
+  for shard in shards:
+    try:
+      size = folder.size(shard.file)
+    except FileNotFoundError:
+      return f"{folder.shown(shard.file)}: is missing"
+    if size != _shard_bytes(shard.tokens, record):
+      return f"{folder.shown(shard.file)}: has {size:,} bytes, not those of {shard.tokens:,} tokens"
+  return ""
+
+
 class TokenStream:
   """Random access to a stream of tokens. Threads may share it; nothing is kept in memory or open between reads.
 

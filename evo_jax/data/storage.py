@@ -1,17 +1,30 @@
-"""Files of a folder on a local disk or in a bucket: read whole or by byte ranges, written so that they are complete."""
+"""Files of a folder on a local disk or in a bucket: read whole or by byte ranges, written so that they are complete.
 
-from collections.abc import Iterator
+What a bucket does not answer, or answers with an error that may pass, is tried again, with growing pauses.
+"""
+
+from collections.abc import Callable, Iterator
 import contextlib
 import os
+import random
+import sys
 import tempfile
-from typing import BinaryIO
+import threading
+import time
+from typing import Any, BinaryIO
 import uuid
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from evo_jax.errors import UserError
 
+SILENCE = 60.0  # seconds without an answer, after which a bucket is asked again
+PATIENCE = 60.0  # seconds for which it is asked again where a command can start anew
+LONG_PATIENCE = 900.0  # the same in the middle of training
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hub"}
 
 
@@ -32,7 +45,8 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def reason(error: BaseException) -> str:
   """Why a file operation failed, in one line."""
-  return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+  text = str(getattr(error, "strerror", None) or error) or type(error).__name__
+  return f"no answer for {SILENCE:.0f} s" if isinstance(error, FSTimeoutError) else " ".join(text.split())
 
 
 class Folder:
@@ -52,24 +66,20 @@ class Folder:
 
   def read(self, name: str) -> bytes:
     """A whole file."""
-    with self._errors(name, "read"):
-      return self._files.cat_file(self._at(name))
+    return self._call(name, "read", "cat_file", self._at(name))
 
   def read_all(self, names: list[str]) -> list[bytes]:
     """Whole files, small ones, whose names are sorted; those of a bucket side by side."""
-    if not names:
-      return []
-    with self._errors(names[0], "read"):
-      if self.local:
-        return [self._files.cat_file(self._at(name)) for name in names]
-      found = self._files.cat([self._at(name) for name in names])  # in a bucket, without regard to order
-      return [found[name] for name in sorted(found)] if isinstance(found, dict) else [found]
+    if self.local or not names:
+      return [self.read(name) for name in names]
+    found = self._call(names[0], "read", "cat", [self._at(name) for name in names])  # without regard to order
+    return [found[name] for name in sorted(found)] if isinstance(found, dict) else [found]
 
   def read_range(self, name: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a file, fewer where it ends before."""
+    if not self.local:
+      return self._call(name, "read", "cat_file", self._at(name), start, stop, patience=LONG_PATIENCE)
     with self._errors(name, "read"):
-      if not self.local:
-        return self._files.cat_file(self._at(name), start, stop)
       file = os.open(self._at(name), os.O_RDONLY)
       try:
         return os.pread(file, stop - start, start)
@@ -78,19 +88,16 @@ class Folder:
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
-    with self._errors(name, "read"):
-      return int(self._files.info(self._at(name))["size"])
+    return int(self._call(name, "read", "info", self._at(name))["size"])
 
   def exists(self, name: str) -> bool:
-    with self._errors(name, "read"):
-      return self._files.exists(self._at(name))
+    return self._call(name, "read", "exists", self._at(name))
 
   def names(self, below: str = "") -> list[str]:
     """The sorted names of the files in the folder `below`, with it in front; none where there is no such folder."""
     try:
-      with self._errors(below, "read"):
-        self._files.invalidate_cache()
-        found = self._files.ls(self._at(below).rstrip("/"), detail=True)
+      self._files.invalidate_cache()
+      found = self._call(below, "read", "ls", self._at(below).rstrip("/"), detail=True)
     except FileNotFoundError:
       return []
     files = sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
@@ -114,7 +121,7 @@ class Folder:
       if self.local:
         os.replace(temporary, path)
       else:
-        self._files.put_file(temporary, path)
+        self._call(name, "written", "put_file", temporary, path)
 
   def write_all(self, name: str, content: bytes) -> None:
     with self.write(name) as file:
@@ -128,11 +135,35 @@ class Folder:
 
   def remove(self, name: str) -> None:
     """Removes a file or a folder with all that is in it, if it is there."""
-    with self._errors(name, "removed"), contextlib.suppress(FileNotFoundError):
-      self._files.rm(self._at(name), recursive=True)
+    with contextlib.suppress(FileNotFoundError):
+      self._call(name, "removed", "rm", self._at(name), recursive=True)
 
   def _at(self, name: str) -> str:
     return f"{self._root.rstrip('/')}/{name}"
+
+  def _call(self, name: str, what: str, operation: str, *args, patience: float = PATIENCE, **kwargs) -> Any:
+    """An operation of the file system on a file; again and again while a bucket fails, for `patience` seconds."""
+    began, pause = time.monotonic(), _FIRST_PAUSE
+    while True:
+      try:
+        return self._operation(operation)(*args, **kwargs)
+      except (UserError, FileNotFoundError):
+        raise
+      except Exception as error:  # OSError; libraries for buckets raise others, too
+        if self.local or not _may_pass(error) or time.monotonic() + pause > began + patience:
+          tried = f" (tried for {time.monotonic() - began:,.0f} s)" if pause > _FIRST_PAUSE else ""
+          raise UserError(f"{self.shown(name)}: cannot be {what}: {reason(error)}{tried}") from error
+        if pause > _FIRST_PAUSE:
+          _warn(f"{self.shown(name)}: cannot be {what} yet: {reason(error)}; is tried again")
+      time.sleep(pause * random.uniform(0.5, 1.0))  # readers that failed together do not come back together
+      pause = min(2 * pause, _LONGEST_PAUSE)
+
+  def _operation(self, name: str) -> Callable:
+    """A method of the file system; one that reads gives up after some seconds of silence."""
+    if isinstance(self._files, AsyncFileSystem) and name in ("cat_file", "info", "exists"):
+      coroutine = getattr(self._files, f"_{name}")
+      return lambda *args, **kwargs: fsspec.asyn.sync(self._files.loop, coroutine, *args, timeout=SILENCE, **kwargs)
+    return getattr(self._files, name)
 
   @contextlib.contextmanager
   def _errors(self, name: str, what: str) -> Iterator[None]:
@@ -142,6 +173,29 @@ class Folder:
       raise
     except OSError as error:
       raise UserError(f"{self.shown(name)}: cannot be {what}: {reason(error)}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+  """Whether what failed may succeed a moment later: not what is forbidden, or a wrong request."""
+  lasting = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)
+  if isinstance(error, lasting):
+    return False
+  status = str(getattr(error, "status", None) or getattr(error, "code", None) or "")
+  if status.startswith("4"):
+    return status in ("408", "425", "429")
+  return not str(error).startswith("Forbidden")  # of gcsfs
+
+
+_warned, _warning = -1e9, threading.Lock()
+
+
+def _warn(text: str) -> None:
+  """Prints a warning, at most one a minute: many readers fail together."""
+  global _warned
+  with _warning:
+    if time.monotonic() - _warned > 60:
+      _warned = time.monotonic()
+      print(f"evo_jax: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _unlink(file: str) -> None:

@@ -31,6 +31,7 @@ from evo_jax.training import checkpoint
 from evo_jax.training import metrics as metrics_lib
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
+from evo_jax.training import trackers as trackers_lib
 
 # Held-out metrics by name, from parameters (the averaged ones where an average is kept) and statistics.
 Evaluate = Callable[[Any, Any], dict[str, float]]
@@ -40,7 +41,7 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 class Setup:
   """A run before its first step: all input is read and checked, nothing is compiled.
 
-  held_out: sequences of the validation split.
+  text: to train on. held_out: sequences of the validation split.
   """
 
   config: config_lib.Config
@@ -48,7 +49,7 @@ class Setup:
   model: evo_lib.Evo
   mesh: jax.sharding.Mesh
   folder: epath.Path
-  corpora: list[corpora_lib.Corpus]
+  text: batches_lib.TrainingText
   held_out: Batch
 
 
@@ -65,24 +66,24 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
   for path in (*config.eval.paths, *config.eval.train_paths):
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
       raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
-  tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
+  trackers_lib.check_installed(config.train)
+  tokenizer = corpora_lib.load_tokenizer(config.data)
   mesh = sharding.make_mesh(config.mesh)
   model = state_lib.make_model(config, tokenizer, mesh)
   state_lib.check_batch(config, mesh)
   state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
   folder = checkpoint.make_workdir(workdir)
   corpora = corpora_lib.load_corpora(config.data, tokenizer)
-  corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
   L = config.model.context
-  batches_lib.training_stream(corpora, config.data, L)  # names a corpus without text
+  text = batches_lib.TrainingText(corpora, config.data, L)
   held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
   parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
   checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
   say(
-    f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
+    f"{parameters:,} parameters; {text.tokens:,} training tokens; "
     f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
   )
-  return Setup(config, tokenizer, model, mesh, folder, corpora, held_out)
+  return Setup(config, tokenizer, model, mesh, folder, text, held_out)
 
 
 def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainState | None:
@@ -91,16 +92,14 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
   evaluate: called every config.eval.eval_every steps; its metrics go to the log. Raises UserError where training has
   diverged, and where a checkpoint or the log cannot be written.
   """
-  config, mesh, L = setup.config, setup.mesh, setup.config.model.context
+  config, mesh = setup.config, setup.mesh
   checkpoints = checkpoint.CheckpointStore(setup.folder, config.train.checkpoints_kept)
   with contextlib.ExitStack() as stack:
     stack.callback(checkpoints.close)
     stack.enter_context(jax.set_mesh(mesh))
     state, done = _restore_or_initialize(setup, checkpoints)
     rows = sharding.batch_rows(mesh, config.data.batch_size)
-    iterator = iter(
-      batches_lib.training_stream(setup.corpora, config.data, L, rows, done, config.model.isolate_documents)
-    )
+    iterator = setup.text.batches(rows, done, config.model.isolate_documents)
     stack.callback(iterator.close)
     report = _Report(setup, done, checkpoints)
     stack.callback(report.close)
@@ -179,8 +178,9 @@ class _Report:
   def __init__(self, setup: Setup, done: int, checkpoints: checkpoint.CheckpointStore):
     tokens_per_step = setup.config.data.batch_size * setup.config.model.context
     self.throughput = metrics_lib.Throughput(tokens_per_step)
-    self._checkpoints = checkpoints
+    self._checkpoints, self._text = checkpoints, setup.text
     self._log = metrics_lib.MetricsLog(setup.folder, done)
+    self._trackers = trackers_lib.start_trackers(setup.config, setup.folder, done)
     self._bar = metrics_lib.ProgressBar(setup.config.train.steps, done, tokens_per_step)
 
   def count(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -199,11 +199,14 @@ class _Report:
 
   def row(self, step: int, metrics: dict[str, jax.Array], operations: float) -> dict[str, float]:
     """Counts a step and gives its row of the log."""
-    return {"step": step} | self.count(step, metrics) | self.throughput.row(operations)
+    epochs = {f"epochs/{name}": round(count, 6) for name, count in self._text.epochs(step).items()}
+    return {"step": step} | self.count(step, metrics) | epochs | self.throughput.row(operations)
 
   def write(self, row: dict[str, float]) -> None:
     self._bar.line(row["step"], row["bits"])
     self._log.write(row)
+    for tracker in self._trackers:
+      tracker.write(row)
 
   def pause(self) -> None:
     self._bar.pause()
@@ -211,6 +214,9 @@ class _Report:
   def close(self) -> None:
     self._bar.close()
     self._log.close()
+    for tracker in self._trackers:
+      tracker.close()
+    self._trackers = []
 
 
 class _Profiler:
