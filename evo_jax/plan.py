@@ -24,6 +24,7 @@ from evo_jax.planning import chips, planner, report
 def main() -> None:
   args = flags.FLAGS
   config, _ = cli.read_config()
+  config.check_trainable()
   topologies = read_topologies(args.topology)
   compiles = args.compile and chips.has_compiler()
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, whatever this machine has

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.training import files
 
 args = ocp.args
 
@@ -100,12 +101,8 @@ class CheckpointStore:
 
   def _set_aside(self, steps: list[int]) -> None:
     if jax.process_index() == 0:
-      damaged = self.folder.parent / "damaged"
-      damaged.mkdir(exist_ok=True)
       for step in steps:
-        names = (f"{step}{f'-{i}' if i else ''}" for i in range(1000))
-        target = next(path for name in names if not (path := damaged / name).exists())
-        (self.folder / str(step)).rename(target)
+        (self.folder / str(step)).rename(files.place_aside(self.folder.parent, str(step)))
     _all_succeeded(True)  # a barrier: the others wait for process 0
     self._manager.reload()
 
@@ -124,7 +121,7 @@ class CheckpointStore:
 
   def _last_complete(self) -> int | None:
     """As `latest`, from the file system: after a failed save the manager counts that step too."""
-    return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
+    return last_saved(self.folder.parent)
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
@@ -160,9 +157,18 @@ def _summary(error: BaseException) -> str:
 
 
 def resolve_workdir(workdir: str) -> epath.Path:
-  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket."""
+  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
+
+  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to.
+  """
+  if not workdir.strip():
+    raise UserError("--workdir: is empty")
+  try:
+    workdir.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"--workdir={workdir!a}: is not UTF-8") from error
   folder = epath.Path(workdir).expanduser()
-  return folder if workdir.startswith("gs://") else folder.absolute()
+  return folder if "://" in workdir else folder.absolute()
 
 
 def make_workdir(workdir: str) -> epath.Path:
@@ -173,16 +179,18 @@ def make_workdir(workdir: str) -> epath.Path:
     probe = folder / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
-    raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror or error}") from error
+  except FileExistsError as error:
+    raise UserError(f"--workdir={workdir}: is a file, or a link to nothing") from error
+  except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+    raise UserError(f"--workdir={workdir}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
   return folder
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a temporary file, then renames it: a reader never sees a partial one."""
-  temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.replace(path)
+def last_saved(workdir: epath.Path) -> int | None:
+  """The step of the last checkpoint in a work directory, readable or not; None where nothing is saved."""
+  folder = workdir / "checkpoints"
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return max((int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)), default=None)
 
 
 def write_config(
@@ -192,37 +200,40 @@ def write_config(
   parameters: int,
   fingerprints: list[str],
 ) -> None:
-  """Writes config.json, and the tokenizer's model beside it. Raises UserError where an earlier run's does not match.
-
-  Fields that determine a checkpoint's contents may not change; a change of another is printed and accepted.
-  """
-  path = workdir / "config.json"
-  if path.exists():
-    _check_resumable(workdir, config, tokenizer, fingerprints)
-  if jax.process_index() == 0:
-    if isinstance(tokenizer, tokenizers.SentencePiece):
+  """Writes config.json, and the tokenizer's model beside it. Raises UserError if they cannot be written."""
+  if isinstance(tokenizer, tokenizers.SentencePiece):
+    try:
       (workdir / "tokenizer").mkdir(exist_ok=True)
-      (workdir / "tokenizer" / tokenizers.MODEL_FILE).write_bytes(tokenizer.proto)
-    write_json(
-      path,
-      {
-        "config": config_lib.to_dict(config),
-        "tokenizer": tokenizer.identity,
-        "vocab_size": tokenizer.vocab_size,
-        "parameters": parameters,
-        "text": fingerprints,
-      },
-    )
+    except OSError as error:
+      raise UserError(f"{workdir / 'tokenizer'}: cannot be made: {error.strerror or error}") from error
+    files.write_file(workdir / "tokenizer" / tokenizers.MODEL_FILE, tokenizer.proto)
+  values = {
+    "config": config_lib.to_dict(config),
+    "tokenizer": tokenizer.identity,
+    "vocab_size": tokenizer.vocab_size,
+    "parameters": parameters,
+    "text": fingerprints,
+  }
+  files.write_json(workdir / "config.json", values)
 
 
-def _check_resumable(
+def check_resumable(
   workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, fingerprints: list[str]
-) -> None:
+) -> config_lib.Config | None:
+  """The configuration that the checkpoints in a work directory were trained with; None where nothing is saved.
+
+  Prints a line for each field that has changed. Raises UserError where the checkpoints' contents depend on that field,
+  and, once a step was made, where batches and random draws do, or where the text is another.
+  """
+  step = last_saved(workdir)
+  if step is None:
+    return None
   old = read_config(workdir)
-  for field, before, after, pinned in config_lib.differences(old["config"], config):
-    if pinned:
+  for field, before, after, pin in config_lib.differences(old["config"], config):
+    if pin == "contents" or (pin and step > 0):
       raise UserError(
-        f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
+        f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
+        f"go on with that, or use another --workdir"
       )
     if jax.process_index() == 0:
       print(f"config.{field}: {before!r} -> {after!r}", flush=True)
@@ -230,20 +241,27 @@ def _check_resumable(
     raise UserError(
       f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
     )
-  if old["text"] != fingerprints:
+  if step > 0 and old["text"] != fingerprints:
     raise UserError(
       f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
-      "files were changed, added or removed; use another --workdir"
+      "files were changed, added, removed or given in another order; go on with that text, or use another --workdir"
     )
+  return old["config"]
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-  """config.json with the configuration as a Config. Raises UserError where there is none."""
+  """config.json with the configuration as a Config. Raises UserError where there is none, or it is damaged."""
   path = workdir / "config.json"
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_bytes())
+    fields, tokenizer, text = values["config"], values["tokenizer"], values["text"]
+    if isinstance(start := fields.get("window", {}).get("start"), float):  # of earlier versions: a share of the steps
+      fields["window"]["start"] = int(start * fields["train"]["steps"])
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror or error}; is this the --workdir of a run?") from error
-  except ValueError as error:
-    raise UserError(f"{path}: is damaged ({error})") from error
-  return {**values, "config": config_lib.from_dict(values["config"])}
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(f"{path}: is damaged ({type(error).__name__}: {str(error)[:100]})") from error
+  try:
+    return {**values, "tokenizer": tokenizer, "text": text, "config": config_lib.from_dict(fields)}
+  except UserError as error:
+    raise UserError(f"{path}: {error}; was it written by another version?") from error
