@@ -34,6 +34,8 @@ class CheckpointStore:
     """keep: how many checkpoints a save leaves; None: all. Raises UserError if the folder cannot be written."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     self.folder = workdir / "checkpoints"
+    if self.folder.exists() and not self.folder.is_dir():
+      raise UserError(f"{self.folder}: is no folder")
     try:
       self._manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
@@ -50,6 +52,8 @@ class CheckpointStore:
   def save(self, step: int, items: dict[str, Any]) -> None:
     """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the previous save failed."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    if not self.folder.is_dir():  # Orbax would wait for minutes
+      raise UserError(f"{self.folder}: is gone; nothing can be saved there")
     if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(
         f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
@@ -227,6 +231,8 @@ def check_resumable(
   """
   step = last_saved(workdir)
   if step is None:
+    if jax.process_index() == 0 and (workdir / "config.json").exists():
+      print(f"{workdir}: no checkpoint is there: training begins at step 1", flush=True)
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):

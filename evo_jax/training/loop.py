@@ -92,6 +92,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
       f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
       f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
     )
+    if config.window.count and config.window.start >= config.train.steps:
+      say(f"config.window.start: {config.window.start} is not before the last step: no windows are trained")
     yield Setup(config, tokenizer, model, mesh, folder, corpora, held_out, lease, previous)
 
 
@@ -193,9 +195,9 @@ def _consequences(old: config_lib.Config | None, new: config_lib.Config, done: i
     parts.append(f"its learning rate is {after:.4g}, not {before:.4g}")
   elif (old.train.steps, old.optim) != (new.train.steps, new.optim):
     parts.append(f"its learning rate stays {after:.4g}")
-  if new.window.count and (old.window.start, old.window.count) != (new.window.start, new.window.count):
-    on = done >= new.window.start
-    parts.append("windows are on" if on else f"windows are off until step {new.window.start + 1}")
+  windows = (old.window.start, old.window.count) != (new.window.start, new.window.count)
+  if new.window.count and (parts or windows):
+    parts.append("windows are on" if done >= new.window.start else f"windows are off until step {new.window.start}")
   return f": at step {done + 1} " + ", ".join(parts) if parts else ""
 
 
