@@ -1,13 +1,15 @@
 """Work directories and their checkpoints (Orbax).
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The position in the data
-is the step. Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that a killed run
-leaves no partial one; it restores onto any mesh, any number of processes, and other dtypes.
+`table.json`, `table.txt` and `samples.txt`, `tokenizer/` where the tokenizer has a model, `damaged/` with what had to
+be set aside, and `lease.json` while a run writes there. The position in the data is the step. Orbax writes a checkpoint
+into a temporary folder and renames it when it is complete, so that a killed run leaves no partial one; it restores onto
+any mesh, any number of processes, and other dtypes.
 """
 
 from collections.abc import Callable
 import json
+import os
 import re
 import shutil
 import sys
@@ -57,7 +59,7 @@ class CheckpointStore:
     if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(
         f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
-        f"the last whole one is of step {self._last_complete()}"
+        f"{self._last_whole()}"
       )
     composite = args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
     self._guarded(lambda: self._manager.save(step, args=composite))
@@ -119,13 +121,13 @@ class CheckpointStore:
       self._manager.check_for_errors()
     except Exception as error:  # Orbax and TensorStore raise many kinds: OSError, ValueError, RuntimeError
       raise UserError(
-        f"{self.folder}: a checkpoint cannot be written: {_summary(error)}; "
-        f"the last whole one is of step {self._last_complete()}"
+        f"{self.folder}: a checkpoint cannot be written: {_summary(error)}; " + self._last_whole()
       ) from error
 
-  def _last_complete(self) -> int | None:
-    """As `latest`, from the file system: after a failed save the manager counts that step too."""
-    return last_saved(self.folder.parent)
+  def _last_whole(self) -> str:
+    """A clause about the last checkpoint in the file system: after a failed save the manager counts that step too."""
+    step = last_saved(self.folder.parent)
+    return "none is saved" if step is None else f"the last whole one is of step {step}"
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
@@ -163,7 +165,8 @@ def _summary(error: BaseException) -> str:
 def resolve_workdir(workdir: str) -> epath.Path:
   """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
 
-  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to.
+  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to, of no known user, or of a kind of
+  storage that is unknown or whose library is missing.
   """
   if not workdir.strip():
     raise UserError("--workdir: is empty")
@@ -171,7 +174,14 @@ def resolve_workdir(workdir: str) -> epath.Path:
     workdir.encode()
   except UnicodeEncodeError as error:
     raise UserError(f"--workdir={workdir!a}: is not UTF-8") from error
-  folder = epath.Path(workdir).expanduser()
+  if workdir.startswith("~") and os.path.expanduser(workdir) == workdir:
+    raise UserError(f"--workdir={workdir}: there is no such user")
+  try:
+    folder = epath.Path(workdir).expanduser()
+    folder.exists()  # imports the library of a bucket
+  except (ImportError, KeyError, NotImplementedError) as error:
+    reason = str(error) if isinstance(error, ImportError) else "no storage of this kind is known"
+    raise UserError(f"--workdir={workdir}: {reason}") from error
   return folder if "://" in workdir else folder.absolute()
 
 

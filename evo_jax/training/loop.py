@@ -235,9 +235,11 @@ class _Report:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
       self._checkpoints.wait()
+      last = self._checkpoints.latest()
+      saved = "nothing is saved yet" if last is None else f"the last good checkpoint is of step {last}"
       raise UserError(
-        f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; the last good checkpoint is of step "
-        f"{self._checkpoints.latest()}; a lower config.optim.learning_rate or config.optim.clip may help"
+        f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; {saved}; "
+        "a lower config.optim.learning_rate or config.optim.clip may help"
       )
     self._bar.step(step, values["bits"])
     self.throughput.step()
