@@ -304,6 +304,7 @@ class Eval(Section):
   def check(self) -> None:
     self.require_positive("batch_size", "flow_steps", "train_sequences", "sample_tokens")
     self.require_not_negative("sequences", "samples")
+    self.require(bool(self.paths), "paths", "is empty")
 
 
 @dataclasses.dataclass(frozen=True)
