@@ -6,7 +6,6 @@ The same command with the same --workdir goes on where it was stopped. From Pyth
 """
 
 import json
-import os
 from pathlib import Path
 import signal
 import sys
@@ -20,7 +19,6 @@ from evo_jax import run as run_lib
 from evo_jax.decoding import sampler as sampler_lib
 from evo_jax.decoding import settings
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.parallel import distributed
 from evo_jax.training import files, loop
 from evo_jax.training.state import TrainState
 
@@ -80,33 +78,15 @@ def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
 def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
-  distributed.initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
-  workdir = f"runs/{Path(file).stem}" if args.workdir is None else args.workdir
+  cli.join_processes()
   if jax.process_count() == 1:
     # Outside of the steps, which save first: ends as an error does, so that the work directory is released.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-  try:
-    train(config, workdir)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    # Mostly a process that is gone, for which others would wait without end, at their exit too.
-    print(
-      f"evo_jax: process {jax.process_index()}: another process was lost "
-      f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint in {workdir}",
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(1)
+  train(config, f"runs/{Path(file).stem}" if args.workdir is None else args.workdir)
 
 
 if __name__ == "__main__":
   cli.define_config()
   flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/ and the configuration's name.")
-  flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
-  flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
-  flags.DEFINE_integer("process_id", -1, "This process's number.")
-  flags.DEFINE_integer(
-    "heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end."
-  )
+  cli.define_processes()
   cli.run(main)

@@ -8,6 +8,7 @@ any mesh, any number of processes, and other dtypes.
 """
 
 from collections.abc import Callable
+import importlib.util
 import json
 import os
 import re
@@ -165,8 +166,8 @@ def _summary(error: BaseException) -> str:
 def resolve_workdir(workdir: str) -> epath.Path:
   """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
 
-  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to, of no known user, or of a kind of
-  storage that is unknown or whose library is missing.
+  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to, of no known user, of other remote
+  storage than gs://, and for that where its library is missing.
   """
   if not workdir.strip():
     raise UserError("--workdir: is empty")
@@ -176,13 +177,13 @@ def resolve_workdir(workdir: str) -> epath.Path:
     raise UserError(f"--workdir={workdir!a}: is not UTF-8") from error
   if workdir.startswith("~") and os.path.expanduser(workdir) == workdir:
     raise UserError(f"--workdir={workdir}: there is no such user")
-  try:
-    folder = epath.Path(workdir).expanduser()
-    folder.exists()  # imports the library of a bucket
-  except (ImportError, KeyError, NotImplementedError) as error:
-    reason = str(error) if isinstance(error, ImportError) else "no storage of this kind is known"
-    raise UserError(f"--workdir={workdir}: {reason}") from error
-  return folder if "://" in workdir else folder.absolute()
+  scheme = workdir.partition("://")[0] if "://" in workdir else ""
+  if scheme not in ("", "gs"):
+    raise UserError(f"--workdir={workdir}: is neither a local folder nor in gs://")
+  if scheme and importlib.util.find_spec("gcsfs") is None:
+    raise UserError(f"--workdir={workdir}: needs gcsfs: pip install 'evo_jax[gcs]'")
+  folder = epath.Path(workdir).expanduser()
+  return folder if scheme else folder.absolute()
 
 
 def make_workdir(workdir: str) -> epath.Path:
