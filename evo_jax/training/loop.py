@@ -192,13 +192,13 @@ def _consequences(old: config_lib.Config | None, new: config_lib.Config, done: i
   parts = []
   before, after = (float(optim.learning_rate_schedule(c.optim, c.train.steps)(done)) for c in (old, new))
   if not math.isclose(before, after, rel_tol=1e-6):
-    parts.append(f"its learning rate is {after:.4g}, not {before:.4g}")
+    parts.append(f"the learning rate is {after:.4g} now, not {before:.4g}")
   elif (old.train.steps, old.optim) != (new.train.steps, new.optim):
-    parts.append(f"its learning rate stays {after:.4g}")
+    parts.append(f"the learning rate stays {after:.4g}")
   windows = (old.window.start, old.window.count) != (new.window.start, new.window.count)
   if new.window.count and (parts or windows):
-    parts.append("windows are on" if done >= new.window.start else f"windows are off until step {new.window.start}")
-  return f": at step {done + 1} " + ", ".join(parts) if parts else ""
+    parts.append("windows are on" if done >= new.window.start else f"windows start after step {new.window.start}")
+  return ": " + ", ".join(parts) if parts else ""
 
 
 @dataclasses.dataclass(frozen=True)
