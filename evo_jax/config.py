@@ -357,7 +357,7 @@ class Config:
     )
 
   def check_trainable(self) -> None:
-    """Raises UserError for a field that is of use only for reading a model, or only for planning."""
+    """Raises UserError for a field that is of use only for reading a model."""
     self.optim.require(self.optim.learning_rate > 0, "learning_rate", "trains nothing")
     self.model.require(
       self.model.param_dtype == "float32",

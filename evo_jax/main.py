@@ -5,6 +5,8 @@
 The same command with the same --workdir goes on where it was stopped. From Python: `main.train(config, workdir)`.
 """
 
+from collections.abc import Iterator
+import contextlib
 import json
 from pathlib import Path
 import signal
@@ -79,10 +81,24 @@ def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
   cli.join_processes()
-  if jax.process_count() == 1:
-    # Outside of the steps, which save first: ends as an error does, so that the work directory is released.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-  train(config, f"runs/{Path(file).stem}" if args.workdir is None else args.workdir)
+  with _ended_by_sigterm():
+    train(config, f"runs/{Path(file).stem}" if args.workdir is None else args.workdir)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+  """SIGTERM outside of the steps, which save first, ends a command as an error does: the work directory is released.
+
+  Of several processes the others would not hear of it; there JAX's preemption service takes it.
+  """
+  if jax.process_count() > 1:
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

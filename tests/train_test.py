@@ -108,8 +108,8 @@ def wait_for_step(process, workdir, step):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, text):
   """A run that a signal ends before its first step; that is killed before the first checkpoint, between two, and while
-  one is being written; that a signal stops; whose disk refuses a checkpoint; and that goes on to the end. By event: exit
-  status, stdout, stderr, checkpoints.
+  one is being written; that a signal stops; whose disk refuses a checkpoint; and that goes on to the end. By event:
+  exit status, stdout, stderr, checkpoints.
 
   Each event leaves the work directory to the next one, so that a single comparison with an undisturbed run proves that
   none leaves a trace. What each of them says is a test of its own.
