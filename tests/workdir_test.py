@@ -11,6 +11,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from evo_jax.data import tokenizers
@@ -283,6 +284,20 @@ def restored(workdir):
     checkpoints.close()
   np.testing.assert_array_equal(items["params"]["a"], float(step))
   return step
+
+
+def test_a_save_that_fails_while_another_error_ends_the_run_adds_nothing(store, monkeypatch):
+  """As on a disk that fills up: the next save is refused while the one before fails in the background."""
+
+  def full(_):
+    raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+  checkpoints = checkpoint.CheckpointStore(store, 5)
+  checkpoints.save(30, {"params": {"a": jnp.zeros(3)}})
+  monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+  with pytest.raises(UserError, match="cannot be written: RESOURCE_EXHAUSTED: No space left on device"):
+    checkpoints.wait()
+  checkpoints.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ any mesh, any number of processes, and other dtypes.
 """
 
 from collections.abc import Callable
+import contextlib
 import importlib.util
 import json
 import os
@@ -114,7 +115,9 @@ class CheckpointStore:
     self._manager.reload()
 
   def close(self) -> None:
-    self._manager.close()
+    """Ends background work. What could not be written is `wait`'s to report; after another error nothing is added."""
+    with contextlib.suppress(Exception):  # Orbax and TensorStore raise many kinds
+      self._manager.close()
 
   def _guarded(self, act: Callable[[], Any]) -> None:
     try:
