@@ -21,14 +21,14 @@ def example(passes=5, tokens=6):
   event = np.where(i == k, trace_lib.JUMP, trace_lib.NONE).astype(np.int8)
   event[2, 2], event[3, 5] = trace_lib.CORRECTION, trace_lib.DRAFT
   pieces = [["" if np.isnan(t) else PIECES[j % 6] for j, t in enumerate(row)] for row in time]
-  return trace_lib.Trace("say <b>", "flow & more", time, pieces, event)
+  return trace_lib.Trace("say <b>", "é <i>", "flow & more", time, pieces, event)
 
 
 def test_the_page_holds_the_trace(tmp_path):
   trace = example()
   trace_lib.write_trace(trace, str(tmp_path / "t.html"))
   page = (tmp_path / "t.html").read_text()
-  assert "flow &amp; more" in page and "say &lt;b&gt;" in page
+  assert "flow &amp; more" in page and "say &lt;b&gt;</b>é &lt;i&gt;</pre>" in page
   assert page.count("</script>") == 2  # those of the page itself
   assert not re.search(r"https?://", page) and "@@" not in page
   data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
@@ -55,8 +55,8 @@ def test_unusual_text_and_empty_text_are_drawn(tmp_path):
   """Dollar signs start no formula, half a character does not stop the page, and a text may have ended at once."""
   trace = example()
   dollars = [["$x_$" if piece else "" for piece in row] for row in trace.pieces]
-  unusual = trace_lib.Trace("half \udcff", "ar", trace.time, dollars, trace.event)
-  empty = trace_lib.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
+  unusual = trace_lib.Trace("half \udcff", "", "ar", trace.time, dollars, trace.event)
+  empty = trace_lib.Trace("", "", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
   for i, trace in enumerate((unusual, empty)):
     for suffix in ("html", "png"):
       trace_lib.write_trace(trace, str(tmp_path / f"{i}.{suffix}"))

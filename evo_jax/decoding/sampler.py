@@ -6,7 +6,7 @@
   print(generations[0].text)
 
 The modes are described in `evo_jax.generate`, the command. A text ends at a token of the tokenizer's `end_ids`, before
-a stop string, or after `max_tokens` tokens.
+a stop string, after `max_tokens` tokens, or where the context is full.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from evo_jax import config as config_lib
+from evo_jax.data.tokenizers import Tokenizer, special_ids
 from evo_jax.decoding import modes, settings, steps
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.logits import make_processor
@@ -95,7 +96,7 @@ class Sampler:
     start, compiled_before = time.perf_counter(), self.compile_seconds
     sampling, tokenizer = self.sampling, self.run.tokenizer
     batch = self._start(requests, seed, infill, traces is not None)
-    progress = [Progress(request, tokenizer, sampling.stop) for request in requests]
+    progress = [Progress(request, tokenizer, sampling.stop, infill) for request in requests]
     recorder = TraceRecorder(requests[0], tokenizer) if traces is not None else None
     while True:
       snapshot = self._device.to_host(Snapshot.select(batch.state))
@@ -105,14 +106,15 @@ class Sampler:
       for i, text in enumerate(progress):
         piece = text.update(snapshot.row(i), seconds)
         batch.stopped[i] = text.seconds is not None
-        if on_text and piece and not infill:
+        if on_text and piece:
           on_text(i, piece)
       if all(text.seconds is not None for text in progress):
         break
       steps.STEPS[sampling.mode](self._device, batch)
+    generations = [text.generation(snapshot.row(i)) for i, text in enumerate(progress)]
     if recorder:
-      traces.append(recorder.trace(sampling))
-    return [text.generation(snapshot.row(i), infill) for i, text in enumerate(progress)]
+      traces.append(recorder.trace(sampling, generations[0].text))
+    return generations
 
   def _start(self, requests: list[Request], seed: int, infill: bool, traced: bool) -> RunningBatch:
     """Reads the prompts of a batch."""
@@ -142,8 +144,7 @@ class Sampler:
       return with_latents(state, net.codes(), prior, schedule.size)
 
     state: DecodingState = device.run(("start", traced, prefix), program, buffers, np.uint32(seed))
-    # A filled gap does not end the text.
-    processor = make_processor(sampling, tokenizer.end_ids if sampling.endless or infill else ())
+    processor = make_processor(sampling, _suppressed(tokenizer, sampling.endless, infill), tokenizer.vocab_size)
     return RunningBatch(sampling, schedule, processor, state, np.zeros(state.done.shape, bool), infill)
 
   def _room(self) -> int:
@@ -151,6 +152,13 @@ class Sampler:
     if self._schedule is None:
       return 2 * self.sampling.draft + 4
     return 2 * self._schedule.size + modes.uncached_slots(self._schedule.size)
+
+
+def _suppressed(tokenizer: Tokenizer, endless: bool, infill: bool) -> tuple[int, ...]:
+  """Special ids that may not be written: all but those that end a text or a turn; in a gap, which ends neither, all."""
+  may_end = () if endless else tokenizer.end_ids
+  written = () if infill else (*may_end, *tokenizer.turn_end_ids)
+  return tuple(i for i in special_ids(tokenizer) if i not in written)
 
 
 def _make_schedule(run: Run, sampling: Sampling) -> WindowSchedule | None:
