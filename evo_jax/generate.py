@@ -42,11 +42,11 @@ def main() -> None:
     check_trace_file(args.trace)
   sampler = Sampler(load_run(args.workdir, args.step), sampling)
   streams = len(prompts) * args.num == 1 and not args.json and not args.infill
-  on_text = _stream(prompts[0]) if streams else None
+  on_text = _stream(prompts[0]) if streams else None  # prints the prompt, too, once it has been accepted
   traces = [] if args.trace else None
   generations = sampler(prompts, args.num, args.seed, bool(args.infill), on_text, traces)
   if streams:
-    print()
+    print("" if generations[0].text else readable(prompts[0]))
   elif args.json:
     generations_json = [dataclasses.asdict(g) | {"prompt": readable(g.prompt)} for g in generations]
     print(json.dumps(generations_json, indent=2))
@@ -61,9 +61,14 @@ def main() -> None:
 
 
 def _stream(prompt: str) -> OnText:
-  """Prints the prompt, and returns what prints the text behind it as it comes."""
-  print(readable(prompt), end="", flush=True)
-  return lambda _, piece: print(piece, end="", flush=True)
+  """What prints a text as it comes, with the prompt before its first piece."""
+  printed = []
+
+  def on_text(_, piece):
+    print("" if printed else readable(prompt), piece, sep="", end="", flush=True)
+    printed.append(piece)
+
+  return on_text
 
 
 def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:

@@ -101,7 +101,7 @@ class Progress:
     if row.done or find_stop(text, self._stop) is not None:
       text, self.seconds = self._written(row)[0], max(seconds, 1e-9)
     else:
-      text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
+      text = text[: max(0, len(text) - max(map(len, self._stop), default=1) + 1)]
     new = text[len(self._streamed) :]
     self._streamed += new
     return new
