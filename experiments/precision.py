@@ -1,19 +1,22 @@
-"""How often decoding modes that should agree do, in float32 and in bfloat16.
+"""How often decoding modes, and batches, that should agree do, in float32 and in bfloat16.
 
   python -m experiments.precision --workdir=runs/tiny [--texts=256]
 
-Greedy `verify` and greedy `adaptive --threshold=0` choose the tokens of greedy `ar`, and `adaptive --threshold=0` draws
-those of `ar`, if a token's logits do not depend on how many slots a pass reads. They do by rounding: matrix products of
-other shapes add up in another order. Prints for each dtype of computation and each pair how many texts are equal, and
-over the first differences the gap between the two best logits, beside its median over all tokens of the texts. Each
-text follows a piece of held-out text and fills the context.
+Greedy `verify` and greedy `adaptive --threshold=0` choose the tokens of greedy `ar`, `adaptive --threshold=0` draws
+those of `ar`, and a text is the same in any batch, if a token's logits do not depend on how many slots and rows a pass
+reads. By rounding they do: matrix products of other shapes add up in another order. Prints for each dtype of
+computation and each pair how many texts are equal, and the gap in nats between the two best logits: its median over all
+tokens, and its median and maximum over the tokens at which two texts first differ. Each text follows a piece of
+held-out text and fills the context.
 """
 
 import dataclasses
+import functools
+import math
+from pathlib import Path
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import cli
@@ -29,7 +32,9 @@ from experiments.decode_speed import held_out_texts
 PAIRS = {
   "verify, greedy": (dict(mode="ar", greedy=True), dict(mode="verify", greedy=True)),
   "adaptive 0, greedy": (dict(mode="ar", greedy=True), dict(mode="adaptive", threshold=0.0, greedy=True)),
-  "adaptive 0": (dict(mode="ar"), dict(mode="adaptive", threshold=0.0)),
+  "adaptive 0, drawn": (dict(mode="ar"), dict(mode="adaptive", threshold=0.0)),
+  "one by one, greedy": (dict(mode="ar", greedy=True), dict(mode="ar", greedy=True, batch_size=1)),
+  "one by one, drawn": (dict(mode="ar"), dict(mode="ar", batch_size=1)),
 }
 
 
@@ -41,6 +46,16 @@ def with_dtype(run: run_lib.Run, dtype: str) -> run_lib.Run:
   )
 
 
+def held_out_prompts(run: run_lib.Run, data: str, tokens: int, count: int) -> list[str]:
+  """Pieces of held-out text of `tokens` tokens, which are all of one document. Raises UserError."""
+  prompts, _ = held_out_texts(run, data, run.config.model.context - tokens, count)
+  texts = [run.tokenizer.decode(np.array(prompt)) for prompt in prompts]
+  texts = [text for text in texts if len(run.tokenizer.encode(text)) == tokens]
+  if not texts:
+    raise UserError(f"--prompt_tokens={tokens}: no held-out piece has so many tokens of a single document")
+  return texts
+
+
 def logit_gaps(run: run_lib.Run, texts: list[list[int]]) -> np.ndarray:
   """(N, T) nats: how far apart the two best logits were for each token of N texts of T tokens, prompts included."""
   tokens = np.pad(np.array(texts), [(0, 0), (1, 0)], constant_values=run.tokenizer.begin_id)[:, :-1]
@@ -50,27 +65,27 @@ def logit_gaps(run: run_lib.Run, texts: list[list[int]]) -> np.ndarray:
     best = jax.lax.top_k(run.model.apply({"params": params}, tokens), 2)[0]
     return best[..., 0] - best[..., 1]
 
-  return np.concatenate([gaps(run.params, jnp.asarray(part)) for part in np.split(tokens, range(32, len(tokens), 32))])
+  return np.concatenate([gaps(run.params, part) for part in np.split(tokens, range(32, len(tokens), 32))])
 
 
-def compare(
-  run: run_lib.Run, prompts: list[list[int]], reference: list[Generation], found: list[Generation]
-) -> dict[str, float]:
+def compare(run: run_lib.Run, reference: list[Generation], found: list[Generation]) -> dict[str, float]:
   """How many texts are equal, and how close the two best logits of the reference are where texts first differ."""
-  texts = [prompt + text.tokens for prompt, text in zip(prompts, reference)]
-  gaps = logit_gaps(run, texts)
-  first = []  # differences: the gap there
-  for row, (prompt, a, b) in enumerate(zip(prompts, reference, found)):
-    index = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), None)
-    if index is not None:
-      first.append(float(gaps[row, len(prompt) + index]))
+  prompts = [run.tokenizer.encode(text.prompt).tolist() for text in reference]
+  whole = [prompt + text.tokens for prompt, text in zip(prompts, reference)]
+  length = min(map(len, whole))  # texts that end in half a character are shorter
+  gaps = logit_gaps(run, [text[:length] for text in whole])
+  at_first = []
+  for prompt, row, a, b in zip(prompts, gaps, reference, found):
+    index = next((len(prompt) + i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), None)
+    if index is not None and index < length:
+      at_first.append(float(row[index]))
   return {
-    "texts": len(texts),
-    "equal": len(texts) - len(first),
-    "tokens_per_text": len(reference[0].tokens),
-    "median_gap": float(np.median(gaps)),
-    "gap_at_differences_median": float(np.median(first)) if first else float("nan"),
-    "gap_at_differences_most": max(first, default=float("nan")),
+    "texts": len(whole),
+    "equal": len(whole) - len(at_first),
+    "tokens_per_text": length - len(prompts[0]),
+    "gap_median": float(np.median(gaps)),
+    "gap_at_differences_median": float(np.median(at_first)) if at_first else None,
+    "gap_at_differences_most": max(at_first, default=None),
   }
 
 
@@ -79,28 +94,22 @@ def main() -> None:
   if args.texts < 1:
     raise UserError(f"--texts={args.texts}: is not positive")
   own = run_lib.load_run(args.workdir)
-  context = own.config.model.context
-  prompts, _ = held_out_texts(own, args.data, context - args.prompt_tokens, args.texts)
-  results = []
-  print(f"{'dtype':<10}{'pair':<20}{'equal':>12}{'gap, all':>10}{'where they differ':>19}{'at most':>9}")
+  prompts, results = held_out_prompts(own, args.data, args.prompt_tokens, args.texts), []
+  print(f"{'dtype':<10}{'compared with ar':<20}{'equal':>12}{'gap, median':>13}{'at differences':>16}{'most':>9}")
   for dtype in ("float32", "bfloat16"):
-    run, texts = with_dtype(own, dtype), {}
-    fields = dict(max_tokens=context - args.prompt_tokens, endless=True)
+    run = with_dtype(own, dtype)
+    write = functools.cache(lambda items, run=run: Sampler(run, Sampling(**dict(items), endless=True))(prompts))
     for name, pair in PAIRS.items():
-      for settings in pair:
-        key = str(settings)
-        if key not in texts:
-          decoded = [run.tokenizer.decode(np.array(prompt)) for prompt in prompts]
-          texts[key] = Sampler(run, Sampling(**settings, **fields))(decoded)
-      entry = compare(run, prompts, *(texts[str(settings)] for settings in pair))
+      entry = compare(run, *(write(tuple(settings.items())) for settings in pair))
       results.append({"dtype": dtype, "pair": name} | entry)
+      at_differences = [entry[f"gap_at_differences_{what}"] or math.nan for what in ("median", "most")]
       print(
-        f"{dtype:<10}{name:<20}{entry['equal']:>6}/{entry['texts']:<5}{entry['median_gap']:>10.3f}"
-        f"{entry['gap_at_differences_median']:>19.5f}{entry['gap_at_differences_most']:>9.5f}",
+        f"{dtype:<10}{name:<20}{entry['equal']:>6}/{entry['texts']:<5}{entry['gap_median']:>13.3f}"
+        f"{at_differences[0]:>16.5f}{at_differences[1]:>9.5f}",
         flush=True,
       )
   if args.output:
-    common.write_result("precision", results, common.Path(args.output))
+    common.write_result("precision", results, Path(args.output))
 
 
 if __name__ == "__main__":
