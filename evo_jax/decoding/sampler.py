@@ -66,7 +66,8 @@ class Sampler:
   ) -> list[Generation]:
     """`num` texts for each prompt in turn; with `infill`, prompts whose gaps `[...]` (`[...12]`: 12 tokens) are filled.
 
-    A text depends on its prompt, its number among those with the same prompt, and the seed; not on other prompts.
+    A text depends on its prompt, its number among those with the same prompt, and the seed; not on other prompts, but
+    for rounding (see `state`).
 
     Args:
       on_text: is called with a text's number and a piece of it that is new and final, from left to right.
