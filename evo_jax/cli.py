@@ -51,8 +51,8 @@ def run(main: Callable[[], None]) -> None:
   """Parses flags, runs `main`, and turns bad input into one line on stderr and exit status 1.
 
   Only `UserError` and bad flags are the user's, and output that cannot be written; a bug, or an unforeseen failure in a
-  library, keeps its traceback. Where a pipe's reader has left, as `head` does, the command ends without a word, with
-  the status that the signal SIGPIPE would give it.
+  library, keeps its traceback. After Ctrl-C, and where a pipe's reader has left, as `head` does, the command ends
+  without a word, with the status that the signal would give it.
   """
   logging.set_verbosity(logging.FATAL)  # libraries' messages are not for users: errors arrive as exceptions
   sys.unraisablehook = _show_unraisable
@@ -62,6 +62,8 @@ def run(main: Callable[[], None]) -> None:
       app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
     finally:
       sys.stdout.flush()  # what cannot be written fails here, not as the interpreter ends
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except _OutputError as error:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of what is left there is no second try
     if error.errno == errno.EPIPE:

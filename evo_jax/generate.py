@@ -9,7 +9,7 @@
             --threshold, in bits with the default path, goes from 0 (autoregression) to one pass for all
   verify    autoregression's distribution in fewer passes: windows draft tokens, the next pass verifies them
 
-Token for token, --mode=adaptive --threshold=0 and --mode=verify --greedy are --mode=ar in float32; in bfloat16 rounding,
+In float32 adaptive with --threshold=0, and verify with --greedy, give the tokens that ar gives; in bfloat16 rounding,
 which depends on how many tokens a pass reads, decides between nearly equal ones (experiments/README.md).
 
 A text ends where the model ends the document, before a --stop string, or after --max_tokens tokens: 200, or what the

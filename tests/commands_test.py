@@ -97,6 +97,7 @@ def test_generate_fills_the_context(trained):
   [
     (">/dev/full", "print('a')", 1, "", "evo_jax: standard output: cannot be written: No space left on device\n"),
     ("| head -c 3", "[print('ab', flush=True) for _ in range(99999)]", 141, "ab\n", ""),
+    ("", "exec('raise KeyboardInterrupt')", 130, "", ""),
     ("", "print('é \\udcc3 \\u4e16')", 0, r"\\xe9 \\udcc3 \\u4e16" + "\n", ""),
     (">&- 2>&- <&-", "(print('a'), sys.stderr.write('b'), sys.stdin and 1 / 0)", 0, "", ""),
   ],

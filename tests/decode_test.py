@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from evo_jax import config as config_lib
-from evo_jax.decoding import modes, settings, speculative
+from evo_jax.decoding import modes, settings, speculative, steps
 from evo_jax.decoding.logits import LogitsProcessor, make_processor
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
@@ -398,6 +398,15 @@ def test_text_streams_as_it_is_committed(fields):
   write = sampler(max_tokens=20, endless=True, **fields)
   found = write(["a", "bc"], on_text=lambda i, piece: pieces[i].append(piece))
   assert ["".join(pieces[i]) for i in (0, 1)] == [g.text for g in found] and len(pieces[0]) > 1
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused(monkeypatch):
+  def step(device, batch):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+  monkeypatch.setitem(steps.STEPS, "ar", step)
+  with pytest.raises(UserError, match="--batch_size=64: .* do not fit the device's memory"):
+    sampler(max_tokens=14, mode="ar")(["a"])
 
 
 def test_calls_of_similar_shape_share_compiled_code(monkeypatch):

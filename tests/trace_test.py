@@ -66,13 +66,32 @@ def test_unusual_text_and_empty_text_are_drawn(tmp_path):
 def test_bad_files_are_refused_and_nothing_is_left(tmp_path):
   (tmp_path / "old.html").write_text("old")
   (tmp_path / "d.html").mkdir()
+  (tmp_path / "link.PNG").symlink_to(tmp_path / "no" / "t.png")
   for path, problem in (
     (tmp_path / "t.pdf", "neither in .html nor in .png"),
     (tmp_path / "no" / "t.html", "no folder"),
+    (tmp_path / "link.PNG", "no folder"),
     (tmp_path / "d.html", "is a folder"),
   ):
     with pytest.raises(UserError, match=f"--trace={re.escape(str(path))}: .*{problem}"):
       trace_lib.check_trace_file(str(path))
   trace_lib.check_trace_file(str(tmp_path / "old.html"))
   trace_lib.check_trace_file(str(tmp_path / "new.html"))
-  assert (tmp_path / "old.html").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["d.html", "old.html"]
+  assert (tmp_path / "old.html").read_text() == "old" and sorted(os.listdir(tmp_path)) == [
+    "d.html",
+    "link.PNG",
+    "old.html",
+  ]
+
+
+@pytest.mark.parametrize("suffix", ["HTML", "PNG"])
+def test_what_cannot_be_shown_is_drawn_without_a_word(tmp_path, recwarn, suffix):
+  """Characters that no font has, controls, ends of lines; also where the file's name is in capitals."""
+  trace = example()
+  odd = [
+    [["\x00", "\x1b[", "\u2028", "世", "\U0001f600", "\r\x85"][i] if piece else "" for i, piece in enumerate(row)]
+    for row in trace.pieces
+  ]
+  file = tmp_path / f"t.{suffix}"
+  trace_lib.write_trace(trace_lib.Trace("世\0", "\x1b", "ar", trace.time, odd, trace.event), str(file))
+  assert file.stat().st_size > 1_000 and not recwarn.list

@@ -9,7 +9,8 @@ The modes are described in `evo_jax.generate`, the command. A text ends at a tok
 a stop string, after `max_tokens` tokens, or where the context is full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import time
 
 import jax
@@ -28,6 +29,7 @@ from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import DecodingState, Draft, prefill, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
+from evo_jax.errors import UserError
 from evo_jax.flow import policies
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
@@ -73,7 +75,7 @@ class Sampler:
       on_text: is called with a text's number and a piece of it that is new and final, from left to right.
       traces: a list to which the first text's trace is added.
 
-    Raises UserError for a prompt that is too long or cannot be encoded.
+    Raises UserError for a prompt that is too long or cannot be encoded, and for a batch that the memory does not hold.
     """
     run, size = self.run, self.sampling.batch_size
     requests = make_requests(prompts, num, infill, self.sampling, run.tokenizer, run.config.model.context)
@@ -81,7 +83,7 @@ class Sampler:
     if traces is None:
       order.sort(key=lambda i: len(requests[i].tokens))  # similar lengths share a batch
     generations: list[Generation | None] = [None] * len(requests)
-    with jax.set_mesh(self._device.mesh):
+    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={size}"):
       for start in range(0, len(order), size):
         part = order[start : start + size]
         tell = on_text and (lambda i, piece, part=part: on_text(part[i], piece))
@@ -153,6 +155,17 @@ class Sampler:
     if self._schedule is None:
       return 2 * self.sampling.draft + 4
     return 2 * self._schedule.size + modes.uncached_slots(self._schedule.size)
+
+
+@contextlib.contextmanager
+def _out_of_memory_as(flag: str) -> Iterator[None]:
+  """Raises UserError that names the flag where the device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error
 
 
 def _suppressed(tokenizer: Tokenizer, endless: bool, infill: bool) -> tuple[int, ...]:

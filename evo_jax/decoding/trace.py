@@ -47,7 +47,7 @@ class Trace:
 def check_trace_file(path: str) -> None:
   """Raises UserError where `write_trace` could not write; changes nothing."""
   problem = None
-  folder = os.path.dirname(path) or "."
+  folder = os.path.dirname(os.path.realpath(path))  # a link may lead into another one
   if not path.lower().endswith((".html", ".png")):
     problem = "ends neither in .html nor in .png"
   elif not os.path.isdir(folder):
