@@ -103,7 +103,7 @@ def _summary(generations: list[Generation], compile_seconds: float) -> str:
 def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "A run's work directory.")
   flags.DEFINE_multi_string("prompt", [], "Beginning of a text; may be given several times.")
-  prompts = "File of prompts, one per line, or .jsonl; - is standard input. May be given several times."
+  prompts = "File of prompts, one per line, or .jsonl, both also .gz and .xz; - is standard input. May be given again."
   flags.DEFINE_multi_string("prompts", [], prompts)
   infill = (
     "A text whose gaps [...] ([...12]: 12 tokens) are filled; the rest stays as it is. May be given several times."

@@ -400,6 +400,14 @@ def test_text_streams_as_it_is_committed(fields):
   assert ["".join(pieces[i]) for i in (0, 1)] == [g.text for g in found] and len(pieces[0]) > 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_diverged_is_refused(value):
+  params = dict(run().params)
+  params["final_norm"] = params["final_norm"].at[3].set(value)
+  with pytest.raises(UserError, match="parameters of step 0 are not all finite"):
+    Sampler(dataclasses.replace(run(), params=params), Sampling(), one_device())
+
+
 def test_a_batch_that_memory_does_not_hold_is_refused(monkeypatch):
   def step(device, batch):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")

@@ -42,7 +42,7 @@ class Sampling:
   draft: int = 4  # verify: drafted tokens per pass at most; each text drafts as many as are often accepted
   draft_passes: int = 1  # verify: passes per round; with 1, a pass verifies and drafts
   gap: int = 16  # infilling: tokens of a gap without a number
-  endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens tokens
+  endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens (but for half a character)
   batch_size: int = 64  # texts that are decoded at once
 
 
