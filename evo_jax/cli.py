@@ -100,7 +100,8 @@ def _prepare_streams() -> None:
   sys.stderr.reconfigure(errors="backslashreplace")
   out = sys.stdout
   raw = io.BufferedWriter(_Output(out.fileno(), "w", closefd=False))
-  sys.stdout = io.TextIOWrapper(raw, out.encoding, "backslashreplace", line_buffering=out.line_buffering)
+  at_once = out.line_buffering or out.write_through  # a terminal, or python -u
+  sys.stdout = io.TextIOWrapper(raw, out.encoding, "backslashreplace", line_buffering=at_once)
 
 
 def _show_unraisable(problem) -> None:
