@@ -1,4 +1,4 @@
-"""What every command shares: --config, one clear line for bad input and bad output, and a non-zero exit."""
+"""What every command shares: --config, flags of meshes and processes, one clear line for what is bad, exit codes."""
 
 from collections.abc import Callable
 import errno
@@ -11,11 +11,13 @@ import signal
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 from ml_collections import config_flags
 
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
+from evo_jax.parallel import distributed, sharding
 
 _SHIPPED = Path(__file__).parent / "configs"  # a link to the checkout's configs/, and a package of the wheel
 
@@ -45,6 +47,62 @@ def read_config() -> tuple[config_lib.Config, str]:
   except Exception as error:  # whatever running the file raised
     raise UserError(f"--config={file}: cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
   return config_lib.from_dict(values), file
+
+
+def define_processes() -> None:
+  """Defines the flags of a command that may run as several processes."""
+  flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Join the cluster that JAX finds: a TPU pod, Slurm, Kubernetes, Open MPI. Default: where flags or variables speak "
+    "of several processes.",
+  )
+  flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
+  flags.DEFINE_integer("num_processes", None, "Number of processes; default: what the cluster says.")
+  flags.DEFINE_integer("process_id", None, "This process's number, from 0; default: what the cluster says.")
+  flags.DEFINE_integer(
+    "heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end."
+  )
+
+
+def join_processes() -> None:
+  """Joins the processes of which the flags, or the cluster, speak. Raises UserError."""
+  args = flags.FLAGS
+  distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id, args.heartbeat)
+
+
+def define_mesh() -> None:
+  """Defines --mesh of a command that reads a trained model."""
+  flags.DEFINE_string("mesh", "", "Devices along the axes, as data:1,fsdp:8; default: data, all of them.")
+
+
+def make_mesh() -> jax.sharding.Mesh:
+  """The mesh that --mesh describes, over all devices of all processes. Raises UserError."""
+  return sharding.make_mesh(sharding.parse_mesh(flags.FLAGS.mesh, config_lib.Mesh()))
+
+
+def check_output(flag: str, file: str) -> None:
+  """Raises UserError, naming the flag, where a file cannot be written; in a bucket only writing shows that. Leaves
+  nothing behind."""
+  if "://" in file:
+    return
+  path, problem = epath.Path(file).expanduser(), None
+  if path.is_dir():
+    problem = "is a folder"
+  elif not path.parent.is_dir():
+    problem = f"there is no folder {path.parent}"
+  elif not os.access(path if path.exists() else path.parent, os.W_OK):
+    problem = "cannot be written: Permission denied"
+  if problem:
+    raise UserError(f"--{flag}={file}: {problem}")
+
+
+def write_output(flag: str, file: str, text: str) -> None:
+  """Writes a file that a flag names. Raises UserError where that fails."""
+  try:
+    epath.Path(file).expanduser().write_text(text)
+  except Exception as error:  # OSError; libraries for buckets raise others, too
+    raise UserError(f"--{flag}={file}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -117,11 +175,24 @@ def _show_unraisable(problem) -> None:
 def _main(main: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
-  main()
+  distributed.ignore_absent_tpu()
+  try:
+    main()
+  except jax.errors.JaxRuntimeError as error:
+    if not _joined():
+      raise
+    # Mostly a process that is gone, for which others would wait without end, at their exit too.
+    print(
+      f"evo_jax: process {jax.process_index()}: another process was lost "
+      f"({str(error).splitlines()[0][:200]}); start the same command again",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:
-  argv = _joined(argv)
+  argv = _normalized(argv)
   if "config" in flags.FLAGS:
     argv = _with_config_file(argv)
   try:
@@ -134,7 +205,7 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
 
 
-def _joined(argv: list[str]) -> list[str]:
+def _normalized(argv: list[str]) -> list[str]:
   """The arguments with each flag and its value in one, --name=value. --show-progression is --show_progression; values,
   and fields of a configuration, stay as they are."""
   joined, rest = argv[:1], iter(argv[1:])
@@ -176,6 +247,11 @@ def _guard(body: Callable):
 
 def _complain(message: str) -> None:
   """Prints one line on stderr, whatever the names and values that the message has."""
-  who = f"evo_jax: process {jax.process_index()}" if jax.process_count() > 1 else "evo_jax"
+  who = f"evo_jax: process {jax.process_index()}" if _joined() else "evo_jax"
   line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
   print(f"{who}: {line}", file=sys.stderr)
+
+
+def _joined() -> bool:
+  """Whether this is one of several processes; does not ask for devices where there is one."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1

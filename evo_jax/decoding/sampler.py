@@ -16,7 +16,6 @@ import time
 import jax
 import numpy as np
 
-from evo_jax import config as config_lib
 from evo_jax.data.tokenizers import Tokenizer, special_ids
 from evo_jax.decoding import modes, settings, steps
 from evo_jax.decoding.device import DeviceModel
@@ -31,7 +30,6 @@ from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
 from evo_jax.errors import UserError
 from evo_jax.flow import policies
-from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
 OnText = Callable[[int, str], None]
@@ -45,12 +43,12 @@ class Sampler:
 
     Args:
       sampling: default: `Sampling()`.
-      mesh: texts and parameters are sharded over it by the rules of training; default: texts over all devices, each of
-        which has a copy of the parameters.
+      mesh: texts and parameters are sharded over it by the rules of training; default: the one that the parameters lie
+        on.
     """
     self.run, self.sampling = run, sampling or Sampling()
     self._schedule = _make_schedule(run, self.sampling)
-    self._device = DeviceModel(run, sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh)
+    self._device = DeviceModel(run, run.mesh if mesh is None else mesh)
 
   @property
   def compile_seconds(self) -> float:
