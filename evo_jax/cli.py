@@ -1,4 +1,4 @@
-"""What every command shares: --config, flags of meshes and processes, one line for bad input, a non-zero exit."""
+"""What every command shares: --config, flags of meshes and processes, one clear line for what is bad, exit codes."""
 
 from collections.abc import Callable
 import errno
@@ -180,7 +180,7 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
   try:
     main()
   except jax.errors.JaxRuntimeError as error:
-    if not _one_of_several():
+    if not _joined():
       raise
     # Mostly a process that is gone, for which others would wait without end, at their exit too.
     print(
@@ -193,7 +193,7 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  argv = _joined(argv)
+  argv = _normalized(argv)
   if "config" in flags.FLAGS:
     argv = _with_config_file(argv)
   try:
@@ -206,7 +206,7 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
 
 
-def _joined(argv: list[str]) -> list[str]:
+def _normalized(argv: list[str]) -> list[str]:
   """The arguments with each flag and its value in one, --name=value. --show-progression is --show_progression; values,
   and fields of a configuration, stay as they are."""
   joined, rest = argv[:1], iter(argv[1:])
@@ -248,11 +248,11 @@ def _guard(body: Callable):
 
 def _complain(message: str) -> None:
   """Prints one line on stderr, whatever the names and values that the message has."""
-  who = f"evo_jax: process {jax.process_index()}" if _one_of_several() else "evo_jax"
+  who = f"evo_jax: process {jax.process_index()}" if _joined() else "evo_jax"
   line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
   print(f"{who}: {line}", file=sys.stderr)
 
 
-def _one_of_several() -> bool:
+def _joined() -> bool:
   """Whether this is one of several processes; does not ask for devices where there is one."""
   return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -46,7 +46,7 @@ def main() -> None:
     check_trace_file(args.trace)
   cli.join_processes()
   mesh = cli.make_mesh()
-  if jax.process_count() > 1 and args.prompts == "-":
+  if jax.process_count() > 1 and "-" in args.prompts:
     raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
   sampler = Sampler(load_run(args.workdir, args.step, mesh), sampling)
   writes = jax.process_index() == 0

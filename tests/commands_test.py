@@ -226,7 +226,7 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", f"--num={2**63}"), "is more than 1000000 texts"),
     ("generate", ("--workdir=RUN", f"--seed={2**32}"), "--seed=4294967296: is not in [0, 2^32)"),
     ("generate", ("--workdir=RUN", f"--step={2**63}"), "holds no checkpoint of step 9223372036854775808"),
-    ("generate", ("--workdir=/no\nsuch\udcff",), r"such\udcff': is not UTF-8"),
+    ("generate", ("--workdir=/no\nsuch",), r"--workdir=/no\nsuch: is no folder"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),
     ("evaluate", ("--workdir=RUN", "--show_progression"), "the model has a shared clock"),
     ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'"),

@@ -107,9 +107,7 @@ def environment(devices: int = 1) -> dict[str, str]:
   return {**os.environ, "XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count={devices}"}
 
 
-def call(
-  module: str, *arguments: str, devices: int = 1, input: str = "", folder: str | os.PathLike = ROOT
-) -> subprocess.CompletedProcess:
+def call(module: str, *arguments: str, devices: int = 1, input: str = "") -> subprocess.CompletedProcess:
   """As `run`, but in this process, which has imported JAX already; an exception that would be a traceback is raised.
 
   The command sees the first `devices` devices, parses its flags from the start, and leaves no flag, hook or working
@@ -117,9 +115,9 @@ def call(
   """
   app.define_help_flags()  # they, and the flags of libraries, are defined once in a process and must not be undone
   importlib.import_module(module)
-  hook, before = sys.unraisablehook, os.getcwd()
+  hook, folder = sys.unraisablehook, os.getcwd()
   with contextlib.ExitStack() as stack:
-    stack.callback(os.chdir, before)
+    stack.callback(os.chdir, folder)
     stack.callback(setattr, sys, "unraisablehook", hook)
     stack.enter_context(flagsaver.flagsaver())
     stack.callback(flags.FLAGS.unparse_flags)
@@ -133,7 +131,7 @@ def call(
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore", RuntimeWarning)  # of runpy, that the module had been imported
     out, err = stack.enter_context(_captured())
-    os.chdir(folder)
+    os.chdir(ROOT)
     status = 0
     try:
       runpy.run_module(module, run_name="__main__", alter_sys=True)
