@@ -11,6 +11,7 @@ import jax
 
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
+from evo_jax.training import files
 
 
 class Tracker(Protocol):
@@ -68,7 +69,7 @@ class _WeightsAndBiases:
   def __init__(self, config: config_lib.Config, workdir: epath.Path, step: int):
     file = workdir / "wandb_id"
     if not (step and file.exists()):
-      file.write_text(uuid.uuid4().hex)
+      files.write_file(file, uuid.uuid4().hex.encode())
     wandb = _import_wandb()
     try:
       self._run = wandb.init(
