@@ -7,9 +7,12 @@ The text is repeated, each copy of a document with another number in front, in o
 Memory is the sum over all processes of their share (PSS), sampled five times a second; its peak should not depend on
 the size. Speed is of bytes of text, in one run on one machine:
 
-  prepare    all of the command, and without its start (what the second half of the text takes)
-  library    encoding in batches by the library's own threads, as many as --workers, of 64 MB of text in memory;
+  prepare    all of the command, with its start
+  library    encoding in batches by the library's own threads, as many as --workers, of up to 64 MB of text in memory;
              for bytes, reading and parsing the JSON alone, in one process
+
+Both are also given per second of CPU time, of all threads and processes: that can be compared where the machine is
+shared with others.
 
 --document makes one plain text file of so many GB, which is one document.
 """
@@ -19,6 +22,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import resource
 import subprocess
 import sys
 import tempfile
@@ -82,25 +86,36 @@ def memory(pid: int) -> int:
 
 
 def prepare(file: Path, text_bytes: int, output: Path) -> dict[str, float]:
-  """Runs the command. Returns peak memory in MB, seconds, and MB of text per second: of all, and of its second half."""
+  """Runs the command. Returns peak memory in MB, seconds, MB of text per second, and tokens."""
   command = [sys.executable, "-m", "evo_jax.prepare", f"--input={file}", f"--output={output}"]
-  command += [f"--tokenizer={FLAGS.tokenizer}", f"--tokenizer_path={FLAGS.tokenizer_path}", f"--workers={FLAGS.workers}"]
-  begun, peak = time.monotonic(), 0
+  command += [
+    f"--tokenizer={FLAGS.tokenizer}",
+    f"--tokenizer_path={FLAGS.tokenizer_path}",
+    f"--workers={FLAGS.workers}",
+  ]
+  begun, cpu_begun, peak = time.monotonic(), children_cpu(), 0
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
   while process.poll() is None:
     peak = max(peak, memory(process.pid))
     time.sleep(0.2)
   if process.returncode:
     sys.exit(process.returncode)
-  seconds = time.monotonic() - begun
+  seconds, cpu = time.monotonic() - begun, children_cpu() - cpu_begun
   manifest = json.loads((output / "manifest.json").read_text())
   tokens = sum(shard["tokens"] for split in manifest["sources"][0]["splits"].values() for shard in split["shards"])
-  return {"peak_mb": peak / 1e6, "seconds": seconds, "mb_per_second": text_bytes / 1e6 / seconds, "tokens": tokens}
+  speeds = {"mb_per_second": text_bytes / 1e6 / seconds, "mb_per_cpu_second": text_bytes / 1e6 / cpu}
+  return {"peak_mb": peak / 1e6, "seconds": seconds, **speeds, "tokens": tokens}
 
 
-def library_speed(file: Path) -> float:
+def children_cpu() -> float:
+  """Seconds of CPU time that ended child processes took."""
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
+def library_speed(file: Path) -> dict[str, float]:
   """MB of text per second of the library's batch encoding; for bytes, of reading and parsing."""
-  begun = time.monotonic()
+  begun, cpu_begun = time.monotonic(), time.process_time()
   texts, size = [], 0
   lines = (line for chunk in _whole_lines(file) for line in chunk.splitlines())
   for line in lines:
@@ -110,9 +125,16 @@ def library_speed(file: Path) -> float:
       texts.append(text)
       if size >= BATCH_BYTES:
         break
-  if FLAGS.tokenizer == "bytes":
-    return size / 1e6 / (time.monotonic() - begun)
-  begun = time.monotonic()
+  if FLAGS.tokenizer != "bytes":
+    begun, cpu_begun = time.monotonic(), time.process_time()
+    encode_batches(texts)
+  return {
+    "library_mb_per_second": size / 1e6 / (time.monotonic() - begun),
+    "library_mb_per_cpu_second": size / 1e6 / (time.process_time() - cpu_begun),
+  }
+
+
+def encode_batches(texts: list[str]) -> None:
   if FLAGS.tokenizer == "sentencepiece":
     import sentencepiece
 
@@ -126,7 +148,6 @@ def library_speed(file: Path) -> float:
     encoder = library.Tokenizer.from_file(f"{FLAGS.tokenizer_path}/tokenizer.json")
     for i in range(0, len(texts), 1000):
       encoder.encode_batch(texts[i : i + 1000], add_special_tokens=False)
-  return size / 1e6 / (time.monotonic() - begun)
 
 
 def _whole_lines(file: Path) -> Iterator[bytes]:
@@ -151,8 +172,9 @@ def main(argv: list[str]) -> None:
       text_bytes = (write_lines if kind == "lines" else write_document)(texts, int(size * 1e9), file)
       run = {"text": kind, "gb": size, **prepare(file, text_bytes, Path(folder) / "tokens")}
       if kind == "lines":
-        run["library_mb_per_second"] = library_speed(file)
+        run |= library_speed(file)
         run["share"] = run["mb_per_second"] / run["library_mb_per_second"]
+        run["cpu_share"] = run["mb_per_cpu_second"] / run["library_mb_per_cpu_second"]
     results["runs"].append(run)
     print({name: round(value, 3) if isinstance(value, float) else value for name, value in run.items()}, flush=True)
   if FLAGS.output:
