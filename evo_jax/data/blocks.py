@@ -1,7 +1,7 @@
 """Blocks: files cut, while they are read, into parts of about a megabyte that other processes can work on.
 
-A block holds whole lines, whole rows, a whole file of text, or a part of a long document. Whatever the size of files and
-documents, no more than a few blocks are in memory; only of Parquet, a page of the column must fit into it.
+A block holds whole lines, whole rows, a whole file of text, or a part of a long document. Whatever the size of files
+and documents, no more than a few blocks are in memory; of Parquet, a row group's pages must fit into it.
 """
 
 import codecs
@@ -30,9 +30,9 @@ _MARKS = {  # the first of UTF-32 begins as that of UTF-16 does
 class Block:
   """A part of a file.
 
-  form: lines (of JSON) | rows (of Parquet, as Arrow's stream) | text (a document, or a part of it). first: number
-  of the first line or row, from 1; 0: the file is one document. begins, ends: of text, whether the document does. problem: why
-  the document that ends here cannot be used.
+  form: lines (of JSON) | rows (of Parquet, as Arrow's stream) | text (a document, or a part of one). first: number of
+  the first line or row, from 1; 0: the file is one document. begins, ends: of text, whether the
+  document does. problem: why the document that ends here cannot be used.
   """
 
   file: str

@@ -118,11 +118,11 @@ def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
 def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:
   if isinstance(text, bytes) or len(text) <= PART:
     return encode_part(encoder, text, True)
-  parts = (encode_part(encoder, part, i == 0) for i, part in enumerate(cut([text], encoder.tokenizer)))
+  parts = (encode_part(encoder, part, i == 0) for i, part in enumerate(cut([text], encoder.tokenizer, PART)))
   return np.concatenate(list(parts))
 
 
-def cut(texts: Iterable[str], tokenizer: Tokenizer, size: int = PART) -> Iterator[str]:
+def cut(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
   """A long document, which comes in any pieces, in parts of at most `size` characters.
 
   They are cut where the tokens on both sides do not depend on it: 256 characters on each side have the same tokens as

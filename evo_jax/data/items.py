@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import itertools
 
+from evo_jax.data import blocks as blocks_lib
 from evo_jax.data import encoding
-from evo_jax.data.blocks import SIZE, Block, read_blocks
+from evo_jax.data.blocks import Block
 from evo_jax.data.tokenizers import Tokenizer
 
 
@@ -56,7 +57,7 @@ def read_items(files: list[str], field: str, tokenizer: Tokenizer, moved: Callab
       continue
     waiting.append(block)
     size += len(block.content)
-    if size >= SIZE or len(waiting) >= 1024:
+    if size >= blocks_lib.SIZE or len(waiting) >= 1024:
       yield Item(next(number), size, waiting)
       waiting, size = [], 0
   if waiting:
@@ -74,7 +75,7 @@ def _blocks(files: list[str], field: str, binary: bool, moved: Callable[[int], N
       position = place
       moved(before + place)
 
-    blocks = read_blocks(file, field, binary, at)
+    blocks = blocks_lib.read_blocks(file, field, binary, at)
     for block in blocks:
       yield block if block.begins and block.ends else _Long(block, blocks)
     done += position
@@ -91,7 +92,7 @@ class _Long:
     file, self._hash, self._size, self._problem = self._first.file, encoding.hash_of(b""), 0, ""
     texts = self._contents()
     if not tokenizer.binary:
-      texts = encoding.cut((text.decode() for text in texts), tokenizer)
+      texts = encoding.cut((text.decode() for text in texts), tokenizer, encoding.PART)
     for i, text in enumerate(texts):
       yield Part(file, text, i == 0)
     digest = self._hash.digest()

@@ -29,10 +29,11 @@ def text_field(line: str, field: str) -> str:
     raise BadLine(f"has no field '{field}'")
   if not isinstance(value[field], str):
     raise BadLine(f"has no string in field '{field}'")
-  try:
-    value[field].encode()
-  except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
-    raise BadLine(f"has a field '{field}' that is not valid Unicode") from error
+  if "\\u" in line:
+    try:
+      value[field].encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
+      raise BadLine(f"has a field '{field}' that is not valid Unicode") from error
   return value[field]
 
 

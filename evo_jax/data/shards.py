@@ -267,7 +267,7 @@ class ShardWriter:
     rest = np.concatenate([np.zeros(0, self._dtype), *self._rest])
     if len(rest):
       checksum = self._checksum(rest)
-      self._write(int(checksum).to_bytes(4, "little") + rest.tobytes())
+      self._write(checksum.to_bytes(4, "little") + rest.tobytes())
     tokens = self._tokens + len(rest)
     return Shard(self._name, tokens, documents, text_bytes, self._checksums.hexdigest()[:32]) if tokens else None
 
@@ -275,11 +275,11 @@ class ShardWriter:
     """Writes all full records."""
     tokens = np.concatenate([np.zeros(0, self._dtype), *self._rest], dtype=self._dtype, casting="unsafe")
     count = len(tokens) // RECORD
-    records = np.zeros(count, self._record)
+    records = np.empty(count, self._record)
     records["tokens"] = tokens[: count * RECORD].reshape(count, RECORD)
     records["checksum"] = [self._checksum(record) for record in records["tokens"]]
     if count:
-      self._write(records.tobytes())
+      self._write(records.view(np.uint8).data)
     self._tokens += count * RECORD
     self._rest = [tokens[count * RECORD :]]
     self._waiting = len(self._rest[0])
@@ -290,7 +290,7 @@ class ShardWriter:
     self._checksums.update(checksum.to_bytes(4, "little"))
     return checksum
 
-  def _write(self, raw: bytes) -> None:
+  def _write(self, raw: bytes | memoryview) -> None:
     if self._file is None:
       self._file = self._stack.enter_context(self._folder.write(self._name))
     self._file.write(raw)

@@ -66,7 +66,7 @@ class Bytes:
   def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray:
     """(n,) uint16 ids; text is taken as UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
-    return np.frombuffer(raw, np.uint8).astype(np.uint16) + 1
+    return np.add(np.frombuffer(raw, np.uint8), 1, dtype=np.uint16)
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id; bytes that are not UTF-8 become U+FFFD."""
