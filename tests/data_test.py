@@ -1,10 +1,11 @@
-"""Documents to batches: splits, the cache, order, padding, and one clear line for each kind of bad input."""
+"""Tokens to batches: prepared sets and the cache, order, mixtures, and one clear line for each kind of bad input."""
 
 import concurrent.futures
-import errno
+import dataclasses
+import itertools
 import json
+import math
 import os
-from unittest import mock
 
 from conftest import assert_refused, call, train_flags
 import jax
@@ -15,7 +16,8 @@ from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
-from evo_jax.data import tokenizers
+from evo_jax.data import order, tokenizers
+from evo_jax.data.shards import SPLITS
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 
@@ -37,105 +39,104 @@ def load(path, tokenizer=BYTES, **changes):
   return corpora_lib.load_corpora(config_lib.Data(path=str(path), **changes), tokenizer)
 
 
-def test_many_documents_are_split_by_number_few_by_place(tmp_path):
-  for i in range(40):
-    write(tmp_path / f"{i:02d}.txt", chr(65 + i) * 50)
-  many = load(tmp_path / "*.txt")[0].tokens
-  letters = lambda split: {chr(t - 1) for t in np.unique(many[split]) if t}
-  assert letters("valid") == {chr(65 + 9), chr(65 + 29)} and letters("test") == {chr(65 + 19), chr(65 + 39)}
-  assert len(letters("train")) == 36
-  write(tmp_path / "one.text", bytes(range(100)) * 10)
-  few = load(tmp_path / "one.text")[0].tokens
-  assert [len(few[s]) - 1 for s in corpora_lib.SPLITS] == [900, 50, 50]
-  assert few["valid"][0] == 1 and few["test"][0] == 51  # byte 0, byte 50
+def tokens(corpus, split="train"):
+  stream = corpus.streams[split]
+  return stream.read(0, stream.length)
 
 
-def test_tokens_are_cached_and_mapped(tmp_path):
+def test_text_is_tokenized_once(tmp_path, monkeypatch):
   path = write(tmp_path / "a.txt", "some text " * 100)
-  first, second = load(path)[0], load(path)[0]
-  assert isinstance(second.tokens["train"], np.memmap) and first.fingerprint == second.fingerprint
+  first = load(path)[0]
+  assert [first.streams[split].length for split in SPLITS] == [901, 51, 51]
+  monkeypatch.setattr(Separated, "encode", None)
+  with pytest.raises(TypeError):
+    load(path, Separated())
+  monkeypatch.setattr(tokenizers.Bytes, "encode", None)
+  assert load(path)[0].fingerprint == first.fingerprint
+  monkeypatch.undo()
   write(tmp_path / "a.txt", "other text " * 100)
   assert load(path)[0].fingerprint != first.fingerprint
 
 
 def cached(path):
-  """The arrays of the one source that is in the cache, by split."""
-  (entry,) = path.glob("evo_jax/tokens/*")
-  return {split: entry / f"{split}.npy" for split in corpora_lib.SPLITS}, entry
+  """The folder of the one source that is in the cache."""
+  (manifest,) = path.glob("evo_jax/tokens/*/manifest.json")
+  return manifest.parent
+
+
+def flip(file, place=2000):
+  raw = file.read_bytes()
+  file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
 
 
 @pytest.mark.parametrize(
   "damage",
   [
-    lambda files, entry: files["valid"].write_bytes(b""),
-    lambda files, entry: files["train"].write_bytes(files["train"].read_bytes()[:-7]),
-    lambda files, entry: files["train"].write_bytes(files["train"].read_bytes()[:-9] + bytes(9)),  # pages of zeros
-    lambda files, entry: files["test"].write_bytes(b"nonsense"),
-    lambda files, entry: files["test"].unlink(),
-    lambda files, entry: np.save(files["train"], np.load(files["train"]).astype(np.uint32)),
-    lambda files, entry: np.save(files["train"], np.load(files["train"]).astype(np.int16)),
-    lambda files, entry: np.save(files["train"], np.load(files["train"])[None]),
-    lambda files, entry: np.save(files["train"], np.array([{}], object), allow_pickle=True),
-    lambda files, entry: (entry / "meta.json").write_text('{"fingerprint": "'),
-    lambda files, entry: (entry / "meta.json").write_text("[]"),
+    lambda entry: (entry / "000-00000-0000.train").unlink(),
+    lambda entry: (entry / "000-00000-0000.train").write_bytes(b""),
+    lambda entry: (entry / "000-00000-0000.valid").write_bytes((entry / "000-00000-0000.valid").read_bytes()[:-1]),
+    lambda entry: (entry / "manifest.json").write_text('{"version": '),
+    lambda entry: (entry / "manifest.json").write_text("[]"),
+    lambda entry: (entry / "manifest.json").unlink(),  # as a preparation that was killed leaves it
   ],
 )
 def test_a_damaged_cache_is_mended_for_good(tmp_path, monkeypatch, capfd, damage):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  path = write(tmp_path / "a.txt", "some text " * 100)
-  sound = load(path)[0]
-  files, entry = cached(tmp_path / "cache")
-  good = [np.array(sound.tokens[split]) for split in corpora_lib.SPLITS]
-  damage(files, entry)
-  mended = load(path)[0]
-  assert mended.fingerprint == sound.fingerprint and isinstance(mended.tokens["train"], np.memmap)
-  for split, want in zip(corpora_lib.SPLITS, good):
-    np.testing.assert_array_equal(np.load(files[split]), want)
-  assert len(list(entry.iterdir())) == 4 and capfd.readouterr().err == ""
-  monkeypatch.setattr(Separated, "encode", None)  # a sound cache is not made again
-  with pytest.raises(TypeError):
-    load(path, Separated())
-  assert load(path)[0].fingerprint == sound.fingerprint
+  path = write(tmp_path / "a.txt", "some text " * 1000)
+  sound = {split: tokens(load(path)[0], split) for split in SPLITS}
+  damage(cached(tmp_path / "cache"))
+  for split, want in sound.items():
+    np.testing.assert_array_equal(tokens(load(path)[0], split), want)
+  monkeypatch.setattr(tokenizers.Bytes, "encode", None)  # a sound cache is not made again
+  assert tokens(load(path)[0]).size == 9001 and capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("kind", ["a file", "full"])
-def test_a_cache_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capfd, kind):
+def test_damage_in_the_cache_is_never_trained_on(tmp_path, monkeypatch):
+  """It is found when it is read, through threads that read ahead; the next start mends it."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  if kind == "a file":
-    write(tmp_path / "cache/evo_jax", "")
-  else:
-    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+  path = write(tmp_path / "a.txt", "some text " * 1000)
+  (sound,) = load(path)
+  want = tokens(sound)
+  flip(cached(tmp_path / "cache") / "000-00000-0000.train", 9000)
+  (damaged,) = load(path)
+  with pytest.raises(UserError, match=r"0000\.train: record 4 is damaged: .*the same command tokenizes the text again"):
+    take(stream(corpora=[damaged]), 200)
+  (mended,) = load(path)
+  np.testing.assert_array_equal(tokens(mended), want)
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  write(tmp_path / "cache/evo_jax", "")
   for name in ("a.txt", "b.txt"):
     write(tmp_path / name, name * 20)
   corpora = load(f"{tmp_path}/a.txt,{tmp_path}/b.txt")
-  assert [len(corpus.tokens["train"]) for corpus in corpora] == [91, 91]
-  line = "No space left on device" if kind == "full" else "Not a directory"
+  assert [corpus.streams["train"].length for corpus in corpora] == [91, 91]
+  np.testing.assert_array_equal(tokens(corpora[0])[:5], BYTES.encode("a.txt"))
   assert capfd.readouterr().err.splitlines() == [
-    f"evo_jax: tokens are kept in memory: {tmp_path}/cache/evo_jax/tokens cannot be used ({line})"
+    f"evo_jax: tokens are kept in memory: {tmp_path}/cache/evo_jax/tokens cannot be used (Not a directory)"
   ]
-  assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == (
-    [tmp_path / "cache/evo_jax"] if kind == "a file" else []
-  )
+  assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [tmp_path / "cache/evo_jax"]
 
 
 def test_processes_that_tokenize_the_same_text_do_not_disturb_each_other(tmp_path, monkeypatch, capfd):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   path = write(tmp_path / "a.txt", "some text " * 100)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(lambda _: load(path)[0], range(40)))
+    found = list(pool.map(lambda _: load(path)[0], range(16)))
   assert len({corpus.fingerprint for corpus in found}) == 1 and capfd.readouterr().err == ""
-  assert all(int(corpus.tokens["train"].sum()) == int(found[0].tokens["train"].sum()) for corpus in found)
+  assert len({int(tokens(corpus).sum()) for corpus in found}) == 1
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
   class Slow(tokenizers.Bytes):
     identity = "slow"
 
-    def encode(self, text):
+    def encode(self, text, begins=True):
       write(tmp_path / "a.txt", text + b"more")
       return super().encode(text)
 
-  with pytest.raises(UserError, match=r"a\.txt: was changed while it was read"):
+  with pytest.raises(UserError, match=r"a\.txt: .*was changed while it was read"):
     load(write(tmp_path / "a.txt", "text"), Slow())
   os.mkfifo(tmp_path / "pipe")
   with pytest.raises(UserError, match="pipe: is a pipe, which can be read only once"):
@@ -145,100 +146,256 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
 def test_skipped_documents_are_reported_at_every_start_and_move_no_other(tmp_path, capfd):
   lines = [json.dumps({"text": chr(65 + i) * 3}) for i in range(40)]
   path = write(tmp_path / "a.jsonl", "\n".join(lines))
-  whole = load(path)[0].tokens
+  whole = tokens(load(path)[0])
   assert capfd.readouterr().err == ""
   lines[3], lines[29] = "{}", '{"text": "'
   write(tmp_path / "a.jsonl", "\n".join(lines))
   for _ in range(2):
-    part = load(path)[0].tokens
+    part = tokens(load(path)[0])
     report = capfd.readouterr().err
     assert report.count("\n") == 1 and report.startswith(f"evo_jax: {path}: 2 of 40 documents are skipped (")
     assert report.endswith(f"the first: {path}: line 4 has no field 'text'\n")
-  without = lambda tokens, letter: [t for document in np.split(tokens, np.flatnonzero(tokens == 0) + 1)
-                                    if letter + 1 not in document for t in document]  # fmt: skip
-  assert part["train"].tolist() == without(whole["train"], 65 + 3)
-  assert part["valid"].tolist() == without(whole["valid"], 65 + 29)
-  np.testing.assert_array_equal(part["test"], whole["test"])
-  for strict in (load, lambda path, strict: corpora_lib.all_text(path, BYTES, "--data", strict)):
+  documents = np.split(whole, np.flatnonzero(whole == 0) + 1)
+  np.testing.assert_array_equal(part, np.concatenate([d for i, d in enumerate(documents) if i not in (3, 29)]))
+  for strict in (load, load_text):
     with pytest.raises(UserError, match="line 4 has no field 'text'"):
       strict(path, strict=True)
 
 
-def test_weights_go_with_sources(tmp_path):
-  write(tmp_path / "a,b.txt", "text " * 9)
-  write(tmp_path / "c.txt", "text " * 9)
-  path = f"{tmp_path}/a,b.txt,{tmp_path}/c.txt,"
-  assert len(load(path, weights=(1.0, 2.0))) == 2
-  with pytest.raises(
-    UserError, match=r"config\.data\.weights: \(1\.0,\) must have one weight for each of data\.path's 2"
-  ):
-    load(path, weights=(1.0,))
+def load_text(path, tokenizer=BYTES, **changes):
+  return corpora_lib.load_text(str(path), "--data", config_lib.Data(**changes), tokenizer)
+
+
+def test_held_out_files_are_named(tmp_path):
+  for i in range(30):
+    write(tmp_path / f"{i:02d}.txt", chr(65 + i) * 50)
+  letters = lambda corpora, split: {chr(t - 1) for c in corpora for t in np.unique(tokens(c, split)) if t}
+  named = load(tmp_path / "*.txt", valid=f"{tmp_path}/0[34].txt", test=f"{tmp_path}/05.txt")
+  assert letters(named, "valid") == {"D", "E"} and letters(named, "test") == {"F"}
+  assert len(letters(named, "train")) == 27 and len(batches_lib.TrainingText(named, config_lib.Data(), 8).corpora) == 1
+  for field in ("valid", "test"):
+    with pytest.raises(UserError, match=rf"config\.data\.{field}: no file matches"):
+      load(tmp_path / "*.txt", **{field: "none*"})
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  """Two prepared data sets: of two sources, and of one."""
+  folders = []
+  for name, sources in (("one", "ab"), ("two", "c")):
+    for source in sources:
+      write(tmp_path / f"{source}.txt", f"{source} {name} " * 500)
+    inputs = ",".join(f"{tmp_path}/{source}.txt" for source in sources)
+    done = call("evo_jax.prepare", f"--input={inputs}", f"--output={tmp_path / name}", "--workers=1")
+    assert done.returncode == 0, done.stderr
+    folders.append(tmp_path / name)
+  return folders
+
+
+def test_prepared_data_sets_and_text_files_are_sources_side_by_side(prepared, tmp_path, capfd):
+  one, two = prepared
+  path = write(tmp_path / "d.txt", "d text " * 100)
+  corpora = load(f"{one},{path},{two}")
+  assert [chr(tokens(corpus)[0] - 1) for corpus in corpora] == ["a", "b", "d", "c"]
+  direct = load(f"{tmp_path}/a.txt")[0]
+  assert corpora[0].fingerprint == direct.fingerprint  # prepared or not
+  with pytest.raises(UserError, match=r"config\.data\.weights: \(1\.0, 2\.0\) must have one weight for each of the 4"):
+    stream(corpora=corpora, weights=(1.0, 2.0))
+  again = load(f"{one},{one}")
+  assert [corpus.name for corpus in again[2:]] == [f"{corpus.name} (1)" for corpus in again[:2]]
+  assert capfd.readouterr().err == ""
+
+
+def test_a_start_reads_no_more_than_the_manifest(prepared, tmp_path):
+  for file in prepared[0].iterdir():
+    if file.name != "manifest.json":
+      file.unlink()
+  (first, *_) = corpora = load(prepared[0])
+  text = batches_lib.TrainingText(corpora, config_lib.Data(batch_size=8), 8)
+  assert text.tokens == 2 * 2701 and first.streams["valid"].length == 151
+  with pytest.raises(UserError, match=r"one/000-00000-0000\.train: is missing"):
+    take(text.batches(), 1)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(tokenizer=Separated()), "has the tokens of bytes, not of separated; config.data.tokenizer=bytes"),
+    (dict(valid="*.txt"), "config.data.valid: is for text files"),
+    (dict(test="*.txt"), "config.data.test: is for text files"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: is damaged"),
+    (lambda folder: (folder / "manifest.json").write_text('{"version": 99}'), "version 99 of the format"),
+    (lambda folder: (folder / "manifest.json").unlink(), "config.data.path: .* is a folder"),
+    (
+      lambda folder: [(folder / "manifest.json").unlink(), write(folder / ".work/flags.json", "{}")],
+      "config.data.path: .* is not prepared to the end",
+    ),
+  ],
+)
+def test_data_sets_that_do_not_fit_are_named(prepared, change, message):
+  if callable(change):
+    change(prepared[0])
+    change = {}
+  with pytest.raises(UserError, match=message):
+    load(prepared[0], **change)
+
+
+class Memory:
+  """A stream of tokens in memory."""
+
+  def __init__(self, tokens):
+    self.tokens, self.length = np.asarray(tokens, np.uint32), len(tokens)
+
+  def read(self, start, count):
+    assert 0 <= start <= start + count <= self.length
+    return self.tokens[start : start + count]
 
 
 def corpus(count, name="made", first=1):
-  tokens = np.arange(first, first + count).astype(np.uint32)
-  return corpora_lib.Corpus(name, dict.fromkeys(corpora_lib.SPLITS, tokens), "", begin_id=0, separator_id=0)
+  stream = Memory(np.arange(first, first + count))
+  return corpora_lib.Corpus(name, dict.fromkeys(SPLITS, stream), "", begin_id=0, separator_id=0, vocab_size=2**31)
 
 
-def separators(count):
-  return corpora_lib.Corpus("made", dict.fromkeys(corpora_lib.SPLITS, np.zeros(count, np.uint32)), "", 0, 0)
-
-
-def take(stream, count):
+def take(batches, count):
   """The tokens of the first batches."""
-  return [batch.tokens for batch in take_batches(stream, count)]
+  found = [next(batches).tokens for _ in range(count)]
+  batches.close()
+  return found
 
 
-def take_batches(stream, count):
-  iterator = iter(stream)
-  batches = [next(iterator) for _ in range(count)]
-  iterator.close()
-  return batches
+def stream(rows=None, corpora=None, start=0, segments=False, batch_size=8, **changes):
+  config = config_lib.Data(batch_size=batch_size, **changes)
+  return batches_lib.TrainingText(corpora or [corpus(107)], config, 8).batches(rows, start, segments)
 
 
-def stream(rows=None, corpora=None, start=0, segments=False, **changes):
-  config = config_lib.Data(batch_size=8, **changes)
-  return batches_lib.training_stream(corpora or [corpus(107)], config, 8, rows, start, segments)
+def take_over_processes(corpora, batches, stops, **changes):
+  """The tokens of the first batches, (batches, 30, 9), read by 1, 2, 3 and 5 processes in turn, between `stops`."""
+  found = []
+  for i, (start, stop) in enumerate(itertools.pairwise([0, *stops, batches])):
+    shares = np.split(np.arange(30), (1, 2, 3, 5)[i % 4])
+    parts = [take(stream(rows, corpora, start, batch_size=30, **changes), stop - start) for rows in shares]
+    found += np.concatenate([np.stack(part) for part in parts], axis=1).tolist()
+  return np.array(found)
 
 
-def test_every_position_comes_once_before_any_comes_again():
-  batches = np.concatenate(take(stream(), 25))
-  assert batches.shape == (200, 9) and (batches[:, 0] == 0).all() and (np.diff(batches[:, 1:], axis=1) == 1).all()
-  assert sorted(batches[:100, 1]) == list(range(1, 101)) and sorted(batches[100:, 1]) == list(range(1, 101))
-  assert list(batches[:100, 1]) != list(batches[100:, 1])
-  assert not np.array_equal(batches, np.concatenate(take(stream(seed=1), 25)))
+@pytest.mark.parametrize("size", [240, 241, 107, 8, 5, 1])
+def test_an_epoch_reads_each_token_once(size):
+  """And the next begins at other borders, in another order: for any number of processes, whenever they change."""
+  turns = 8 // math.gcd(size, 8)  # after which all tokens have been read equally often
+  sequences = turns * size // 8
+  periods = max(2, 90 // sequences)
+  batches = -(-periods * sequences // 30)
+  found = take_over_processes([corpus(size)], batches, sorted({1, batches // 2, batches - 1}))
+  np.testing.assert_array_equal(found, np.stack(take(stream(corpora=[corpus(size)], batch_size=30), batches)))
+  found = found.reshape(-1, 9)[: periods * sequences].reshape(periods, sequences, 9)
+  assert (found[..., 0] == 0).all() and ((np.diff(found[..., 1:]) - 1) % size == 0).all()
+  for period in found:
+    assert (np.bincount(period[:, 1:].ravel(), minlength=size + 1)[1:] == turns).all()
+  if size > 100:
+    first, second = found.reshape(-1, 9)[: 2 * (size // 8), 1].reshape(2, -1)
+    assert len(set(first)) == len(first) and list(first) != sorted(first) and list(first) != list(second)
+    assert not set(first[:-1]) & set(second[1:])
 
 
-def test_processes_share_one_order():
-  """Whatever rows a process holds."""
-  whole = take(stream(), 5)
-  for rows in (range(4), range(4, 8), [1, 5, 7]):
-    for batch, part in zip(whole, take(stream(rows), 5)):
-      np.testing.assert_array_equal(batch[list(rows)], part)
+def test_batches_depend_on_the_seed():
+  orders = [np.concatenate(take(stream(seed=seed), 13)) for seed in (0, 1)]
+  assert not np.array_equal(*orders) and {tuple(row) for row in orders[0]} != {tuple(row) for row in orders[1]}
 
 
-def test_the_stream_goes_on_from_any_batch():
-  """On as many processes as there are then: nothing twice, nothing left out."""
-  want = take(stream(), 20)
-  for rows in (range(8), range(2, 4)):
-    for batch, again in zip(want[13:], take(stream(rows, start=13), 7)):
-      np.testing.assert_array_equal(batch[list(rows)], again)
+def test_orders_of_trillions_of_tokens_take_no_memory():
+  ring = order.Ring(10**13, 128, (0, 0))
+  starts = [ring.start(k) for k in range(2000)]
+  assert len(set(starts)) == 2000 and len({start % 128 for start in starts}) == 1
+  assert 0.45 < np.mean(starts) / 10**13 < 0.55 and abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("count", [5, 100])
+def test_all_orders_are_about_equally_likely(count):
+  """Chi-squared tests over seeds: of what comes first, and of the distance between the first two."""
+  starts = np.array([[order.Ring(count, 1, (seed,)).start(k) for k in (0, 1)] for seed in range(1000)])
+  distances = (starts[:, 1] - starts[:, 0]) % count
+  for values, freedom in ((starts[:, 0], count), (distances - 1, count - 1)):
+    found, expected = np.bincount(values, minlength=freedom), 1000 / freedom
+    assert ((found - expected) ** 2 / expected).sum() / (freedom - 1) < 1 + 4 * np.sqrt(2 / (freedom - 1))
+
+
+def of_source(batches):
+  """The source of each sequence of corpora whose tokens are about 1,000, 2,000, ..., and how often each is there."""
+  sources = np.stack(batches)[..., 1] // 1000 - 1
+  return sources, np.bincount(sources.ravel(), minlength=3)
+
+
+SOURCES = [corpus(50, "a", 1000), corpus(500, "b", 2000), corpus(300, "c", 3000)]
 
 
 def test_sources_are_mixed_by_weight():
-  batches = np.concatenate(take(stream(corpora=[corpus(50), corpus(500, first=1000)], weights=(3.0, 1.0)), 50))
-  assert abs((batches[:, 1] < 1000).mean() - 0.75) < 0.02
-  by_size = np.concatenate(take(stream(corpora=[corpus(50), corpus(500, first=1000)]), 50))
-  assert abs((by_size[:, 1] < 1000).mean() - 50 / 550) < 0.02
+  _, counts = of_source(take(stream(corpora=SOURCES, weights=(3.0, 1.0, 0.0)), 50))
+  assert counts.tolist() == [300, 100, 0]
+  sources, counts = of_source(take(stream(corpora=SOURCES), 85))
+  np.testing.assert_allclose(counts, 680 * np.array([50, 500, 300]) / 850, atol=2)
+  for first in range(0, 85, 5):  # everywhere alike
+    np.testing.assert_allclose(
+      np.bincount(sources[first : first + 5].ravel()), np.array([50, 500, 300]) * 40 / 850, atol=2
+    )
+
+
+def test_weights_change_at_steps():
+  """Sources go on where they were; what was read before a change does not depend on it."""
+  changes = dict(weights=(1.0, 1.0, 0.0), weight_changes="4:0,1,3;10:0,0,1")
+  batches = take(stream(corpora=SOURCES, **changes), 20)
+  for first, last, want in ((0, 4, [16, 16, 0]), (4, 10, [0, 12, 36]), (10, 20, [0, 0, 80])):
+    assert of_source(batches[first:last])[1].tolist() == want
+  starts = [row[1] for row in np.concatenate(batches) if row[1] >= 3000]
+  assert len(set(starts[:37])) == 37  # of an epoch of 37.5 sequences
+  np.testing.assert_array_equal(batches[:4], take(stream(corpora=SOURCES, weights=(1.0, 1.0, 0.0)), 4))
+  np.testing.assert_array_equal(batches[7:], take(stream(corpora=SOURCES, start=7, **changes), 13))
+  text = batches_lib.TrainingText(SOURCES, config_lib.Data(batch_size=8, **changes), 8)
+  assert text.epochs(0) == {"a": 0, "b": 0, "c": 0}
+  assert text.epochs(4) == {"a": 16 * 8 / 50, "b": 16 * 8 / 500, "c": 0}
+  assert text.epochs(20) == {"a": 16 * 8 / 50, "b": 28 * 8 / 500, "c": 116 * 8 / 300}
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(weights=(0.0, 0.0)), r"weights: \(0\.0, 0\.0\) must be positive"),
+    (dict(weights=(1.0, -1.0)), "weights: .* must be positive"),
+    (dict(weight_changes="soon"), "weight_changes: 'soon' is not STEP:WEIGHT,WEIGHT"),
+    (dict(weight_changes="5:1,x"), "weight_changes: '5:1,x' is not STEP:WEIGHT,WEIGHT"),
+    (dict(weight_changes="5:nan"), "weight_changes: '5:nan': weights must be positive"),
+    (dict(weight_changes="5:0,0"), "weight_changes: '5:0,0': weights must be positive"),
+    (dict(weight_changes="0:1,1"), "weight_changes: '0:1,1' must have ascending steps above 0"),
+    (dict(weight_changes="5:1,1;5:1,2"), "weight_changes: .* must have ascending steps"),
+    (dict(weights=(1.0,), weight_changes="5:1,1"), "weight_changes: '5:1,1' must have one weight for each source"),
+    (dict(valid_share=0.5, test_share=0.5), "valid_share: 0.5 with data.test_share leaves nothing"),
+    (dict(valid_share=-0.1), r"valid_share: -0.1 is not in \[0, 1\]"),
+  ],
+)
+def test_mixtures_that_cannot_be_are_named(fields, message):
+  with pytest.raises(UserError, match=rf"config\.data\.{message}"):
+    config_lib.Data(**fields).check()
+
+
+def test_weights_go_with_sources():
+  with pytest.raises(
+    UserError, match=r"config\.data\.weights: \(1\.0,\) must have one weight for each of the 3 sources"
+  ):
+    stream(corpora=SOURCES, weights=(1.0,))
+  with pytest.raises(UserError, match=r"config\.data\.weight_changes: '3:1' must have one .* data\.path: a, b, c"):
+    stream(corpora=SOURCES, weight_changes="3:1")
+
+
+def empty(name="made"):
+  return dataclasses.replace(corpus(1, name), streams=dict.fromkeys(SPLITS, Memory([])))
 
 
 def test_empty_and_foreign_corpora_are_named():
   with pytest.raises(UserError, match="made: there is no text to train on"):
-    stream(corpora=[corpus(50), separators(3)])
-  with pytest.raises(UserError, match="made: the valid split has no text"):
-    batches_lib.held_out([separators(3)], "valid", 8)
-  with pytest.raises(UserError, match="made: token 107 is outside the vocabulary of 100"):
-    corpora_lib.check_vocabulary([corpus(107)], 100)
+    stream(corpora=[empty()])
+  with pytest.raises(UserError, match=r"made: the valid split has no text \(config\.data\.valid_share"):
+    batches_lib.held_out([empty()], "valid", 8)
+  with pytest.raises(UserError, match=r"made: token \d+ is outside the vocabulary of 100"):
+    take(stream(corpora=[dataclasses.replace(corpus(107), vocab_size=100)]), 13)
 
 
 def test_held_out_sequences_are_consecutive():
@@ -250,10 +407,10 @@ def test_held_out_sequences_are_consecutive():
   np.testing.assert_array_equal(few.tokens, batch.rows([0, 6, 12]).tokens)
 
 
-def special(separator_id):
+def special(separator_id, tokens=None):
   """A corpus of a tokenizer whose begin token is 90."""
-  tokens = np.array([4, 5, separator_id, 6, separator_id, separator_id, 7, 8], np.uint32)
-  return corpora_lib.Corpus("special", dict.fromkeys(corpora_lib.SPLITS, tokens), "", 90, separator_id)
+  tokens = [4, 5, separator_id, 6, separator_id, separator_id, 7, 8] if tokens is None else tokens
+  return corpora_lib.Corpus("special", dict.fromkeys(SPLITS, Memory(tokens)), "", 90, separator_id, 100)
 
 
 @pytest.mark.parametrize("separator_id", [90, 91])
@@ -261,18 +418,22 @@ def test_batches_say_which_document_a_token_belongs_to(separator_id):
   batch = batches_lib.held_out([special(separator_id)], "test", 8, segments=True)
   assert batch.tokens.tolist() == [[90, 4, 5, separator_id, 6, separator_id, separator_id, 7, 8]]
   assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3, 4, 4, 4]] and batch.segments.dtype == np.int32
-  (training,) = take_batches(stream(corpora=[special(separator_id)], segments=True), 1)
-  np.testing.assert_array_equal(training.segments, np.repeat(batch.segments, 8, axis=0))
+  training = next(stream(corpora=[special(separator_id)], segments=True))
+  np.testing.assert_array_equal(
+    training.segments, batches_lib.segment_numbers(training.tokens, 90, separator_id).astype(np.int32)
+  )
   assert training.rows(slice(2)).segments.shape == (2, 9) and training.rows([1]).counted is None
 
 
 def test_the_tokenizers_separator_stands_after_each_document(tmp_path):
   for i in range(20):
     write(tmp_path / f"{i:02d}.txt", "ab")
-  (corpus,) = load(tmp_path / "*.txt", Separated())
-  assert corpus.begin_id == 7 and corpus.tokens["train"].tolist() == [98, 99, 1] * 18
-  everything = corpora_lib.all_text(str(tmp_path / "0*.txt"), Separated(), "--data")
-  assert everything.tokens["test"].tolist() == [98, 99, 1] * 10 and everything.separator_id == 1
+  (corpus,) = load(tmp_path / "*.txt", Separated(), valid_share=0.0, test_share=0.0)
+  assert corpus.begin_id == 7 and tokens(corpus).tolist() == [98, 99, 1] * 20
+  (everything,) = load_text(tmp_path / "0*.txt", Separated())
+  assert everything.separator_id == 1
+  for split in SPLITS:
+    assert tokens(everything, split).tolist() == [98, 99, 1] * 10
 
 
 def test_a_source_without_text_is_named(tmp_path):
@@ -281,8 +442,8 @@ def test_a_source_without_text_is_named(tmp_path):
     load(tmp_path / "a.jsonl")
 
 
-def test_short_text_is_padded_and_only_its_tokens_count():
-  short = corpora_lib.Corpus("short", dict.fromkeys(corpora_lib.SPLITS, np.array([4, 5, 91], np.uint32)), "", 90, 91)
+def test_short_text_is_padded_where_it_is_measured_and_repeated_where_it_is_trained_on():
+  short = special(91, [4, 5, 91])
   batch = batches_lib.held_out([short], "test", 8, segments=True)
   assert batch.tokens.tolist() == [[90, 4, 5, 91, 91, 91, 91, 91, 91]]
   assert batch.counted.tolist() == [[True] * 4 + [False] * 5] and batch.segments[0, :4].tolist() == [1, 1, 1, 2]
@@ -290,22 +451,22 @@ def test_short_text_is_padded_and_only_its_tokens_count():
   assert both.tokens.shape == (2, 9) and both.segments is None
   longer = batches_lib.held_out([short, special(91)], "test", 8)  # a remainder is dropped as ever
   assert longer.counted is None and len(longer.tokens) == 1
-  for training in take_batches(stream(corpora=[short, special(91)], weights=(1.0, 1.0)), 3):
-    full = training.tokens[:, 3:].max(axis=1) < 91
-    np.testing.assert_array_equal(training.counted.sum(axis=1), np.where(full | (training.tokens[:, 4] == 6), 9, 4))
-    assert 0 < (training.counted.sum(axis=1) == 4).sum() < 8 and training.counted.shape == (8, 9)
+  training = next(stream(corpora=[short]))
+  assert training.counted is None and {tuple(row[1:4]) for row in training.tokens.tolist()} == {
+    (4, 5, 91),
+    (5, 91, 4),
+    (91, 4, 5),
+  }
+  assert (training.tokens[:, 1:6] == training.tokens[:, 4:]).all()
 
 
 def test_held_out_text_may_be_shorter_than_a_sequence(tmp_path):
-  for i in range(25):
-    write(tmp_path / f"{i:02d}.txt", f"{i:02d}: twenty-five letters!!"[:25])
-  corpora = load(tmp_path / "*.txt")
-  (batch,) = take_batches(batches_lib.training_stream(corpora, config_lib.Data(batch_size=2), 128), 1)
-  assert batch.tokens.shape == (2, 129) and batch.counted is None
-  for split, first in (("valid", "09"), ("test", "19")):
+  corpora = load(write(tmp_path / "a.txt", "a text of forty letters, more or less..."))
+  assert next(batches_lib.TrainingText(corpora, config_lib.Data(batch_size=2), 128).batches()).tokens.shape == (2, 129)
+  for split, text in (("valid", "s."), ("test", "..")):
     held_out = batches_lib.held_out(corpora, split, 128)
-    assert held_out.tokens.shape == (1, 129) and held_out.counted[:, 1:].sum() == len(corpora[0].tokens[split]) == 26
-    assert BYTES.decode(held_out.tokens[0, 1:]).startswith(first)
+    assert held_out.tokens.shape == (1, 129) and held_out.counted[:, 1:].sum() == 3
+    assert BYTES.decode(held_out.tokens[0, 1:]) == text
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +492,7 @@ def test_short_text_has_the_bits_that_it_has_in_front_of_any_other(short_run):
   run = run_lib.load_run(str(short_run / "run"))
   evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, run.mesh)
   texts = ("a short text", "a short text" + "x" * 30)
-  corpora = [corpora_lib.all_text(write(short_run / "text.txt", text), BYTES, "--data") for text in texts]
+  corpora = [load_text(write(short_run / f"{len(text)}.txt", text))[0] for text in texts]
   short, longer = (batches_lib.held_out([corpus], "test", 32) for corpus in corpora)
 
   def nll(batch, path):

@@ -42,7 +42,7 @@ class TrainingText:
     belongs to.
     """
     size, threads = self._config.batch_size, self._config.threads
-    rows = range(size) if rows is None else list(rows)
+    rows = [int(row) for row in (range(size) if rows is None else rows)]
 
     def sequence(index: int) -> np.ndarray:
       step, row = divmod(index, len(rows))
@@ -50,7 +50,7 @@ class TrainingText:
       return _sequence(self.corpora[source], "train", self._rings[source].start(k), self._length)
 
     return iter(
-      grain.MapDataset.range(start * len(rows), sys.maxsize // size)
+      grain.MapDataset.range(int(start) * len(rows), sys.maxsize // size)
       .map(sequence)
       .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2 * len(rows))))
       .batch(len(rows), batch_fn=lambda sequences: _stack(sequences, self.corpora[0], self._length, segments))

@@ -15,10 +15,10 @@ import dataclasses
 import functools
 import math
 
-import grain
 import numpy as np
 
-_SHUFFLE_LIMIT = 2**31  # records that grain shuffles at a time
+_ROUNDS = 6  # of a permutation
+_MASK = 2**64 - 1
 _GOLDEN = 0.6180339887498949  # rotations by this share of a sequence stay apart for long
 _UNITS = 2**40  # of weights, as whole numbers
 
@@ -44,7 +44,7 @@ class Ring:
   @functools.cached_property
   def _phase(self) -> int:
     """By which borders of other seeds are others."""
-    return _number(self.seed) % self.length
+    return _keys(self.seed)[0] % self.length
 
   def epochs(self, count: int) -> float:
     """How often `count` sequences have read the source."""
@@ -93,20 +93,31 @@ def _divide(count: int, shares: Sequence[int]) -> list[int]:
 
 
 def _shuffled(index: int, count: int, seed: tuple[int, ...]) -> int:
-  """Where number `index` of a permutation of `count` leads.
+  """Where number `index` of a random permutation of `count` leads: a Feistel network on the numbers of an even count of
+  bits, walked until it leads below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
-  More than grain shuffles are dealt to several permutations, one of each residue.
+  That of grain, which has the same form, takes no more than 2^32 numbers, and 9 ms where they are few.
   """
-  lanes = -(-count // _SHUFFLE_LIMIT)
-  place, lane = divmod(index, lanes)
-  return _permutation(-(-(count - lane) // lanes), (*seed, lane))[place] * lanes + lane
+  bits = max(3, ((count - 1).bit_length() + 1) // 2)  # of a half
+  mask = (1 << bits) - 1
+  keys = _keys(seed)
+  while True:
+    left, right = index >> bits, index & mask
+    for key in keys:
+      left, right = right, left ^ (_mixed(right + key) & mask)
+    index = left << bits | right
+    if index < count:
+      return index
 
 
-@functools.lru_cache(64)
-def _permutation(count: int, seed: tuple[int, ...]) -> grain.MapDataset:
-  return grain.MapDataset.range(count).shuffle(seed=_number(seed))
+def _mixed(value: int) -> int:
+  """32 bits, each of which all of `value` changes."""
+  value = value * 0x9E3779B97F4A7C15 & _MASK
+  value = (value ^ value >> 32) * 0xD6E8FEB86659FD93 & _MASK
+  return value >> 32
 
 
-def _number(seed: tuple[int, ...]) -> int:
-  """A number in [0, 2^32) that each of several numbers changes."""
-  return int(np.random.SeedSequence(seed).generate_state(1)[0])
+@functools.lru_cache(1024)
+def _keys(seed: tuple[int, ...]) -> list[int]:
+  """Random numbers of 64 bits, of which each of the seed's numbers changes all."""
+  return np.random.SeedSequence(seed).generate_state(_ROUNDS, np.uint64).tolist()
