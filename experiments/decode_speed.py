@@ -154,7 +154,9 @@ def held_out_texts(run: run_lib.Run, data: str, tokens: int, count: int) -> tupl
   L = run.config.model.context
   if not 0 < tokens < L:
     raise UserError(f"--tokens={tokens}: is not in 1..{L - 1}, inside the model's context")
-  config = dataclasses.replace(run.config.data, path=data, weights=()) if data else run.config.data
+  config = run.config.data
+  if data:
+    config = dataclasses.replace(config, path=data, weights=(), weight_changes="", valid="", test="")
   corpora = corpora_lib.load_corpora(config, run.tokenizer)
   held_out = batches_lib.held_out(corpora, "valid", L, count).tokens
   split = L - tokens + 1

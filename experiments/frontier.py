@@ -28,6 +28,7 @@ import numpy as np
 from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax.batch import Batch
+from evo_jax.data import files as files_lib
 from evo_jax.data import tokenizers
 from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
@@ -212,9 +213,19 @@ def base(scale: dict[str, Any], text: str, seed: int) -> ml_collections.ConfigDi
     config_lib.default(),
     COMMON,
     scale["changes"],
-    {"train.seed": seed, "data.seed": seed},
-    {"data.path": text} if text else {},
+    {"train.seed": seed, "data.seed": seed, "data.path": text or "stdlib"},
+    held_out_files(text or "stdlib"),
   )
+
+
+def held_out_files(text: str) -> dict[str, str]:
+  """Fields that name the held-out files: of 20 or more, sorted, numbers 9, 29, ... are for validation and 19, 39, ...
+  for testing; of fewer, each gives its end, which is the default."""
+  sources = files_lib.find_sources(text, "--data")
+  return {
+    f"data.{split}": ",".join(file for _, files in sources if len(files) >= 20 for file in files[first::20])
+    for split, first in (("valid", 9), ("test", 19))
+  }
 
 
 def make_model(config: config_lib.Config) -> evo_lib.Evo:

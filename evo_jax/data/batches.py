@@ -88,9 +88,8 @@ def held_out(corpora: Sequence[Corpus], split: str, length: int, count: int = 0,
   """
   lengths = [corpus.streams[split].length for corpus in corpora]
   if not any(lengths):
-    raise UserError(
-      f"{', '.join(c.name for c in corpora)}: the {split} split has no text (config.data.{split}_share, config.data.{split})"
-    )
+    names = ", ".join(corpus.name for corpus in corpora)
+    raise UserError(f"{names}: the {split} split has no text (config.data.{split}_share, config.data.{split})")
   padded = max(lengths) < length
   counts = [bool(n) if padded else n // length for n in lengths]
   ends = list(itertools.accumulate(counts))

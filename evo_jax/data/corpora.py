@@ -134,7 +134,7 @@ def _from_text(
   found = files.find_sources(text, field, seen)
   job = Job(text, *(value for _, value in named), **shares, max_skipped=0.0 if config.strict else documents.BAD_SHARE)
   folder = cache.prepared(job, tokenizer, config.tokenizer)
-  corpora = _corpora(folder, shards.read_manifest(folder), config.strict, cache.open_cached)
+  corpora = _corpora(folder, shards.read_manifest(folder), config.strict, cache.open_cached)  # held-out text first
   if not named:  # all of it is in the one split
     whole = [dict.fromkeys(SPLITS, corpus.streams["train"]) for corpus in corpora]
     corpora = [dataclasses.replace(corpus, streams=streams) for corpus, streams in zip(corpora, whole)]
@@ -145,7 +145,7 @@ def _corpora(
   path: str, manifest: Manifest, strict: bool, open_stream: Callable[[str, Manifest, Source, str], Stream]
 ) -> list[Corpus]:
   corpora = []
-  for source in manifest.sources:
+  for source in [*_held_out(manifest), *(source for source in manifest.sources if not _is_held_out(source))]:
     if source.report:
       if strict:
         raise UserError(f"{source.name}: {source.report}")
@@ -155,6 +155,22 @@ def _corpora(
     ids = (manifest.begin_id, manifest.separator_id, manifest.vocab_size)
     corpora.append(Corpus(source.name, streams, fingerprint, *ids))
   return corpora
+
+
+def _is_held_out(source: Source) -> bool:
+  """Whether all of it is: whether --valid or --test gave it."""
+  return "train" not in source.splits and len(source.splits) == 1
+
+
+def _held_out(manifest: Manifest) -> list[Source]:
+  """All files that --valid gave as one source, and all that --test gave: they are measured as one text."""
+  merged = []
+  for split in ("valid", "test"):
+    if sources := [source for source in manifest.sources if _is_held_out(source) and split in source.splits]:
+      whole = shards.Split(tuple(shard for source in sources for shard in source.splits[split].shards))
+      report = "; ".join(source.report for source in sources if source.report)
+      merged.append(dataclasses.replace(sources[0], name=split, splits={split: whole}, report=report))
+  return merged
 
 
 def _named_apart(corpora: Iterable[Corpus]) -> list[Corpus]:
