@@ -33,7 +33,7 @@ def last_step(workdir):
   return logged[-1]["step"] if logged else 0
 
 
-GOLDEN = {1: 8.06745, 10: 6.79318, 20: 5.06009}
+GOLDEN = {1: 8.06935, 10: 6.79641, 20: 5.04484}
 
 
 def test_golden_run(trained):
