@@ -196,12 +196,12 @@ class SentencePiece:
     return len(self._processor.IdToPiece(i).replace(_SPACE, " ").encode())
 
 
-def load_tokenizer(name: str, folder: str = "", field: str = "config.data.tokenizer_path") -> Tokenizer:
-  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError, naming `field`."""
+def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
+  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
   if name != "sentencepiece":
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
-    raise UserError(f"{field}: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
+    raise UserError("config.data.tokenizer_path: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
   return SentencePiece(folder)
 
 
