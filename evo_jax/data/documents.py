@@ -125,8 +125,7 @@ def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
 
 def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
   for number, line in enumerate(block.content.splitlines(), block.first):
-    line = line.removeprefix(codecs.BOM_UTF8)
-    if line.strip():
+    if line := line.removeprefix(codecs.BOM_UTF8).strip():
       text, problem = _decode(line)
       if not problem:
         try:

@@ -18,13 +18,15 @@ class BadLine(ValueError):
 
 
 def text_field(line: str, field: str) -> str:
-  """The text in a field of a line. Raises BadLine."""
+  """The text in a field of a line, without white space at its ends. Raises BadLine."""
   try:
-    value = DECODER.decode(line)
+    value, end = DECODER.raw_decode(line)
   except json.JSONDecodeError as error:
     raise BadLine(f"is not JSON ({error.msg})") from error
   except RecursionError as error:
     raise BadLine("is JSON that is nested too deeply") from error
+  if end < len(line):
+    raise BadLine("is not JSON (Extra data)")
   if not isinstance(value, dict) or field not in value:
     raise BadLine(f"has no field '{field}'")
   if not isinstance(value[field], str):
