@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import inspect
 import json
 import lzma
 import os
@@ -125,20 +126,21 @@ def test_a_host_that_is_done_waits_for_nobody(tmp_path, corpus, small):
 
 SLOW = """
 import sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import prepare_test
+sys.path.insert(0, {root!r})
+from evo_jax.data import blocks, encoding, plan, preparation, tokenizers
+{shrink}
 if __name__ == "__main__":
-  prepare_test.shrink(setattr)
-  prepare_test.preparation.prepare(
-    prepare_test.plan.Job({corpus!r}, max_skipped=0.3), prepare_test.BYTES, "bytes", {output!r}, workers=2,
-    progress=lambda done, total: time.sleep(0.02))
+  shrink(setattr)
+  job = plan.Job({corpus!r}, max_skipped=0.3)
+  wait = lambda done, total: time.sleep(0.02)
+  preparation.prepare(job, tokenizers.Bytes(), "bytes", {output!r}, workers=2, progress=wait)
 """
 
 
 def test_it_goes_on_after_a_kill(tmp_path, corpus, small):
   output = tmp_path / "killed"
   script = tmp_path / "slow.py"
-  script.write_text(SLOW.format(tests=os.path.dirname(__file__), root=ROOT, corpus=corpus, output=str(output)))
+  script.write_text(SLOW.format(root=ROOT, shrink=inspect.getsource(shrink), corpus=corpus, output=str(output)))
   process = subprocess.Popen([sys.executable, str(script)], env=environment())
   pieces = lambda: sorted(output.glob(".work/*-????.json"))
   deadline = time.monotonic() + 60

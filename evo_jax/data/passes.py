@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 import threading
 from typing import Any
 
-from evo_jax.data import encoding, items
+from evo_jax.data import encoding, items, storage
 from evo_jax.data.plan import Group
 from evo_jax.errors import UserError
 
@@ -42,6 +42,8 @@ class Passes:
       try:
         for future in futures.as_completed(running):
           future.result()
+      except OSError as error:  # of the file system; most are named where they arise
+        raise UserError(f"{getattr(error, 'filename', None) or 'temporary files'}: {storage.reason(error)}") from error
       except BrokenProcessPool as error:
         raise UserError("a worker was killed, or could not start; with too little memory use less --workers") from error
       finally:
