@@ -91,7 +91,7 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
       if next(number) in duplicates:
         result.duplicates += 1
         continue
-      raw = document.text.encode() if isinstance(document.text, str) else document.text
+      raw = document.raw
       digest = digest_of(raw) if rule == "hash" else b""
       tokens = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text)
       for split, (a, b) in encoder.ranges(rule, digest, len(tokens)).items():
@@ -111,8 +111,7 @@ def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray
 def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
   """The hashes of the good documents of blocks that hold them whole."""
   documents = (d for block in blocks for d in documents_of(block, encoder.field, encoder.tokenizer.binary))
-  raw = (d.text.encode() if isinstance(d.text, str) else d.text for d in documents if not d.problem)
-  return [digest_of(content) for content in raw]
+  return [digest_of(document.raw) for document in documents if not document.problem]
 
 
 def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:

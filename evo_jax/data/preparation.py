@@ -215,7 +215,7 @@ class _Piece:
     part, encoder, done = item.part, self._run.encoder, encoding.Encoded()
     if part.problem or part.text_bytes:
       place = f"line {part.line} " if part.line else ""
-      done.tally.add(part.file, documents_lib.Document(None if part.problem else "", part.problem, place))
+      done.tally.add(part.file, documents_lib.Document(None, problem=part.problem, place=place))
     count = spool.close()
     if part.problem or not part.text_bytes:
       return done
