@@ -164,6 +164,39 @@ def test_it_goes_on_after_a_kill(tmp_path, corpus, small):
   assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 
+def test_what_lies_in_the_output_is_no_input(tmp_path):
+  (tmp_path / "a.txt").write_text("a" * 100)
+  with pytest.raises(UserError, match="was begun"):
+    for share in (0.1, 0.1, 0.2):
+      manifest = prepare(tmp_path / "o", tmp_path / "**/*", valid_share=share)
+      assert manifest.sources[0].files == 1
+  with pytest.raises(UserError, match="--input: all files of .* are in --output="):
+    prepare(tmp_path / "o", tmp_path / "o/*")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+  (tmp_path / "a.txt").write_text("flow " * 20_000_000)
+  command = [
+    sys.executable,
+    "-m",
+    "evo_jax.prepare",
+    f"--input={tmp_path}/a.txt",
+    f"--output={tmp_path}/o",
+    "--workers=2",
+  ]
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+  )
+  while not (tmp_path / "o/.work/flags.json").exists() and process.poll() is None:
+    time.sleep(0.01)
+  time.sleep(0.3)
+  os.killpg(process.pid, signal.SIGINT)
+  assert process.communicate(timeout=60)[1] == (
+    "evo_jax: interrupted; what is complete is kept, and the same command goes on\n"
+  )
+  assert process.returncode == 1
+
+
 def test_files_that_change_are_prepared_again(tmp_path, small):
   file = tmp_path / "a.jsonl"
   file.write_bytes(lines(["a" * 3000] * 20 + ["end"]))
