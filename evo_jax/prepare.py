@@ -26,12 +26,16 @@ def main() -> None:
     raise UserError("--input and --output are needed, as in --input='dir/*.txt' --output=DIR; or --inspect=DIR")
   if not 0 <= args.host < args.hosts:
     raise UserError(f"--host={args.host}: is not one of the {args.hosts} of --hosts, counted from 0")
-  tokenizer = tokenizers.load_tokenizer(args.tokenizer, args.tokenizer_path, "--tokenizer_path")
+  if args.tokenizer not in ("bytes", "chars27") and not args.tokenizer_path:
+    raise UserError(f"--tokenizer_path: is empty; --tokenizer={args.tokenizer} needs the folder that holds it")
+  tokenizer = tokenizers.load_tokenizer(args.tokenizer, args.tokenizer_path)
   job = Job(**{name: getattr(args, name) for name in Job.__dataclass_fields__})
-  with _progress_bar() as show:
-    manifest = preparation.prepare(
-      job, tokenizer, args.tokenizer, args.output, args.workers or _cpus(), args.hosts, args.host, show
-    )
+  workers = args.workers or _cpus()
+  try:
+    with _progress_bar() as show:
+      manifest = preparation.prepare(job, tokenizer, args.tokenizer, args.output, workers, args.hosts, args.host, show)
+  except KeyboardInterrupt as error:
+    raise UserError("interrupted; what is complete is kept, and the same command goes on") from error
   if manifest is None:
     print(f"{args.output}: host {args.host} is done; the last of the {args.hosts} hosts writes the manifest")
   else:

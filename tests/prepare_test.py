@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import inspect
 import json
 import lzma
 import os
@@ -125,20 +126,21 @@ def test_a_host_that_is_done_waits_for_nobody(tmp_path, corpus, small):
 
 SLOW = """
 import sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import prepare_test
+sys.path.insert(0, {root!r})
+from evo_jax.data import blocks, encoding, plan, preparation, tokenizers
+{shrink}
 if __name__ == "__main__":
-  prepare_test.shrink(setattr)
-  prepare_test.preparation.prepare(
-    prepare_test.plan.Job({corpus!r}, max_skipped=0.3), prepare_test.BYTES, "bytes", {output!r}, workers=2,
-    progress=lambda done, total: time.sleep(0.02))
+  shrink(setattr)
+  job = plan.Job({corpus!r}, max_skipped=0.3)
+  wait = lambda done, total: time.sleep(0.02)
+  preparation.prepare(job, tokenizers.Bytes(), "bytes", {output!r}, workers=2, progress=wait)
 """
 
 
 def test_it_goes_on_after_a_kill(tmp_path, corpus, small):
   output = tmp_path / "killed"
   script = tmp_path / "slow.py"
-  script.write_text(SLOW.format(tests=os.path.dirname(__file__), root=ROOT, corpus=corpus, output=str(output)))
+  script.write_text(SLOW.format(root=ROOT, shrink=inspect.getsource(shrink), corpus=corpus, output=str(output)))
   process = subprocess.Popen([sys.executable, str(script)], env=environment())
   pieces = lambda: sorted(output.glob(".work/*-????.json"))
   deadline = time.monotonic() + 60
@@ -160,6 +162,39 @@ def test_it_goes_on_after_a_kill(tmp_path, corpus, small):
   while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
     time.sleep(0.05)
   assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_what_lies_in_the_output_is_no_input(tmp_path):
+  (tmp_path / "a.txt").write_text("a" * 100)
+  with pytest.raises(UserError, match="was begun"):
+    for share in (0.1, 0.1, 0.2):
+      manifest = prepare(tmp_path / "o", tmp_path / "**/*", valid_share=share)
+      assert manifest.sources[0].files == 1
+  with pytest.raises(UserError, match="--input: all files of .* are in --output="):
+    prepare(tmp_path / "o", tmp_path / "o/*")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+  (tmp_path / "a.txt").write_text("flow " * 20_000_000)
+  command = [
+    sys.executable,
+    "-m",
+    "evo_jax.prepare",
+    f"--input={tmp_path}/a.txt",
+    f"--output={tmp_path}/o",
+    "--workers=2",
+  ]
+  process = subprocess.Popen(
+    command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+  )
+  while not (tmp_path / "o/.work/flags.json").exists() and process.poll() is None:
+    time.sleep(0.01)
+  time.sleep(0.3)
+  os.killpg(process.pid, signal.SIGINT)
+  assert process.communicate(timeout=60)[1] == (
+    "evo_jax: interrupted; what is complete is kept, and the same command goes on\n"
+  )
+  assert process.returncode == 1
 
 
 def test_files_that_change_are_prepared_again(tmp_path, small):

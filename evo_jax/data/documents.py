@@ -20,9 +20,10 @@ FIELD = "text"
 
 
 class Document(NamedTuple):
-  """text: None of a bad document, bytes where text need not be UTF-8. place: of a bad one, in its file."""
+  """text: None where text need not be UTF-8, as of bad documents. raw: UTF-8. place: of a bad document, in its file."""
 
-  text: str | bytes | None
+  text: str | None
+  raw: bytes = b""
   problem: str = ""
   place: str = ""
 
@@ -95,7 +96,7 @@ class Reader:
         tally.add(file, document)
         if self.strict:
           tally.check(self.source, 0, complete=False)
-        yield document.text
+        yield document.text if document.text is not None or document.problem else document.raw
     tally.check(self.source, BAD_SHARE)
     self.report = tally.report
 
@@ -118,25 +119,24 @@ def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
   elif block.form == "rows":
     yield from _documents_of_rows(block, field)
   elif block.problem:
-    yield Document(None, block.problem, f"line {block.first} " if block.first else "")
+    yield Document(None, problem=block.problem, place=f"line {block.first} " if block.first else "")
   elif block.content:
-    yield Document(block.content) if binary else Document(*_decode(block.content))
+    yield Document(None, block.content) if binary else _decode(block.content)
 
 
 def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
   for number, line in enumerate(block.content.splitlines(), block.first):
-    line = line.removeprefix(codecs.BOM_UTF8)
-    if line.strip():
-      text, problem = _decode(line)
-      if not problem:
+    if line := line.removeprefix(codecs.BOM_UTF8).strip():
+      document = _decode(line)
+      if not document.problem:
         try:
-          text = json_lines.text_field(text, field)
+          document = Document(*json_lines.text_field(document.text, field))
         except json_lines.BadLine as error:
-          text, problem = None, str(error)
-      if problem:
-        yield Document(None, problem, f"line {number} ")
-      elif text:
-        yield Document(text)
+          document = Document(None, problem=str(error))
+      if document.problem:
+        yield document._replace(place=f"line {number} ")
+      elif document.raw:
+        yield document
 
 
 def _documents_of_rows(block: Block, field: str) -> Iterator[Document]:
@@ -145,15 +145,18 @@ def _documents_of_rows(block: Block, field: str) -> Iterator[Document]:
   column = pyarrow.ipc.open_stream(block.content).read_all().column(0)
   for number, value in enumerate(column, block.first):
     raw = value.as_buffer()
-    text, problem = (None, f"has no string in column '{field}'") if raw is None else _decode(raw.to_pybytes())
-    if problem:
-      yield Document(None, problem, f"row {number} (row group {block.row_group}) ")
-    elif text:
-      yield Document(text)
+    if raw is None:
+      document = Document(None, problem=f"has no string in column '{field}'")
+    else:
+      document = _decode(raw.to_pybytes())
+    if document.problem:
+      yield document._replace(place=f"row {number} (row group {block.row_group}) ")
+    elif document.raw:
+      yield document
 
 
-def _decode(raw: bytes) -> tuple[str | None, str]:
+def _decode(raw: bytes) -> Document:
   try:
-    return raw.decode(), ""
+    return Document(raw.decode(), raw)
   except UnicodeDecodeError as error:
-    return None, f"is not UTF-8 text (byte {error.start})"
+    return Document(None, problem=f"is not UTF-8 text (byte {error.start})")

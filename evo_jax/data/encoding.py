@@ -30,7 +30,7 @@ _BORDERS = [  # of tokens in nearly all tokenizers, and places where a text with
   re.compile(r"(?=[a-z])"),
   re.compile(r""),
 ]
-_BYTES_OF_HASH = 16
+BYTES_OF_HASH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Encoded:
   duplicates: int = 0
 
 
-def hash_of(raw: bytes) -> "hashlib.blake2b":
-  """The hash of a document's content, to which more can be added."""
-  return hashlib.blake2b(raw, digest_size=_BYTES_OF_HASH)
+def digest_of(raw: bytes) -> bytes:
+  """The hash of a document's content, 16 bytes: the beginning of its SHA-256."""
+  return hashlib.sha256(raw).digest()[:BYTES_OF_HASH]
 
 
 def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozenset[int]) -> Encoded:
@@ -91,8 +91,8 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
       if next(number) in duplicates:
         result.duplicates += 1
         continue
-      raw = document.text.encode() if isinstance(document.text, str) else document.text
-      digest = hash_of(raw).digest() if rule == "hash" else b""
+      raw = document.raw
+      digest = digest_of(raw) if rule == "hash" else b""
       tokens = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text)
       for split, (a, b) in encoder.ranges(rule, digest, len(tokens)).items():
         result.tokens[split] += [tokens[a:b], separator]
@@ -111,8 +111,7 @@ def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray
 def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
   """The hashes of the good documents of blocks that hold them whole."""
   documents = (d for block in blocks for d in documents_of(block, encoder.field, encoder.tokenizer.binary))
-  raw = (d.text.encode() if isinstance(d.text, str) else d.text for d in documents if not d.problem)
-  return [hash_of(content).digest() for content in raw]
+  return [digest_of(document.raw) for document in documents if not document.problem]
 
 
 def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:

@@ -5,6 +5,7 @@ An item is a list of blocks with whole documents, or a part of a long document. 
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import hashlib
 import itertools
 
 from evo_jax.data import blocks as blocks_lib
@@ -89,13 +90,13 @@ class _Long:
 
   def parts(self, tokenizer: Tokenizer) -> Iterator[Part]:
     """Its parts, where the tokenizer can take them one by one, then one without text that describes the document."""
-    file, self._hash, self._size, self._problem = self._first.file, encoding.hash_of(b""), 0, ""
+    file, self._hash, self._size, self._problem = self._first.file, hashlib.sha256(), 0, ""
     texts = self._contents()
     if not tokenizer.binary:
       texts = encoding.cut((text.decode() for text in texts), tokenizer, encoding.PART)
     for i, text in enumerate(texts):
       yield Part(file, text, i == 0)
-    digest = self._hash.digest()
+    digest = self._hash.digest()[: encoding.BYTES_OF_HASH]
     yield Part(file, b"", False, True, self._first.first, self._problem, digest, self._size)
 
   def _contents(self) -> Iterator[bytes]:

@@ -17,24 +17,24 @@ class BadLine(ValueError):
   """A line that cannot be used; the message says why."""
 
 
-def text_field(line: str, field: str) -> str:
-  """The text in a field of a line. Raises BadLine."""
+def text_field(line: str, field: str) -> tuple[str, bytes]:
+  """The text in a field of a line, which has no white space at its ends, and its UTF-8 bytes. Raises BadLine."""
   try:
-    value = DECODER.decode(line)
+    value, end = DECODER.raw_decode(line)
   except json.JSONDecodeError as error:
     raise BadLine(f"is not JSON ({error.msg})") from error
   except RecursionError as error:
     raise BadLine("is JSON that is nested too deeply") from error
+  if end < len(line):
+    raise BadLine("is not JSON (Extra data)")
   if not isinstance(value, dict) or field not in value:
     raise BadLine(f"has no field '{field}'")
   if not isinstance(value[field], str):
     raise BadLine(f"has no string in field '{field}'")
-  if "\\u" in line:
-    try:
-      value[field].encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
-      raise BadLine(f"has a field '{field}' that is not valid Unicode") from error
-  return value[field]
+  try:
+    return value[field], value[field].encode()
+  except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
+    raise BadLine(f"has a field '{field}' that is not valid Unicode") from error
 
 
 def long_text_field(chunks: Iterable[bytes], field: str) -> Iterator[bytes]:

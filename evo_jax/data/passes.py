@@ -4,10 +4,11 @@ import collections
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+import signal
 import threading
 from typing import Any
 
-from evo_jax.data import encoding, items
+from evo_jax.data import encoding, items, storage
 from evo_jax.data.plan import Group
 from evo_jax.errors import UserError
 
@@ -37,11 +38,15 @@ class Passes:
   def each(self, groups: list[Group], do: Callable[[Group], None]) -> None:
     """Calls `do` for each group, several at a time."""
     self._threads = max(1, min(len(groups), 1 + self._workers // 4, _THREADS))
-    with futures.ThreadPoolExecutor(self._threads) as threads:
+    # Ctrl-C is for this process: those that are started by a thread inherit what it blocks.
+    block = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with futures.ThreadPoolExecutor(self._threads, initializer=block) as threads:
       running = [threads.submit(do, group) for group in groups]
       try:
         for future in futures.as_completed(running):
           future.result()
+      except OSError as error:  # of the file system; most are named where they arise
+        raise UserError(f"{getattr(error, 'filename', None) or 'temporary files'}: {storage.reason(error)}") from error
       except BrokenProcessPool as error:
         raise UserError("a worker was killed, or could not start; with too little memory use less --workers") from error
       finally:

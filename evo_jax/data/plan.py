@@ -1,6 +1,8 @@
 """The plan of a preparation: sources, which of their text is held out, and groups of files that hosts share."""
 
+from concurrent import futures
 import dataclasses
+import os
 
 from evo_jax.data import blocks as blocks_lib
 from evo_jax.data import documents as documents_lib
@@ -11,6 +13,8 @@ from evo_jax.errors import UserError
 GROUP = 1 << 28  # bytes of files, as they stand
 FEW = 100  # documents: of less, chance could hold out none
 WORK = ".work"  # folder of records, in the output
+_FLAGS = {"valid": "--valid", "test": "--test", "train": "--input"}
+_THREADS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,31 +84,41 @@ class Plan:
     return sorted(mine, key=lambda group: group.number)
 
 
-def make_plan(job: Job, binary: bool) -> Plan:
-  """What the files are, and how they are divided. Raises UserError where there are none, or some cannot be read."""
+def make_plan(job: Job, binary: bool, output: str) -> Plan:
+  """What the files are, and how they are divided. Raises UserError where there are none, or some cannot be read.
+
+  What lies in the folder `output` is no input.
+  """
   names, groups, seen = [], [], set()
-  for split in ("valid", "test"):
-    if patterns := getattr(job, split):
-      for name, files in files_lib.find_sources(patterns, f"--{split}", seen):
-        groups += _groups(len(groups), len(names), files, split)
-        names.append(name)
-  for name, files in files_lib.find_sources(job.input, "--input", seen):
-    rule = "train"
-    if not job.valid and not job.test and job.valid_share + job.test_share:
-      rule = "end" if _has_few(files, job.field, binary) else "hash"
-    groups += _groups(len(groups), len(names), files, rule)
-    names.append(name)
+  for split, patterns in (("valid", job.valid), ("test", job.test), ("train", job.input)):
+    for name, files in files_lib.find_sources(patterns, _FLAGS[split], seen) if patterns or split == "train" else ():
+      files = [file for file in files if not _is_in(file, output)]
+      if not files:
+        raise UserError(f"{_FLAGS[split]}: all files of {name} are in --output={output}")
+      rule = split
+      if split == "train" and not job.valid and not job.test and job.valid_share + job.test_share:
+        rule = "end" if _has_few(files, job.field, binary) else "hash"
+      groups += _groups(len(groups), len(names), files, rule)
+      names.append(name)
   return Plan(tuple(names), tuple(groups))
 
 
+def _is_in(file: str, folder: str) -> bool:
+  if "://" in file or "://" in folder:
+    return file.startswith(folder.rstrip("/") + "/")
+  return os.path.abspath(file).startswith(os.path.abspath(os.path.expanduser(folder)) + os.sep)
+
+
 def _groups(number: int, source: int, files: list[str], rule: str) -> list[Group]:
-  groups, waiting = [], []
-  for i, file in enumerate(files):
-    waiting.append((file, formats.size_of(file)))
-    if sum(size for _, size in waiting) >= GROUP or i == len(files) - 1:
-      names, sizes = zip(*waiting)
-      groups.append(Group(number + len(groups), source, len(groups), names, sizes, rule))
-      waiting = []
+  groups, waiting, size = [], [], 0
+  with futures.ThreadPoolExecutor(_THREADS) as threads:  # a bucket is asked for each
+    sizes = list(threads.map(formats.size_of, files))
+  for i, (file, file_size) in enumerate(zip(files, sizes)):
+    waiting.append((file, file_size))
+    size += file_size
+    if size >= GROUP or i == len(files) - 1:
+      groups.append(Group(number + len(groups), source, len(groups), *zip(*waiting), rule))
+      waiting, size = [], 0
   return groups
 
 

@@ -53,7 +53,7 @@ def prepare(
   Raises UserError for what cannot be read or written, and where too many documents are bad; what is complete by then is
   kept. workers: processes. progress: is told bytes of this host's files, as they stand: read, and altogether.
   """
-  plan = make_plan(job, tokenizer.binary)
+  plan = make_plan(job, tokenizer.binary, output)
   folder = Folder(output)
   flags = {**dataclasses.asdict(job), "tokenizer": tokenizer_name, "tokenizer_identity": tokenizer.identity}
   if manifest := _complete(folder, flags, plan):
@@ -215,7 +215,7 @@ class _Piece:
     part, encoder, done = item.part, self._run.encoder, encoding.Encoded()
     if part.problem or part.text_bytes:
       place = f"line {part.line} " if part.line else ""
-      done.tally.add(part.file, documents_lib.Document(None if part.problem else "", part.problem, place))
+      done.tally.add(part.file, documents_lib.Document(None, problem=part.problem, place=place))
     count = spool.close()
     if part.problem or not part.text_bytes:
       return done

@@ -266,8 +266,7 @@ class ShardWriter:
     self._flush()
     rest = np.concatenate([np.zeros(0, self._dtype), *self._rest])
     if len(rest):
-      checksum = self._checksum(rest)
-      self._write(checksum.to_bytes(4, "little") + rest.tobytes())
+      self._write(self._checksum(rest).tobytes() + rest.tobytes())
     tokens = self._tokens + len(rest)
     return Shard(self._name, tokens, documents, text_bytes, self._checksums.hexdigest()[:32]) if tokens else None
 
@@ -277,18 +276,22 @@ class ShardWriter:
     count = len(tokens) // RECORD
     records = np.empty(count, self._record)
     records["tokens"] = tokens[: count * RECORD].reshape(count, RECORD)
-    records["checksum"] = [self._checksum(record) for record in records["tokens"]]
+    records["checksum"] = self._checksum(tokens[: count * RECORD])
     if count:
       self._write(records.view(np.uint8).data)
     self._tokens += count * RECORD
     self._rest = [tokens[count * RECORD :]]
     self._waiting = len(self._rest[0])
 
-  def _checksum(self, tokens: np.ndarray) -> int:
-    checksum = zlib.crc32(tokens, (_seed(self._name) + self._records) % 2**32)
-    self._records += 1
-    self._checksums.update(checksum.to_bytes(4, "little"))
-    return checksum
+  def _checksum(self, tokens: np.ndarray) -> np.ndarray:
+    """(n,) uint32, the checksums of the next records."""
+    raw, size = memoryview(tokens).cast("B") if len(tokens) else b"", RECORD * self._dtype.itemsize
+    seed, starts = _seed(self._name) + self._records, range(0, len(raw), size)
+    checksums = [zlib.crc32(raw[at : at + size], (seed + i) % 2**32) for i, at in enumerate(starts)]
+    self._records += len(checksums)
+    checksums = np.array(checksums, "<u4")
+    self._checksums.update(checksums.data)
+    return checksums
 
   def _write(self, raw: bytes | memoryview) -> None:
     if self._file is None:

@@ -162,10 +162,10 @@ class SentencePiece:
     """(n,) ids, uint16 if the vocabulary fits, else uint32."""
     text = text.decode() if isinstance(text, bytes) else text
     first, *others = text.split(_SPACE)
-    ids = self._processor.EncodeAsIds(first)
+    ids = [self._processor.Encode(first, return_type="numpy")]
     for part in others:
-      ids += self._space + self._processor.EncodeAsIds(part)
-    return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+      ids += [self._space, self._processor.Encode(part, return_type="numpy")]
+    return np.concatenate(ids, dtype=np.uint16 if self.vocab_size <= 2**16 else np.uint32, casting="unsafe")
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
@@ -196,12 +196,12 @@ class SentencePiece:
     return len(self._processor.IdToPiece(i).replace(_SPACE, " ").encode())
 
 
-def load_tokenizer(name: str, folder: str = "", field: str = "config.data.tokenizer_path") -> Tokenizer:
-  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError, naming `field`."""
+def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
+  """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
   if name != "sentencepiece":
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
-    raise UserError(f"{field}: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
+    raise UserError("config.data.tokenizer_path: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
   return SentencePiece(folder)
 
 
