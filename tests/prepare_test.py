@@ -238,6 +238,7 @@ FORMATS = {
   "a.jsonl.zst": lambda: zstd(lines(SOME)),
   "a.parquet": lambda: parquet(SOME, row_group_size=50),
   "A.PARQUET": lambda: parquet(SOME, compression="zstd"),
+  "dictionary.parquet": lambda: parquet(pytest.importorskip("pyarrow").array(SOME).dictionary_encode()),
 }
 
 
@@ -449,7 +450,8 @@ def test_the_command_prepares_and_inspects(tmp_path):
     (["--input=TEXT", "--output=OUT", "--hosts=2", "--host=2"], "--host=2: is not one of the 2"),
     (["--input=TEXT", "--output=OUT", "--tokenizer=sentencepiece"], "--tokenizer_path: is empty"),
     (["--input=TEXT", "--output=OUT", "--tokenizer=words"], "--tokenizer=words"),
-    (["--input=TEXT", "--output=TEXT/sub"], "TEXT/sub/"),
+    (["--input=TEXT", "--output=TEXT"], "TEXT/.work/flags.json: cannot be read: Not a directory"),
+    (["--input=TEXT", "--output=/proc/none"], "/proc/none/.work/flags.json: cannot be written"),
     (["--input=TEXT", "--output=nope://x/y"], "nope://x/y: cannot be opened"),
     (["--input=nope://x/*.txt", "--output=OUT"], "nope://x/*.txt: cannot be opened"),
     (["--inspect=OUT"], "OUT/manifest.json: there is none"),

@@ -180,6 +180,7 @@ def _read_rows(file: str, field: str, moved: Callable[[int], None]) -> Iterator[
       for row_group in range(table.num_row_groups):
         rows = _rows_of_block(table, row_group, field)
         for batch in table.iter_batches(rows, row_groups=[row_group], columns=[field]):
+          batch = _without_dictionary(batch)
           stream = pyarrow.BufferOutputStream()
           with pyarrow.ipc.new_stream(stream, batch.schema) as writer:
             writer.write_batch(batch)
@@ -199,9 +200,20 @@ def _check_column(file: str, schema, field: str) -> None:
   if field not in schema.names:
     raise UserError(f"{shown(file)}: has no column '{field}', but {', '.join(schema.names)}")
   kind = schema.field(field).type
+  kind = getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind
   kinds = pyarrow.types
   if not any(test(kind) for test in (kinds.is_string, kinds.is_large_string, kinds.is_string_view)):
     raise UserError(f"{shown(file)}: column '{field}' is of type {kind}, not string")
+
+
+def _without_dictionary(batch):
+  """A batch of one column whose strings stand in each row."""
+  import pyarrow
+
+  column = batch.column(0)
+  if pyarrow.types.is_dictionary(column.type):
+    column = column.dictionary_decode()
+  return pyarrow.RecordBatch.from_arrays([column], batch.schema.names)
 
 
 def _rows_of_block(table, row_group: int, field: str) -> int:

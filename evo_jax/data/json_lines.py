@@ -6,7 +6,7 @@ import json
 import re
 
 DECODER = json.JSONDecoder(parse_int=float)  # a number's size does not matter, and int refuses thousands of digits
-_CHARACTERS = re.compile(rb'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # of a string, with whole escapes only
+_CHARACTERS = re.compile(rb'(?:[^"\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+')  # of a string, with whole escapes only
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _BRACKET = re.compile(rb'["\[\]{}]')
 _PLAIN = re.compile(rb"[-+.0-9A-Za-z]*")  # a number, true, false, null, NaN, Infinity

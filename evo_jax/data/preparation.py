@@ -88,7 +88,7 @@ def _begin(folder: Folder, flags: dict[str, Any]) -> None:
     earlier = json.loads(folder.read(name))
   except FileNotFoundError:
     folder.write_all(name, json.dumps(begun).encode())
-  except ValueError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{folder.shown(name)}: is damaged; remove {folder.shown(WORK)}") from error
   else:
     _check_flags(folder, earlier, begun)
@@ -270,7 +270,7 @@ def _read_record(folder: Folder, name: str, versions: list[str]) -> dict[str, An
   """What was written down about files as they are now; None where there is nothing."""
   try:
     record = json.loads(folder.read(name))
-  except (FileNotFoundError, ValueError):
+  except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
     return None
   return record if record.pop("versions", None) == versions else None
 

@@ -169,9 +169,11 @@ class Folder:
   def _errors(self, name: str, what: str) -> Iterator[None]:
     try:
       yield
-    except (UserError, FileNotFoundError):
+    except UserError:
       raise
     except OSError as error:
+      if isinstance(error, FileNotFoundError) and what == "read":
+        raise
       raise UserError(f"{self.shown(name)}: cannot be {what}: {reason(error)}") from error
 
 
