@@ -1,7 +1,8 @@
 """150 million parameters: one GPU, or a small TPU slice.
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=32000 --output=tokenizer
-  python -m evo_jax.prepare --input='text/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=tokenizer --output=tokens
+  python -m evo_jax.prepare --input='text/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=tokenizer \\
+      --output=tokens
   python -m evo_jax.main --config=evo150m --workdir=runs/evo150m --config.data.path=tokens
 
 Its 10.5 billion tokens are about 39 GB of English text, and 21 GB as tokens, which take about 50 minutes of one CPU.

@@ -1,7 +1,8 @@
 """1.2 billion parameters, tied embeddings: a TPU slice, or a node of GPUs.
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=tokenizer
-  python -m evo_jax.prepare --input='text/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=tokenizer --output=tokens
+  python -m evo_jax.prepare --input='text/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=tokenizer \\
+      --output=tokens
   python -m evo_jax.main --config=evo1b --workdir=runs/evo1b --config.data.path=tokens --config.mesh.fsdp=8
 
 Its 105 billion tokens are about 390 GB of English text, and 420 GB as tokens, which take about 8 hours of one CPU.

@@ -4,8 +4,8 @@ The tokenizer, then the tokens, on any machines with CPUs (16 hosts, I from 0 to
 training:
 
   python -m evo_jax.tokenizer --input='text/*.txt' --vocab_size=128256 --output=tokenizer
-  python -m evo_jax.prepare --input='gs://BUCKET/text/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=tokenizer \\
-      --output=gs://BUCKET/tokens --hosts=16 --host=I
+  python -m evo_jax.prepare --input='gs://BUCKET/text/*.jsonl.zst' --tokenizer=sentencepiece \\
+      --tokenizer_path=tokenizer --output=gs://BUCKET/tokens --hosts=16 --host=I
   python -m evo_jax.main --config=evo8b --workdir=gs://BUCKET/evo8b --config.data.path=gs://BUCKET/tokens
 
 A trillion tokens are about 3.7 TB of English text, and 4 TB as tokens. Extrapolated from one machine, 13 MB of text per

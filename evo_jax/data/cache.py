@@ -26,7 +26,7 @@ def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str) -> str:
   that cannot be used. It is made again where files are missing or cut off. Of several processes one prepares, and the
   others wait. Raises UserError as `preparation.prepare` does.
   """
-  plan = make_plan(job, tokenizer.binary)
+  plan = make_plan(job, tokenizer.binary, str(_root()))
   digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {tokenizer_name} {tokenizer.identity}".encode())
   for group in plan.groups:
     digest.update(os.fsencode("\n".join([group.name, group.rule, *group.versions()])))
@@ -69,11 +69,15 @@ class CachedStream:
       raise UserError(f"{error}; the same command tokenizes the text again") from error
 
 
+def _root() -> Path:
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  return Path(home) / "evo_jax" / "tokens"
+
+
 @contextlib.contextmanager
 def _locked(key: str):
   """The folder of a key, which other processes leave alone meanwhile."""
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-  root = Path(home) / "evo_jax" / "tokens"
+  root = _root()
   with contextlib.ExitStack() as stack:
     try:
       root.mkdir(parents=True, exist_ok=True)
