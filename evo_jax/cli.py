@@ -16,6 +16,7 @@ import jax
 from ml_collections import config_flags
 
 from evo_jax import config as config_lib
+from evo_jax.data import storage
 from evo_jax.errors import UserError
 from evo_jax.parallel import distributed, sharding
 
@@ -177,6 +178,7 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
   distributed.ignore_absent_tpu()
+  storage.leaving.clear()
   try:
     main()
   except jax.errors.JaxRuntimeError as error:
@@ -190,6 +192,8 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
       flush=True,
     )
     os._exit(1)
+  finally:
+    storage.leaving.set()
 
 
 def _parse(argv: list[str]) -> list[str]:

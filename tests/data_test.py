@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 
 from conftest import assert_refused, call, train_flags
 import jax
@@ -217,10 +218,25 @@ def test_a_start_reads_no_more_than_the_manifest(prepared, tmp_path):
     take(text.batches(), 1)
 
 
+def test_a_data_set_brings_its_tokenizer(prepared, tmp_path):
+  model = tokenizers.train_sentencepiece(["some text " * 100], 264, str(tmp_path / "model"))
+  path = write(tmp_path / "a.txt", "some text " * 500)
+  flags = (f"--input={path}", "--tokenizer=sentencepiece", f"--tokenizer_path={tmp_path}/model")
+  assert call("evo_jax.prepare", *flags, f"--output={tmp_path}/pieces", "--workers=1").returncode == 0
+  shutil.rmtree(tmp_path / "model")
+  config = config_lib.Data(path=f"{tmp_path}/pieces/", tokenizer="sentencepiece")
+  tokenizer = corpora_lib.load_tokenizer(config)
+  (corpus,) = corpora_lib.load_corpora(config, tokenizer)
+  assert tokenizer.identity == model.identity and tokenizer.decode(tokens(corpus)[:20]).startswith("some text some")
+  for path, name, own in ((f"{tmp_path}/pieces", "bytes", "sentencepiece"), (prepared[0], "sentencepiece", "bytes")):
+    with pytest.raises(UserError, match=f"config.data.tokenizer: '{name}' is not that of {path}, '{own}'"):
+      corpora_lib.load_tokenizer(config_lib.Data(path=str(path), tokenizer=name))
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(tokenizer=Separated()), "has the tokens of bytes, not of separated; config.data.tokenizer=bytes"),
+    (dict(tokenizer=Separated()), "has the tokens of bytes, not of separated"),
     (dict(valid="*.txt"), "config.data.valid: is for text files"),
     (dict(test="*.txt"), "config.data.test: is for text files"),
     (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: is damaged"),

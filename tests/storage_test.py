@@ -1,6 +1,7 @@
 """Buckets that fail, are slow or silent: they are asked again, for a while, and what they hold is never mistaken."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import http.server
 import itertools
@@ -67,6 +68,7 @@ def in_a_hurry(monkeypatch):
   monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
   monkeypatch.setattr(storage, "_warned", -1e9)
   Flaky.answers, Flaky.asked = [], 0
+  storage.leaving.clear()  # of a command that another test has called
 
 
 @pytest.fixture
@@ -121,6 +123,20 @@ def test_silence_is_an_error(monkeypatch, capfd):
   monkeypatch.setattr(storage, "SILENCE", 0.1)
   assert Folder("silent://bucket").read_range("file", 1, 3) == b"12" and Silent.asked == 3
   assert "no answer for" in capfd.readouterr().err
+
+
+def test_a_command_that_ends_does_not_wait_for_a_bucket(folder, monkeypatch):
+  monkeypatch.setattr(storage, "_FIRST_PAUSE", 60.0)
+  Flaky.answers = [OSError("connection reset") for _ in range(99)]
+  with concurrent.futures.ThreadPoolExecutor(4) as readers:
+    waiting = [readers.submit(folder.read_range, "file", 0, 3) for _ in range(4)]
+    try:
+      storage.leaving.set()
+      for future in waiting:
+        with pytest.raises(UserError, match="cannot be read: connection reset"):
+          future.result(timeout=10)
+    finally:
+      storage.leaving.clear()
 
 
 class Server(http.server.BaseHTTPRequestHandler):

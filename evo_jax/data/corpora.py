@@ -48,11 +48,12 @@ class Corpus:
 def load_tokenizer(config: config_lib.Data) -> tokenizers.Tokenizer:
   """The tokenizer of the configuration, which a prepared data set brings with it. Raises UserError."""
   folder = config.tokenizer_path
-  if not folder and config.tokenizer == "sentencepiece":
-    prepared = next(
-      (pattern for pattern in files.split_patterns(config.path) if _is_prepared(pattern, "config.data.path")), None
-    )
-    folder = f"{prepared.rstrip('/')}/{shards.TOKENIZER}" if prepared else ""
+  for pattern in files.split_patterns(config.path):
+    if _is_prepared(pattern, "config.data.path"):
+      name = shards.read_manifest(pattern).tokenizer
+      if name != config.tokenizer:
+        raise UserError(f"config.data.tokenizer: {config.tokenizer!r} is not that of {pattern}, {name!r}")
+      folder = folder or f"{os.path.expanduser(pattern).rstrip('/')}/{shards.TOKENIZER}"
   return tokenizers.load_tokenizer(config.tokenizer, folder)
 
 
@@ -112,10 +113,7 @@ def _open(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.
   """The corpora of a prepared data set."""
   manifest = shards.read_manifest(path)
   if manifest.tokenizer_identity != tokenizer.identity:
-    hint = f"config.data.tokenizer={manifest.tokenizer}"
-    raise UserError(
-      f"{field}: {path} has the tokens of {manifest.tokenizer_identity}, not of {tokenizer.identity}; {hint}"
-    )
+    raise UserError(f"{field}: {path} has the tokens of {manifest.tokenizer_identity}, not of {tokenizer.identity}")
   return _corpora(path, manifest, config.strict, shards.open_stream)
 
 

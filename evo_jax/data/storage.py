@@ -25,6 +25,7 @@ SILENCE = 60.0  # seconds without an answer, after which a bucket is asked again
 PATIENCE = 60.0  # seconds for which it is asked again where a command can start anew
 LONG_PATIENCE = 900.0  # the same in the middle of training
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds
+leaving = threading.Event()  # whether the command ends, and threads that wait for a bucket must not hold it up
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hub"}
 
 
@@ -150,12 +151,13 @@ class Folder:
       except (UserError, FileNotFoundError):
         raise
       except Exception as error:  # OSError; libraries for buckets raise others, too
-        if self.local or not _may_pass(error) or time.monotonic() + pause > began + patience:
+        ends = leaving.is_set() or time.monotonic() + pause > began + patience
+        if self.local or ends or not _may_pass(error):
           tried = f" (tried for {time.monotonic() - began:,.0f} s)" if pause > _FIRST_PAUSE else ""
           raise UserError(f"{self.shown(name)}: cannot be {what}: {reason(error)}{tried}") from error
         if pause > _FIRST_PAUSE:
           _warn(f"{self.shown(name)}: cannot be {what} yet: {reason(error)}; is tried again")
-      time.sleep(pause * random.uniform(0.5, 1.0))  # readers that failed together do not come back together
+      leaving.wait(pause * random.uniform(0.5, 1.0))  # readers that failed together do not come back together
       pause = min(2 * pause, _LONGEST_PAUSE)
 
   def _operation(self, name: str) -> Callable:

@@ -47,8 +47,9 @@ class _TensorBoard:
     try:
       # Events of later steps, which will be written again, are not shown any more.
       self._writer = _import_tensorboard().SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-    except OSError as error:
-      raise UserError(f"{workdir / 'tensorboard'}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # OSError; in buckets of other kinds
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(f"{workdir / 'tensorboard'}: cannot be written: {reason}") from error
 
   def write(self, row: dict[str, float]) -> None:
     for name, value in row.items():
