@@ -219,7 +219,7 @@ def test_a_start_reads_no_more_than_the_manifest(prepared, tmp_path):
 
 
 def test_a_data_set_brings_its_tokenizer(prepared, tmp_path):
-  model = tokenizers.train_sentencepiece(["some text " * 100], 264, str(tmp_path / "model"))
+  model = tokenizers.train_sentencepiece(["some text, and more words"] * 9, 274, str(tmp_path / "model"))
   path = write(tmp_path / "a.txt", "some text " * 500)
   flags = (f"--input={path}", "--tokenizer=sentencepiece", f"--tokenizer_path={tmp_path}/model")
   assert call("evo_jax.prepare", *flags, f"--output={tmp_path}/pieces", "--workers=1").returncode == 0
