@@ -12,6 +12,7 @@ the process has at the end above what it had before it opened the data set. A ho
 import json
 import os
 from pathlib import Path
+import resource
 import shutil
 import subprocess
 import sys
@@ -88,8 +89,9 @@ def memory() -> int:
   return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def seconds_to_first_step(path: Path, workdir: Path) -> float:
-  """From the command to the first row in its log, of `tiny`, with the programs that an earlier run has compiled."""
+def first_step(path: Path, workdir: Path) -> dict[str, float]:
+  """Seconds from the command to the first row in its log, of `tiny`, with the programs that an earlier run has compiled;
+  and seconds of CPU time, which other work on the machine changes less."""
   fields = {"data.path": path, "train.log_every": 1, "train.eval_every": 0, "eval.sequences": 128}
   command = [sys.executable, "-m", "evo_jax.main", "--config=tiny", f"--workdir={workdir}"]
   command += [f"--config.{k}={v}" for k, v in fields.items()]
@@ -98,7 +100,7 @@ def seconds_to_first_step(path: Path, workdir: Path) -> float:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  began = time.perf_counter()
+  began, cpu_began = time.perf_counter(), children_cpu()
   process = subprocess.Popen(command, env={**os.environ, **compiled}, **quiet)
   log = workdir / "metrics.jsonl"
   while not (log.exists() and log.stat().st_size) and process.poll() is None:
@@ -107,7 +109,13 @@ def seconds_to_first_step(path: Path, workdir: Path) -> float:
   process.kill()
   process.wait()
   shutil.rmtree(workdir)
-  return seconds
+  return {"seconds_to_first_step": seconds, "cpu_seconds_to_first_step": children_cpu() - cpu_began}
+
+
+def children_cpu() -> float:
+  """Seconds of CPU time of child processes that have ended."""
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
 
 
 def measure(size: float, scratch: Path) -> dict[str, float]:
@@ -120,10 +128,10 @@ def measure(size: float, scratch: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "experiments.reading_speed", f"--read={path}", f"--seconds={flags.FLAGS.seconds}"]
     result[kind] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     if not (scratch / "jax").exists():
-      seconds_to_first_step(path, scratch / "run")
+      first_step(path, scratch / "run")
     if kind == "cold":
       drop_from_cache(path)
-    result[kind]["seconds_to_first_step"] = seconds_to_first_step(path, scratch / "run")
+    result[kind] |= first_step(path, scratch / "run")
   shutil.rmtree(path)
   return result
 
