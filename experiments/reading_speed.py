@@ -90,8 +90,8 @@ def memory() -> int:
 
 
 def first_step(path: Path, workdir: Path) -> dict[str, float]:
-  """Seconds from the command to the first row in its log, of `tiny`, with the programs that an earlier run has compiled;
-  and seconds of CPU time, which other work on the machine changes less."""
+  """Seconds, and of CPU time, which other work on the machine changes less, from the command to the first row in its
+  log, of `tiny`, with the programs that an earlier run has compiled."""
   fields = {"data.path": path, "train.log_every": 1, "train.eval_every": 0, "eval.sequences": 128}
   command = [sys.executable, "-m", "evo_jax.main", "--config=tiny", f"--workdir={workdir}"]
   command += [f"--config.{k}={v}" for k, v in fields.items()]
