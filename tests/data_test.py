@@ -367,6 +367,14 @@ def test_weights_change_at_steps():
   np.testing.assert_array_equal(batches[7:], take(stream(corpora=SOURCES, start=7, **changes), 13))
   text = batches_lib.TrainingText(SOURCES, config_lib.Data(batch_size=8, **changes), 8)
   assert text.epochs(0) == {"a": 0, "b": 0, "c": 0}
+  for names, shown in (
+    (["gs://b/x/*.txt"], ["*.txt"]),
+    (["/x/a/*.txt", "/x/b/*.txt", "stdlib"], ["a/*.txt", "b/*.txt", "stdlib"]),
+    (["/x/*", "/x/* (1)"], ["*", "* (1)"]),
+    (["a/b", "b"], ["a/b", "b"]),
+  ):
+    named = [corpus(9, name) for name in names]
+    assert list(batches_lib.TrainingText(named, config_lib.Data(), 8).epochs(1)) == shown
   assert text.epochs(4) == {"a": 16 * 8 / 50, "b": 16 * 8 / 500, "c": 0}
   assert text.epochs(20) == {"a": 16 * 8 / 50, "b": 28 * 8 / 500, "c": 116 * 8 / 300}
 

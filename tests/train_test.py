@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 from conftest import LONG, ROOT, assert_refused, call, environment, run, train_flags
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +84,7 @@ def test_the_window_learns(trained):
 # A limit on a file's size stands for a full disk: writing a checkpoint's arrays fails, logging does not.
 FULL_DISK = """
 import resource, runpy
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 runpy.run_module("evo_jax.main", run_name="__main__", alter_sys=True)
 """
 
@@ -223,6 +225,18 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(trained, text, tmp_
   assert done.returncode == 1 and "training has diverged; the last good checkpoint is of step 100" in done.stderr
   assert done.stderr.splitlines()[-1].startswith("evo_jax: step 101: ") and "Traceback" not in done.stderr
   assert run_lib.load_run(str(workdir)).step == 100
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+  log = metrics_lib.MetricsLog(epath.Path(tmp_path), 0)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+  try:
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: File too large"):
+      log.write({"step": 1, "bits": "8" * 200})
+    log.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_seen_before_it_is_written_to(tmp_path, monkeypatch):

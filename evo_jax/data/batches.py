@@ -31,6 +31,7 @@ class TrainingText:
     sizes = [corpus.streams["train"].length for corpus in self.corpora]
     self._rings = [order.Ring(size, length, (config.seed, i)) for i, size in enumerate(sizes)]
     self._mixture = order.Mixture(self._weights(sizes), config.batch_size)
+    self._names = _ends([corpus.name for corpus in self.corpora])
 
   def batches(self, rows: Sequence[int] | None = None, start: int = 0, segments: bool = False) -> grain.DatasetIterator:
     """Endless batches from number `start` on. Reading raises UserError for text that is damaged, or cannot be read.
@@ -62,9 +63,9 @@ class TrainingText:
     return sum(ring.tokens for ring in self._rings)
 
   def epochs(self, batches: int) -> dict[str, float]:
-    """How often each corpus has been read by so many batches of the run, by name."""
+    """How often each corpus has been read by so many batches of the run, by the end of its name."""
     taken = self._mixture.taken(batches * self._config.batch_size)
-    return {corpus.name: ring.epochs(k) for corpus, ring, k in zip(self.corpora, self._rings, taken)}
+    return {name: ring.epochs(k) for name, ring, k in zip(self._names, self._rings, taken)}
 
   def _weights(self, sizes: list[int]) -> list[tuple[int, Sequence[float]]]:
     weights = [(0, self._config.weights or sizes), *config_lib.parse_weight_changes(self._config.weight_changes)]
@@ -112,6 +113,13 @@ def segment_numbers(tokens: np.ndarray, begin_id: int, separator_id: int) -> np.
   A separator belongs to the document after it, before which it takes the place of the begin token.
   """
   return np.cumsum(np.isin(tokens, (begin_id, separator_id)), axis=1, dtype=np.int32)
+
+
+def _ends(names: list[str]) -> list[str]:
+  """The last parts of paths, as many as tell them apart."""
+  parts = [name.split("/") for name in names]
+  ends = (["/".join(part[-count:]) for part in parts] for count in range(1, max(map(len, parts)) + 1))
+  return next((found for found in ends if len(set(found)) == len(found)), names)
 
 
 def _sequence(corpus: Corpus, split: str, start: int, length: int) -> np.ndarray:

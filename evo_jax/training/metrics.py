@@ -71,7 +71,8 @@ class MetricsLog:
 
   def close(self) -> None:
     if self._stream is not None:
-      self._stream.close()
+      with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
+        self._stream.close()
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, float]]:
