@@ -1,7 +1,7 @@
 """Memory and speed of evo_jax.prepare, beside the tokenizer library's own batch encoding of the same text in memory.
 
   pip install -e '.[zstd]' && python -m experiments.prepare_speed --text='dir/*.jsonl' --sizes=0.1,1
-      [--tokenizer=sentencepiece --tokenizer_path=DIR] [--workers=2] [--document=0.5] [--output=prepare_speed.json]
+      [--tokenizer=sentencepiece --tokenizer_path=DIR] [--workers=2] [--document=0.5] [--save]
 
 The text is repeated, each copy of a document with another number in front, in one .jsonl.zst of each of --sizes, in GB.
 Memory is the sum over all processes of their share (PSS), sampled five times a second; its peak should not depend on
@@ -28,11 +28,13 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 
+from evo_jax import cli
 from evo_jax.data import documents as documents_lib
 from evo_jax.data import files as files_lib
 from evo_jax.data import formats, tokenizers
+from experiments import common
 
 FLAGS = flags.FLAGS
 BATCH_BYTES = 64_000_000
@@ -159,8 +161,7 @@ def _whole_lines(file: Path) -> Iterator[bytes]:
     yield raw[:end]
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   texts = []
   for name, files in files_lib.find_sources(FLAGS.text, "--text"):
     texts += [text for text in documents_lib.Reader(name, files, binary=False) if text]
@@ -177,8 +178,8 @@ def main(argv: list[str]) -> None:
         run["cpu_share"] = run["mb_per_cpu_second"] / run["library_mb_per_cpu_second"]
     results["runs"].append(run)
     print({name: round(value, 3) if isinstance(value, float) else value for name, value in run.items()}, flush=True)
-  if FLAGS.output:
-    Path(FLAGS.output).write_text(json.dumps(results, indent=1) + "\n")
+  if FLAGS.save:
+    common.write_result(f"prepare_speed_{FLAGS.tokenizer}", results)
 
 
 if __name__ == "__main__":
@@ -189,5 +190,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("tokenizer_path", "", "As for evo_jax.prepare.")
   flags.DEFINE_integer("workers", 2, "As for evo_jax.prepare.")
   flags.DEFINE_string("scratch", None, "Folder for text and tokens, which are removed.")
-  flags.DEFINE_string("output", None, "File for the results, .json.")
-  app.run(main)
+  flags.DEFINE_bool("save", False, "Whether the results become a file in experiments/results.")
+  cli.run(main)

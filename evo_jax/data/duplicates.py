@@ -1,8 +1,8 @@
 """Exact copies of documents: found by hash, in files on disk, in a fixed amount of memory, by any number of hosts.
 
-First each host writes the hashes of its groups' documents, sorted, in runs of at most a million. Then each takes parts
-of all hashes (those whose first bits have some value) from all runs, and writes where the copies stand: all of each
-document but the first in file order. Behind each step hosts wait for each other, by looking for what the others write.
+First each host writes the hashes of its groups' documents, sorted, in runs. Then each takes parts of all hashes (those
+whose first bits have some value) from all runs, and writes where the copies stand: all of each document but the first
+in file order. Behind each step hosts wait for each other, by looking for what the others write.
 """
 
 import json
@@ -18,8 +18,8 @@ from evo_jax.data.plan import WORK, Group, Plan
 from evo_jax.data.storage import Folder
 from evo_jax.errors import UserError
 
-_RUN = 1 << 20  # hashes
-_PART = 1 << 30  # bytes of files whose hashes are compared at a time
+_RUN = 1 << 18  # hashes
+_PART = 1 << 28  # bytes of files whose hashes are compared at a time
 _ITEM = 1 << 24  # more than the documents of an item
 _HASHES, _COPIES = f"{WORK}/hashes", f"{WORK}/copies"
 _HASH = np.dtype([("high", ">u8"), ("low", ">u8"), ("group", "<u4"), ("place", "<u8")])

@@ -125,8 +125,9 @@ def cut(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
   """A long document, which comes in any pieces, in parts of at most `size` characters.
 
   They are cut where the tokens on both sides do not depend on it: 256 characters on each side have the same tokens as
-  one text and as two. Where no such place is found, as in a megabyte of one letter under BPE, the parts' tokens are not
-  the whole text's. The parts depend on the text alone.
+  one text and as two. The parts depend on the text alone. Their tokens are not the whole text's where no such place is
+  found, as in a megabyte of one letter under BPE; and of a SentencePiece model, where two segmentations are nearly
+  equally likely: it adds log-probabilities in float32 from the beginning on, so that of a long text rounding decides.
   """
   held, start, first = "", 0, True
   for text in texts:
