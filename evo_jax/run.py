@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
@@ -28,8 +30,9 @@ class Run:
   step: int
 
 
-def load_run(workdir: str, step: int | None = None) -> Run:
-  """Loads the last readable checkpoint, or that of `step`, onto the first device, without the optimizer's state.
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Run:
+  """Loads the last readable checkpoint, or that of `step`, without the optimizer's state, onto a mesh, or onto the
+  first device.
 
   Raises UserError where `workdir` holds no such checkpoint, or it cannot be read.
   """
@@ -43,6 +46,6 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     raise UserError(f"{folder}: tokenizer {tokenizer.identity} is not the checkpoint's, {saved['tokenizer']}")
   model = state_lib.make_model(config, tokenizer)
   params_item = "ema" if config.optim.ema else "params"
-  abstract = state_lib.abstract_items(model, config)
+  abstract = state_lib.abstract_items(model, config, mesh)
   step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
   return Run(config, tokenizer, model, items[params_item], items["statistics"], step)

@@ -138,7 +138,9 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     missing = f"holds {min(shards)}, but no {_INDEX}" if shards else f"holds neither {_SINGLE} nor {_INDEX}"
     raise UserError(f"{folder}: {missing}" + (f"; {other} is a pickle, which is not read" if other else ""))
   files = read_json(index).get("weight_map")
-  if not isinstance(files, dict) or not all(isinstance(name, str) and Path(name).name == name for name in files.values()):
+  if not isinstance(files, dict) or not all(
+    isinstance(name, str) and Path(name).name == name for name in files.values()
+  ):
     raise UserError(f"{index}: has no weight_map from tensors to files of its folder")
   for name in sorted(set(files.values())):
     if not (folder / name).exists():

@@ -64,8 +64,16 @@ class CheckpointStore:
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
-    Raises UserError if they cannot be read: in all processes if in one.
+    Step 0 is an imported model: its average is the parameters themselves, and an optimizer it has not: none is among
+    the result. Raises UserError if they cannot be read: in all processes if in one.
     """
+    if step == 0:
+      average = abstract.get("ema")
+      items = self._restore(0, {name: item for name, item in abstract.items() if name not in ("ema", "optimizer")})
+      return items if average is None else items | {"ema": self._restore(0, {"params": average})["params"]}
+    return self._restore(step, abstract)
+
+  def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
     items, problem = {}, None
     try:
@@ -203,24 +211,39 @@ def write_config(
     if isinstance(tokenizer, tokenizers.SentencePiece):
       (workdir / "tokenizer").mkdir(exist_ok=True)
       (workdir / "tokenizer" / tokenizers.MODEL_FILE).write_bytes(tokenizer.proto)
-    write_json(
-      path,
-      {
-        "config": config_lib.to_dict(config),
-        "tokenizer": tokenizer.identity,
-        "vocab_size": tokenizer.vocab_size,
-        "parameters": parameters,
-        "text": fingerprints,
-      },
-    )
+    write_json(path, _record(config, tokenizer, parameters, fingerprints))
+
+
+def write_imported_config(
+  workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, parameters: int
+) -> None:
+  """Writes config.json of an imported model, which no text has trained yet."""
+  write_json(workdir / "config.json", _record(config, tokenizer, parameters, None))
+
+
+def _record(config, tokenizer, parameters, fingerprints):
+  return {
+    "config": config_lib.to_dict(config),
+    "tokenizer": tokenizer.identity,
+    "vocab_size": tokenizer.vocab_size,
+    "parameters": parameters,
+    "text": fingerprints,
+  }
+
+
+def _is_pinned(field: str, imported: bool) -> bool:
+  """Of a pinned field: whether it is so in this work directory. Before an imported model is trained, what the
+  checkpoint holds is pinned, not how it is trained."""
+  return not imported or (field.split(".")[0] in ("model", "warp") and field != "model.context")
 
 
 def _check_resumable(
   workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, fingerprints: list[str]
 ) -> None:
   old = read_config(workdir)
+  imported = old["text"] is None
   for field, before, after, pinned in config_lib.differences(old["config"], config):
-    if pinned:
+    if pinned and _is_pinned(field, imported):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
       )
@@ -230,7 +253,7 @@ def _check_resumable(
     raise UserError(
       f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
     )
-  if old["text"] != fingerprints:
+  if not imported and old["text"] != fingerprints:
     raise UserError(
       f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
       "files were changed, added or removed; use another --workdir"

@@ -65,6 +65,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
   for path in (*config.eval.paths, *config.eval.train_paths):
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
       raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
+  if "float16" in (config.model.dtype, config.model.param_dtype):
+    raise UserError("config.model.dtype: gradients in float16 vanish; train in bfloat16 or float32")
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
   mesh = sharding.make_mesh(config.mesh)
   model = state_lib.make_model(config, tokenizer, mesh)
@@ -147,10 +149,12 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
 def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore) -> tuple[state_lib.TrainState, int]:
   """The state to go on from, and its step."""
   model, config, mesh = setup.model, setup.config, setup.mesh
-  if not checkpoints.latest():
+  if checkpoints.latest() is None:
     return state_lib.sharded_init(model, config, mesh), 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
   say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
+  if "optimizer" not in items:
+    items["optimizer"] = state_lib.init_optimizer(model, config, mesh, items["params"])
   step = jax.device_put(np.int32(done), sharding.replicated(mesh))
   return state_lib.TrainState(step=step, **{"ema": None, **items}), done
 
