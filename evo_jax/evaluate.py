@@ -1,6 +1,7 @@
 """Measures bits per byte or character of text on any path: upper bounds on the model's own code length.
 
   python -m evo_jax.evaluate --workdir=DIR [--paths=ar,diagonal:16,entropy:0.5] [--data='dir/*.txt'] [--json=FILE]
+    [--mesh=data:1,fsdp:8]
   python -m evo_jax.evaluate --workdir=DIR --show-progression
 
 Paths, over windows of the training size (or --window), each after the text before it:
@@ -26,11 +27,10 @@ import json
 from typing import Any
 
 from absl import flags
-from etils import epath
+import jax
 import numpy as np
 
 from evo_jax import cli
-from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
@@ -39,7 +39,6 @@ from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.evaluation import progression
 from evo_jax.flow import schedules
-from evo_jax.parallel import sharding
 
 GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16")
 
@@ -48,7 +47,8 @@ def main() -> None:
   args = flags.FLAGS
   paths = parse_paths(args.paths)
   check_flags(args)
-  run = run_lib.load_run(args.workdir, args.step)
+  cli.join_processes()
+  run = run_lib.load_run(args.workdir, args.step, cli.make_mesh())
   window = args.window or run.config.window.size
   if run.config.model.context % window:
     raise UserError(f"--window={args.window}: does not divide the context of {run.config.model.context}")
@@ -61,9 +61,11 @@ def main() -> None:
       f"{source}: {len(batch.tokens)} sequences of {run.config.model.context} tokens, "
       f"windows of {window}, step {run.step}\n{text}"
     )
+  if jax.process_index():
+    return
   print(text)
   if args.json:
-    epath.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    cli.write_output("json", args.json, json.dumps(result, indent=2) + "\n")
 
 
 def parse_paths(value: str) -> tuple[str, ...]:
@@ -87,10 +89,7 @@ def check_flags(args: flags.FlagValues) -> None:
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
   if args.json:
-    try:
-      epath.Path(args.json).open("a").close()
-    except OSError as error:
-      raise UserError(f"--json={args.json}: cannot be written: {error.strerror or error}") from error
+    cli.check_output("json", args.json)
 
 
 def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
@@ -108,8 +107,7 @@ def measure(
   run: run_lib.Run, batch: Batch, paths: tuple[str, ...], window: int, seed: int
 ) -> tuple[list[dict[str, Any]], str]:
   """The table of the paths, and as text, with the path gap where there is one."""
-  mesh = sharding.make_mesh(config_lib.Mesh())
-  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, mesh, seed, window=window)
+  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, run.mesh, seed, window=window)
   table = evaluator(run.params, run.statistics, batch, paths)
   text = paths_lib.format_table(table)
   if gap := paths_lib.path_gap(table):
@@ -139,4 +137,6 @@ if __name__ == "__main__":
   flags.DEFINE_bool("show_progression", False, "Print the tokens of a passage with the times inferred for them.")
   flags.DEFINE_integer("passes", 8, "For --show_progression: passes per window.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
+  cli.define_mesh()
+  cli.define_processes()
   cli.run(main)

@@ -163,7 +163,7 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("evaluate", ("--workdir=/no/such",), "--workdir=/no/such: is no folder"),
     ("evaluate", ("--workdir=RUN", "--paths=spiral:2"), "path 'spiral:2'"),
     ("evaluate", ("--workdir=RUN", "--data=/no/such*"), "--data: no file matches"),
-    ("evaluate", ("--workdir=RUN", "--json=/no/such/file"), "--json=/no/such/file: cannot be written"),
+    ("evaluate", ("--workdir=RUN", "--json=/no/such/file"), "--json=/no/such/file: there is no folder /no/such"),
     ("evaluate", ("--workdir=RUN", "--step=999"), "holds no checkpoint of step 999"),
     ("evaluate", ("--workdir=RUN", "--pats=ar"), "Unknown command line flag 'pats'"),
     ("generate", ("--workdir=RUN", "--mode=spiral"), "--mode=spiral"),
@@ -190,6 +190,46 @@ def test_a_refusal_is_all_that_a_process_prints(trained, module, flag, message):
   done = run(f"evo_jax.{module}", f"--workdir={trained}", *flag.split())
   assert_refused(done, message)
   assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ("--process_id=5 --num_processes=2", "--process_id=5: is not below --num_processes=2"),
+    ("--num_processes=0", "--num_processes=0: is not positive"),
+    ("--process_id=-2", "--process_id=-2: is negative"),
+    ("--coordinator=host", "--coordinator=host: is not HOST:PORT"),
+    ("--coordinator=host:70000", "--coordinator=host:70000: is not HOST:PORT"),
+    ("--coordinator=host:1234 --nodistributed", "--coordinator=host:1234: does not go with --nodistributed"),
+    ("--heartbeat=0", "--heartbeat=0: is not positive"),
+  ],
+)
+def test_impossible_flags_of_processes_are_refused(arguments, message):
+  assert_refused(call("evo_jax.evaluate", "--workdir=/no/such", *arguments.split()), message)
+
+
+@pytest.mark.parametrize(
+  "arguments, variables, message",
+  [
+    ("--num_processes=2", {}, "--num_processes=2: JAX finds no cluster"),
+    ("--distributed", {}, "--distributed: JAX finds no cluster"),
+    ("", {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: JAX finds no cluster"),
+    ("", {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b: JAX finds no cluster"),
+    ("", {"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS=: is not HOST:PORT"),
+    ("--nodistributed", {"SLURM_STEP_NUM_TASKS": "2"}, "--workdir=/no/such: is no folder"),
+  ],
+)
+def test_half_set_clusters_are_refused(monkeypatch, arguments, variables, message):
+  """Before anything is read; JAX is as in a process that has no devices yet."""
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+  assert_refused(call("evo_jax.evaluate", "--workdir=/no/such", *arguments.split()), message)
+
+
+def test_a_platform_that_is_not_there_is_named(tmp_path):
+  done = run("evo_jax.main", "--config=tiny", f"--workdir={tmp_path}", variables={"JAX_PLATFORMS": "cuda"})
+  assert_refused(done, "JAX_PLATFORMS=cuda: cannot be used here (")
 
 
 @pytest.mark.slow

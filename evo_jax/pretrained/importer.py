@@ -9,7 +9,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
-from pathlib import Path
 import shutil
 from typing import Any
 

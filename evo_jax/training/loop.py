@@ -237,31 +237,37 @@ class _Profiler:
 
 class _Stop:
   """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a
-  SIGTERM to any.
+  signal to any.
 
-  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet.
+  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet. Where it is off
+  (`jax_enable_preemption_service`), processes tell each other after every step.
   """
 
   def __init__(self):
     self.signalled = False
+    self.by_service = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
 
   def asked(self, step: int) -> bool:
     """Asked after every step, by all processes."""
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.signalled
+    if self.by_service:
+      return multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:
+      return bool(np.any(multihost_utils.process_allgather(np.array(self.signalled))))
+    return self.signalled
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
   """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT interrupts at once."""
-  stop, several = _Stop(), jax.process_count() > 1
+  stop = _Stop()
 
   def ask(number, frame):
     stop.signalled = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if several:
+    if stop.by_service:
       os.kill(os.getpid(), signal.SIGTERM)  # which the service passes on
 
-  numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+  numbers = (signal.SIGINT,) if stop.by_service else (signal.SIGTERM, signal.SIGINT)
   before = {number: signal.signal(number, ask) for number in numbers}
   try:
     yield stop
