@@ -19,7 +19,7 @@ REMAT_NAMES = ("qkv", "attention", "gate", "up")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16")
 PROGRESSIONS = ("shared", "learned")
-TOKENIZERS = ("bytes", "chars27", "sentencepiece")
+TOKENIZERS = ("bytes", "chars27", "sentencepiece", "huggingface")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
 JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
@@ -216,8 +216,8 @@ class Data(Section):
 
   path: str = pinned("stdlib")
   weights: tuple[float, ...] = pinned(())  # one per source; empty: in proportion to their tokens
-  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece
-  tokenizer_path: str = ""  # folder of a trained SentencePiece model
+  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece | huggingface
+  tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
   batch_size: int = pinned(16)  # sequences per step, over all processes
   seed: int = pinned(0)
   threads: int = 2  # that read ahead
