@@ -256,8 +256,8 @@ class Data(Section):
 
   path: str = pinned("stdlib")
   weights: tuple[float, ...] = pinned(())  # one per source; empty: in proportion to their tokens
-  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece
-  tokenizer_path: str = ""  # folder of a trained SentencePiece model
+  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece | huggingface
+  tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
   batch_size: int = pinned(16)  # sequences per step, over all processes
   seed: int = pinned(0)
   threads: int = 2  # that read ahead

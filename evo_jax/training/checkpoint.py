@@ -1,7 +1,7 @@
 """Work directories and their checkpoints (Orbax).
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has a model. The position in the data
+`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has files. The position in the data
 is the step. Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that a killed run
 leaves no partial one; it restores onto any mesh, any number of processes, and other dtypes.
 """
@@ -207,7 +207,7 @@ def write_config(
   parameters: int,
   fingerprints: list[str],
 ) -> None:
-  """Writes config.json, and the tokenizer's model beside it. Raises UserError where an earlier run's does not match.
+  """Writes config.json, and the tokenizer's files beside it. Raises UserError where an earlier run's does not match.
 
   Fields that determine a checkpoint's contents may not change; a change of another is printed and accepted.
   """
@@ -215,9 +215,9 @@ def write_config(
   if path.exists():
     _check_resumable(workdir, config, tokenizer, fingerprints)
   if jax.process_index() == 0:
-    if isinstance(tokenizer, tokenizers.SentencePiece):
+    for name, content in tokenizer.files().items():
       (workdir / "tokenizer").mkdir(exist_ok=True)
-      (workdir / "tokenizer" / tokenizers.MODEL_FILE).write_bytes(tokenizer.proto)
+      (workdir / "tokenizer" / name).write_bytes(content)
     write_json(path, _record(config, tokenizer, parameters, fingerprints))
 
 
