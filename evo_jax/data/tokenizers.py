@@ -173,6 +173,11 @@ class SentencePiece:
     """The model."""
     return {MODEL_FILE: self.proto}
 
+  def pieces(self) -> list[tuple[str, float]]:
+    """Text and score of each piece."""
+    ids = range(self.vocab_size)
+    return [(self._processor.IdToPiece(i), self._processor.GetScore(i)) for i in ids]
+
   def _piece_length(self, i: int) -> int:
     if self._processor.IsControl(i):
       return 0

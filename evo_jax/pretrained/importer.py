@@ -5,7 +5,8 @@ begins as in training from nothing, except codes, which begin as a random projec
 near codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import json
@@ -85,7 +86,7 @@ def import_model(
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"--workdir={workdir}: exists, and is not an empty folder")
   with _staged(folder) as staging:
-    _on_first_process(lambda: _write_tokenizer(source, staging / "tokenizer"))
+    _on_first_process(functools.partial(_write_tokenizer, source, staging / "tokenizer"))
     tokenizer = _load_tokenizer(source, config, staging / "tokenizer")
     model = state_lib.make_model(config, tokenizer, mesh)
     items = load_items(source, model, config, mesh, windows)
@@ -94,7 +95,7 @@ def import_model(
     store.wait()
     store.close()
     parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
-    _on_first_process(lambda: _write_records(source, config, tokenizer, parameters, staging))
+    _on_first_process(functools.partial(_write_records, source, config, tokenizer, parameters, staging))
   foreign = sum(int(np.prod(part.shape)) for part in tensors.parts(config.model, config.model.vocab_size))
   return Imported(config, tokenizer, parameters, parameters - foreign, left_out)
 
@@ -237,38 +238,36 @@ def _init_statistics(config: config_lib.Config, vocab_size: int, codes_VxM: jax.
   return init_statistics(key, latents.unit(codes_VxM), vocab_size, config.warp)
 
 
-class _staged:
+@contextlib.contextmanager
+def _staged(folder: epath.Path) -> Iterator[epath.Path]:
   """A folder beside `folder` that takes its place when everything is in it, and is removed if something fails.
 
   In a bucket, where nothing can be renamed at once, it is the folder itself, whose config.json comes last.
   """
+  is_local = "://" not in str(folder)
+  staging = folder.parent / f".{folder.name}.partial" if is_local else folder
 
-  def __init__(self, folder: epath.Path):
-    self._folder = folder
-    self._is_local = "://" not in str(folder)
-    self._staging = folder.parent / f".{folder.name}.partial" if self._is_local else folder
+  def make():
+    if is_local and staging.exists():
+      staging.rmtree()  # of an import that was killed
+    staging.mkdir(parents=True, exist_ok=True)
 
-  def __enter__(self) -> epath.Path:
-    def make():
-      if self._is_local and self._staging.exists():
-        self._staging.rmtree()  # of an import that was killed
-      self._staging.mkdir(parents=True, exist_ok=True)
+  def move():
+    if is_local and folder.exists():
+      folder.rmdir()
+    if is_local:
+      staging.rename(folder)
 
+  try:
     _on_first_process(make)
-    return self._staging
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if jax.process_index() == 0 and self._is_local:
-      if kind is not None:
-        shutil.rmtree(self._staging, ignore_errors=True)
-      else:
-        if self._folder.exists():
-          self._folder.rmdir()
-        self._staging.rename(self._folder)
+    yield staging
+    _on_first_process(move)
+  except BaseException as error:
+    if is_local and jax.process_index() == 0:
+      shutil.rmtree(staging, ignore_errors=True)
     if isinstance(error, OSError):
-      raise UserError(f"{self._folder}: cannot be written: {error.strerror or error}") from error
-    if kind is None:
-      _barrier()
+      raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    raise
 
 
 def _barrier() -> None:
