@@ -91,7 +91,7 @@ def _compile(source: str):
   class Generation(ext.Extension):
     """{% generation %}, which marks what the assistant wrote, as a block like any other."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser):
       next(parser.stream)
