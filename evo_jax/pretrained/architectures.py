@@ -95,7 +95,7 @@ def read_model(values: dict[str, Any], where: str, ignored: tuple[str, ...] = ()
       raise UserError(f"{where}: {field}: {_shortened(value)} cannot be represented")
     if field not in _READ | _PASSED_OVER | set(_WITHOUT_EFFECT):
       raise UserError(
-        f"{where}: {field}: {_shortened(value)} is not known, and may change the result; if it does not: --ignore={field}"
+        f"{where}: {field}: {_shortened(value)} is not known, and may change the result; if not: --ignore={field}"
       )
   fields = {ours: _size(values, theirs, name, where) for theirs, ours in _SIZES.items()}
   _refuse_sliding_windows(values, fields, where)

@@ -30,7 +30,7 @@ from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
 from evo_jax.pretrained import architectures, evo_file, tensors
 from evo_jax.pretrained.evo_file import EvoFile
-from evo_jax.pretrained.source import Folder, Source
+from evo_jax.pretrained.source import Source
 from evo_jax.training import checkpoint
 from evo_jax.training import state as state_lib
 
@@ -78,8 +78,9 @@ def import_model(
   windows: what an Evo model has beyond the pretrained one; default: the folder's own, if it has one. Raises UserError
   for whatever is wrong; then there is no work directory.
   """
-  if windows is None and isinstance(source, Folder) and (source.folder / evo_file.NAME).exists():
-    windows = EvoFile(source.folder / evo_file.NAME)
+  folder = getattr(source, "folder", None)
+  if windows is None and folder is not None and (folder / evo_file.NAME).exists():
+    windows = EvoFile(folder / evo_file.NAME)
   config = make_config(source, options, windows)
   left_out = check_tensors(source, config.model)
   folder = checkpoint.resolve_workdir(workdir)

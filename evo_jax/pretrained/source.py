@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from evo_jax.errors import UserError
+from evo_jax.pretrained import archive, gguf_file
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -58,10 +59,10 @@ def open_source(path: str) -> Source:
     return Folder(file)
   if not file.is_file():
     raise UserError(f"--source={path}: is neither a folder nor a file")
-  if kind in (".gguf", ".whl", ".zip"):
-    from evo_jax.pretrained import gguf_file  # which needs the library gguf
-
-    return gguf_file.open_gguf(file) if kind == ".gguf" else gguf_file.open_archive(file)
+  if kind == ".gguf":
+    return gguf_file.open_gguf(file)
+  if kind in (".whl", ".zip"):
+    return archive.open_archive(file, open_source)
   raise UserError(
     f"--source={path}: is a file of another kind; give the model's folder, a .gguf file, or a .whl or .zip with one"
   )
