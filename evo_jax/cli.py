@@ -78,14 +78,16 @@ def make_mesh() -> jax.sharding.Mesh:
 
 
 def check_output(flag: str, file: str) -> None:
-  """Raises UserError, naming the flag, where a file cannot be written. Leaves nothing behind."""
-  path = epath.Path(file).expanduser()
-  problem = None
+  """Raises UserError, naming the flag, where a file cannot be written; in a bucket only writing shows that. Leaves
+  nothing behind."""
+  if "://" in file:
+    return
+  path, problem = epath.Path(file).expanduser(), None
   if path.is_dir():
     problem = "is a folder"
   elif not path.parent.is_dir():
     problem = f"there is no folder {path.parent}"
-  elif not file.startswith("gs://") and not os.access(path if path.exists() else path.parent, os.W_OK):
+  elif not os.access(path if path.exists() else path.parent, os.W_OK):
     problem = "cannot be written: Permission denied"
   if problem:
     raise UserError(f"--{flag}={file}: {problem}")
@@ -95,8 +97,8 @@ def write_output(flag: str, file: str, text: str) -> None:
   """Writes a file that a flag names. Raises UserError where that fails."""
   try:
     epath.Path(file).expanduser().write_text(text)
-  except OSError as error:
-    raise UserError(f"--{flag}={file}: cannot be written: {error.strerror or error}") from error
+  except Exception as error:  # OSError; libraries for buckets raise others, too
+    raise UserError(f"--{flag}={file}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def run(main: Callable[[], None]) -> None:

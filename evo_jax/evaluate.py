@@ -20,25 +20,28 @@ Paths, over windows of the training size (or --window), each after the text befo
   error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
 Text is cut into consecutive sequences of the model's context, each without what came before it; the remainder at the
-end is dropped. Where `ar` and diagonals of two lengths are among the paths, the path gap is printed too.
+end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals of two lengths are
+among the paths, the path gap is printed too.
 """
 
 import json
+import sys
 from typing import Any
 
 from absl import flags
 import jax
-import numpy as np
 
 from evo_jax import cli
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
+from evo_jax.data import formats
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.evaluation import progression
 from evo_jax.flow import schedules
+from evo_jax.training import checkpoint
 
 GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16")
 
@@ -54,7 +57,7 @@ def main() -> None:
     raise UserError(f"--window={args.window}: does not divide the context of {run.config.model.context}")
   batch, source = read_text(args, run, 1 if args.show_progression else args.sequences)
   if args.show_progression:
-    result, text = show_progression(run, batch.tokens[0], window, args.passes)
+    result, text = show_progression(run, batch, window, args.passes)
   else:
     result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
     text = (
@@ -95,10 +98,18 @@ def check_flags(args: flags.FlagValues) -> None:
 def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
   """The sequences to measure, at most `count` (0: all), and what to call them."""
   if args.data:
-    corpora, split, source = [corpora_lib.all_text(args.data, run.tokenizer, "--data")], "test", args.data
+    corpora = [corpora_lib.all_text(args.data, run.tokenizer, "--data", run.config.data.strict)]
+    split, source = "test", corpora[0].name
   else:
-    corpora, split = corpora_lib.load_corpora(run.config.data.path, run.tokenizer), args.split
-    source = f"{run.config.data.path} ({split})"
+    corpora, split = corpora_lib.load_corpora(run.config.data, run.tokenizer), args.split
+    source = f"{formats.shown(run.config.data.path)} ({split})"
+    trained_on = checkpoint.read_config(checkpoint.resolve_workdir(args.workdir))["text"]
+    if [corpus.fingerprint for corpus in corpora] != trained_on and jax.process_index() == 0:
+      print(
+        f"evo_jax: the text of {run.config.data.path!r} has changed since training: "
+        "held-out documents may have been trained on",
+        file=sys.stderr,
+      )
   model = run.config.model
   return batches_lib.held_out(corpora, split, model.context, count, model.isolate_documents), source
 
@@ -115,11 +126,11 @@ def measure(
   return table, text
 
 
-def show_progression(
-  run: run_lib.Run, sequence: np.ndarray, window: int, passes: int
-) -> tuple[list[dict[str, Any]], str]:
-  """The inferred progression of one sequence (L + 1,), and as text."""
-  entries = progression.infer_progression(run, sequence, window, passes)
+def show_progression(run: run_lib.Run, batch: Batch, window: int, passes: int) -> tuple[list[dict[str, Any]], str]:
+  """The inferred progression of the first sequence's tokens, but for padding, and as text."""
+  entries = progression.infer_progression(run, batch.tokens[0], window, passes)
+  if batch.counted is not None:
+    entries = entries[: batch.counted[0, 1:].sum()]
   return entries, progression.format_progression(entries, run.tokenizer, window)
 
 

@@ -1,10 +1,9 @@
 """The other commands and the README's, as a user runs them."""
 
 import json
-import pathlib
 import re
 
-from conftest import ROOT, assert_refused, call, run, train_flags
+from conftest import assert_refused, call, run, train_flags
 import pytest
 
 from evo_jax import config as config_lib
@@ -230,42 +229,6 @@ def test_half_set_clusters_are_refused(monkeypatch, arguments, variables, messag
 def test_a_platform_that_is_not_there_is_named(tmp_path):
   done = run("evo_jax.main", "--config=tiny", f"--workdir={tmp_path}", variables={"JAX_PLATFORMS": "cuda"})
   assert_refused(done, "JAX_PLATFORMS=cuda: cannot be used here (")
-
-
-@pytest.mark.slow
-def test_readme_command_in_short(tmp_path):
-  """The README's first command, with fewer and smaller steps: standard-library text, a table of all paths, samples of
-  two modes."""
-  readme = (pathlib.Path(ROOT) / "README.md").read_text()
-  command = re.search(r"^python3 -m venv .*-m (evo_jax\.main) (--config=\S+)$", readme, re.M)
-  done = run(
-    command[1],
-    command[2],
-    f"--workdir={tmp_path}",
-    "--config.train.steps=3",
-    "--config.train.log_every=1",
-    "--config.data.batch_size=4",
-    "--config.eval.sequences=4",
-    "--config.eval.batch_size=4",
-    "--config.eval.samples=1",
-    "--config.eval.sample_tokens=20",
-  )
-  assert done.returncode == 0, done.stderr
-  assert re.findall(r"^(ar|[a-z]+:\d+)\b", done.stdout, re.M) == [
-    "ar",
-    "diagonal:1",
-    "diagonal:4",
-    "diagonal:16",
-    "rolling:8",
-  ]
-  assert "--- ar" in done.stdout and "--- flow" in done.stdout and "tokens/s" in done.stderr
-  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-
-
-def test_ci_runs_the_readmes_tests():
-  readme, ci = ((pathlib.Path(ROOT) / name).read_text() for name in ("README.md", ".ci/run"))
-  command = re.search(r"^\.venv/bin/pip install -e '\.\[test\]' && \.venv/bin/python -m pytest$", readme, re.M)
-  assert command and command[0] in ci
 
 
 @pytest.mark.extended

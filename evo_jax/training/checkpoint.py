@@ -169,8 +169,10 @@ def _summary(error: BaseException) -> str:
 
 
 def resolve_workdir(workdir: str) -> epath.Path:
-  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket. Raises UserError for
-  other remote storage than gs://, and for that where its library is missing."""
+  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
+
+  Raises UserError for other remote storage than gs://, and for that where its library is missing.
+  """
   scheme = workdir.partition("://")[0] if "://" in workdir else ""
   if scheme not in ("", "gs"):
     raise UserError(f"--workdir={workdir}: is neither a local folder nor in gs://")

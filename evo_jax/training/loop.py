@@ -73,10 +73,10 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
   state_lib.check_batch(config, mesh)
   state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
   folder = checkpoint.make_workdir(workdir)
-  corpora = corpora_lib.load_corpora(config.data.path, tokenizer)
+  corpora = corpora_lib.load_corpora(config.data, tokenizer)
   corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
   L = config.model.context
-  batches_lib.training_stream(corpora, config.data, L)  # names text that is too short
+  batches_lib.training_stream(corpora, config.data, L)  # names a corpus without text
   held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
   parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
   checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
