@@ -11,10 +11,10 @@ from evo_jax.errors import UserError
 
 # By name in `architectures`: fields of config.model that the name itself decides.
 ARCHITECTURES = {
-  "LlamaForCausalLM": {},
-  "MistralForCausalLM": {},
-  "Qwen2ForCausalLM": {"qkv_bias": True},
-  "Qwen3ForCausalLM": {"qk_norm": True},
+  "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+  "MistralForCausalLM": {"qkv_bias": False, "qk_norm": False},
+  "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
+  "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
 }
 _SIZES = {
   "num_hidden_layers": "layers",
@@ -169,7 +169,7 @@ def _rope(values: dict[str, Any], architecture: str, where: str) -> dict[str, An
   if not thetas and architecture != "LlamaForCausalLM":  # the first Llamas' files have none
     raise UserError(f"{where}: rope_theta: is missing")
   base = _number({"rope_theta": next(iter(thetas.values()), 10_000.0)}, "rope_theta", where)
-  return {"rope_base": base, **next(iter(scalings.values()), {"rope_scaling": "none"})}
+  return {**_NO_SCALING, "rope_base": base, **next(iter(scalings.values()), {})}
 
 
 _LLAMA3 = {
@@ -178,6 +178,7 @@ _LLAMA3 = {
   "high_freq_factor": "rope_high_factor",
   "original_max_position_embeddings": "rope_original_context",
 }
+_NO_SCALING = {field: getattr(config_lib.Model(), field) for field in ("rope_scaling", *_LLAMA3.values())}
 
 
 def _scaling(values: dict[str, Any], field: str, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 from typing import Any
 
 from etils import epath
@@ -86,15 +87,18 @@ def import_model(
   folder = checkpoint.resolve_workdir(workdir)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"--workdir={workdir}: exists, and is not an empty folder")
-  with _staged(folder) as staging:
+  _check_space(folder, config.model)
+  with _staged(folder, source.description) as staging:
     _on_first_process(functools.partial(_write_tokenizer, source, staging / "tokenizer"))
     tokenizer = _load_tokenizer(source, config, staging / "tokenizer")
     model = state_lib.make_model(config, tokenizer, mesh)
     items = load_items(source, model, config, mesh, windows)
     store = checkpoint.CheckpointStore(staging, keep=None)
-    store.save(0, items)
-    store.wait()
-    store.close()
+    try:
+      store.save(0, items)
+      store.wait()
+    finally:
+      store.close()
     parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
     _on_first_process(functools.partial(_write_records, source, config, tokenizer, parameters, staging))
   foreign = sum(int(np.prod(part.shape)) for part in tensors.parts(config.model, config.model.vocab_size))
@@ -240,10 +244,11 @@ def _init_statistics(config: config_lib.Config, vocab_size: int, codes_VxM: jax.
 
 
 @contextlib.contextmanager
-def _staged(folder: epath.Path) -> Iterator[epath.Path]:
+def _staged(folder: epath.Path, source: str) -> Iterator[epath.Path]:
   """A folder beside `folder` that takes its place when everything is in it, and is removed if something fails.
 
-  In a bucket, where nothing can be renamed at once, it is the folder itself, whose config.json comes last.
+  In a bucket, where nothing can be renamed at once, it is the folder itself, whose config.json comes last. source: what
+  errors name instead of the copy of its tokenizer.
   """
   is_local = "://" not in str(folder)
   staging = folder.parent / f".{folder.name}.partial" if is_local else folder
@@ -265,10 +270,33 @@ def _staged(folder: epath.Path) -> Iterator[epath.Path]:
     _on_first_process(move)
   except BaseException as error:
     if is_local and jax.process_index() == 0:
-      shutil.rmtree(staging, ignore_errors=True)
+      _remove(staging)
     if isinstance(error, OSError):
       raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    if isinstance(error, UserError):
+      message = str(error).replace(str(staging / "tokenizer"), source).replace(str(staging), str(folder))
+      raise UserError(message) from error
     raise
+
+
+def _remove(folder: epath.Path) -> None:
+  """Removes a folder into which threads of a checkpoint that failed may still write for a moment."""
+  for _ in range(40):
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.05)
+    if not folder.exists():
+      return
+
+
+def _check_space(folder: epath.Path, model: config_lib.Model) -> None:
+  """Raises UserError where the disk has no room for the parameters, before any is read."""
+  if "://" in str(folder):
+    return
+  size = sum(int(np.prod(part.shape)) for part in tensors.parts(model, model.vocab_size))
+  size *= jnp.dtype(model.param_dtype).itemsize
+  existing = next(parent for parent in folder.parents if parent.exists())
+  if (free := shutil.disk_usage(existing).free) < size:
+    raise UserError(f"{folder}: cannot be written: the parameters need {size:,} bytes, {free:,} are free")
 
 
 def _barrier() -> None:

@@ -3,9 +3,9 @@
   python tests/pretrained/make_references.py     (torch 2.13.0, transformers 5.24.0, tokenizers)
 
 Each folder holds a model as `save_pretrained` writes it, and `reference.safetensors`: tokens (L,), logits (P, V)
-float32 at `positions` (P,), short and beyond the original rotary length, and `greedy` (24,), the tokens after the
-first 8. The weights are scaled so that attention is peaked and logits have a standard deviation above 1: then a wrong
-reading shows. Half of the configurations are written as older versions of transformers did.
+float32 at `positions` (P,), short and beyond the original rotary length, and `greedy` (24,), the tokens that follow
+PROMPT where none ends the text. The weights are scaled so that attention is peaked and logits have a standard deviation
+above 1: then a wrong reading shows. Half of the configurations are written as older versions of transformers did.
 """
 
 import json
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 FOLDER = Path(__file__).parent
 ROWS, TOKENS = 288, 281  # rows beyond the tokenizer's tokens, as Qwen has them
-LENGTH, PROMPT, WRITTEN = 80, 8, 24
+LENGTH, WRITTEN = 80, 24
+PROMPT = "the rest of the night and"
 SHARED = dict(
   vocab_size=ROWS,
   hidden_size=32,
@@ -140,9 +141,12 @@ def make(name: str) -> None:
       .eval()(tokens[None], output_attentions=True)
       .attentions
     )
-    text = tokens[:PROMPT]
-    for _ in range(WRITTEN):  # of the tokens alone
-      best = model(text[None]).logits[0, -1, :TOKENS].topk(2)
+    prompt = [1, *Tokenizer.from_file(str(FOLDER / "tokenizer" / "tokenizer.json")).encode(PROMPT).ids]
+    text = torch.tensor(prompt)
+    for _ in range(WRITTEN):
+      scores = model(text[None]).logits[0, -1, :TOKENS]  # of the tokens alone
+      scores[[2, 3]] = -torch.inf  # which end a text
+      best = scores.topk(2)
       assert best.values[0] - best.values[1] > 1e-3, name
       text = torch.cat([text, best.indices[:1]])
   positions = np.r_[:12, LENGTH - 12 : LENGTH]
@@ -154,7 +158,7 @@ def make(name: str) -> None:
       "tokens": tokens.numpy().astype(np.int32),
       "positions": positions.astype(np.int32),
       "logits": logits[positions].astype(np.float32),
-      "greedy": text[PROMPT:].numpy().astype(np.int32),
+      "greedy": text[len(prompt) :].numpy().astype(np.int32),
     },
     folder / "reference.safetensors",
   )
