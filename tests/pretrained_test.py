@@ -21,13 +21,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from evo_jax import config as config_lib
+from evo_jax.data import tokenizers as tokenizers_lib
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
 from evo_jax.network.transformer import rms_norm
 from evo_jax.parallel import sharding
-from evo_jax.pretrained import exporter, importer, source
+from evo_jax.pretrained import exporter, importer, source, tokenizer_json
 from evo_jax.run import Run, load_run
 
 REFERENCES = pathlib.Path(ROOT) / "tests" / "pretrained"
@@ -331,6 +332,48 @@ def test_a_model_that_was_trained_here_goes_out_and_comes_back(trained, tmp_path
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config["architectures"] == ["LlamaForCausalLM"] and config["vocab_size"] == 257
   assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+
+
+TEXTS = ("The sun, at 7:05 - naïve “quotes”\tand\n\n  spaces 0123", "", " leading", "ünïcödé \u0000 \U0001f600")
+
+
+def sentencepiece(folder):
+  lines = [f"the sun rose on day {i} and the river ran to the sea\n" for i in range(300)]
+  return tokenizers_lib.train_sentencepiece(lines, 285, str(folder))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chars27", "sentencepiece"])
+def test_own_tokenizers_go_out_as_tokenizer_json(kind, tmp_path):
+  library = pytest.importorskip("tokenizers")
+  own = sentencepiece(tmp_path) if kind == "sentencepiece" else tokenizers_lib.load_tokenizer(kind)
+  files = tokenizer_json.describe_tokenizer(own)
+  theirs = library.Tokenizer.from_str(files["tokenizer.json"].decode())
+  for text in TEXTS:
+    ids = own.encode(text).tolist()
+    assert theirs.encode(text, add_special_tokens=False).ids == ids
+    assert theirs.encode(text).ids == [0, *ids]
+    assert theirs.decode(ids) == own.decode(ids)
+  assert theirs.get_vocab_size() == own.vocab_size
+
+
+@pytest.mark.extended
+def test_transformers_loads_what_goes_out(trained, imported, tmp_path):
+  """Without this project's code, and computes the same."""
+  transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
+  for name, workdir in [("trained", trained), *((name, imported(name)[1]) for name in MODELS)]:
+    run = load_run(str(workdir), mesh=one_device())
+    exporter.export_run(run, str(workdir), str(tmp_path / name), shard_bytes=30_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+    assert tokenizer(PROMPT, add_special_tokens=False).input_ids == run.tokenizer.encode(PROMPT).tolist()
+    if name != "trained":
+      tokens, want = reference(name)["tokens"], reference(name)["logits"]
+      got = model(torch.tensor(tokens[None]).long()).logits[0].detach().numpy()[reference(name)["positions"]]
+      np.testing.assert_array_equal(got, want)
+      continue
+    tokens = np.arange(1, 33)[None]
+    want = np.asarray(jax.jit(run.model.apply)({"params": run.params}, tokens))[..., : run.tokenizer.vocab_size]
+    np.testing.assert_allclose(model(torch.tensor(tokens)).logits.detach().numpy(), want, atol=TOLERANCE)
 
 
 def test_what_was_trained_goes_out_as_precise_as_it_was_trained():
