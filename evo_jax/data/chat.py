@@ -56,7 +56,8 @@ class ChatTemplate:
     try:
       return self._template.render(**variables, tools=None, documents=None)
     except Exception as error:  # whatever a program may raise
-      raise UserError(f"the chat template refuses these messages: {error or type(error).__name__}") from error
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise UserError(f"the chat template refuses these messages: {reason}") from error
 
 
 def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:
