@@ -1,16 +1,19 @@
-"""What every command shares: --config, one clear line for bad input, and a non-zero exit."""
+"""What every command shares: --config, flags of meshes and processes, one clear line for bad input, a non-zero exit."""
 
 from collections.abc import Callable
+import os
 from pathlib import Path
 import re
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 from ml_collections import config_flags
 
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
+from evo_jax.parallel import distributed, sharding
 
 _SHIPPED = Path(__file__).parent / "configs"  # a link to the checkout's configs/, and a package of the wheel
 
@@ -42,6 +45,62 @@ def read_config() -> tuple[config_lib.Config, str]:
   return config_lib.from_dict(values), file
 
 
+def define_processes() -> None:
+  """Defines the flags of a command that may run as several processes."""
+  flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Join the cluster that JAX finds: a TPU pod, Slurm, Kubernetes, Open MPI. Default: where flags or variables speak "
+    "of several processes.",
+  )
+  flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
+  flags.DEFINE_integer("num_processes", None, "Number of processes; default: what the cluster says.")
+  flags.DEFINE_integer("process_id", None, "This process's number, from 0; default: what the cluster says.")
+  flags.DEFINE_integer(
+    "heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end."
+  )
+
+
+def join_processes() -> None:
+  """Joins the processes of which the flags, or the cluster, speak. Raises UserError."""
+  args = flags.FLAGS
+  distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id, args.heartbeat)
+
+
+def define_mesh() -> None:
+  """Defines --mesh of a command that reads a trained model."""
+  flags.DEFINE_string("mesh", "", "Devices along the axes, as data:1,fsdp:8; default: data, all of them.")
+
+
+def make_mesh() -> jax.sharding.Mesh:
+  """The mesh that --mesh describes, over all devices of all processes. Raises UserError."""
+  return sharding.make_mesh(sharding.parse_mesh(flags.FLAGS.mesh, config_lib.Mesh()))
+
+
+def check_output(flag: str, file: str) -> None:
+  """Raises UserError, naming the flag, where a file cannot be written; in a bucket only writing shows that. Leaves
+  nothing behind."""
+  if "://" in file:
+    return
+  path, problem = epath.Path(file).expanduser(), None
+  if path.is_dir():
+    problem = "is a folder"
+  elif not path.parent.is_dir():
+    problem = f"there is no folder {path.parent}"
+  elif not os.access(path if path.exists() else path.parent, os.W_OK):
+    problem = "cannot be written: Permission denied"
+  if problem:
+    raise UserError(f"--{flag}={file}: {problem}")
+
+
+def write_output(flag: str, file: str, text: str) -> None:
+  """Writes a file that a flag names. Raises UserError where that fails."""
+  try:
+    epath.Path(file).expanduser().write_text(text)
+  except Exception as error:  # OSError; libraries for buckets raise others, too
+    raise UserError(f"--{flag}={file}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
 def run(main: Callable[[], None]) -> None:
   """Parses flags, runs `main`, and turns bad input into one line on stderr and exit status 1.
 
@@ -65,7 +124,20 @@ def _show_unraisable(problem) -> None:
 def _main(main: Callable[[], None], argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}: options are given as --name=value")
-  main()
+  distributed.ignore_absent_tpu()
+  try:
+    main()
+  except jax.errors.JaxRuntimeError as error:
+    if not _joined():
+      raise
+    # Mostly a process that is gone, for which others would wait without end, at their exit too.
+    print(
+      f"evo_jax: process {jax.process_index()}: another process was lost "
+      f"({str(error).splitlines()[0][:200]}); start the same command again",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -107,8 +179,11 @@ def _guard(body: Callable):
   try:
     return body()
   except UserError as error:
-    if jax.process_count() > 1:
-      print(f"evo_jax: process {jax.process_index()}: {error}", file=sys.stderr)
-    else:
-      print(f"evo_jax: {error}", file=sys.stderr)
+    where = f"process {jax.process_index()}: " if _joined() else ""
+    print(f"evo_jax: {where}{error}", file=sys.stderr)
     sys.exit(1)
+
+
+def _joined() -> bool:
+  """Whether this is one of several processes; does not ask for devices where there is one."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -212,7 +212,8 @@ class Optim(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
-  """Text. `path`: 'stdlib' or comma-separated globs of .txt/.jsonl files (also .gz, .xz); each glob is a source."""
+  """Text. `path`: 'stdlib' or comma-separated globs of plain text, .jsonl, .ndjson or .json (an object for each line)
+  files, also compressed (.gz, .xz, .bz2, .zst); each glob is a source. `data/files.py` has the rules for odd names."""
 
   path: str = pinned("stdlib")
   weights: tuple[float, ...] = pinned(())  # one per source; empty: in proportion to their tokens
@@ -220,6 +221,7 @@ class Data(Section):
   tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
   batch_size: int = pinned(16)  # sequences per step, over all processes
   seed: int = pinned(0)
+  strict: bool = False  # whether a document that cannot be used is an error, instead of skipped and reported
   threads: int = 2  # that read ahead
 
   def check(self) -> None:
@@ -227,12 +229,8 @@ class Data(Section):
     self.require_not_negative("seed")
     self.require_choice("tokenizer", TOKENIZERS)
     self.require(all(w > 0 for w in self.weights), "weights", "must be positive")
-    sources = len(self.path.split(","))
-    self.require(
-      not self.weights or len(self.weights) == sources,
-      "weights",
-      f"must have one weight for each of the {sources} sources of data.path",
-    )
+    sources = sum(bool(name.strip()) for name in self.path.split(","))  # or fewer, if a file's name has a comma
+    self.require(len(self.weights) <= sources, "weights", f"has more weights than data.path has sources ({sources})")
 
 
 @dataclasses.dataclass(frozen=True)

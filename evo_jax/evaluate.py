@@ -1,6 +1,7 @@
 """Measures bits per byte or character of text on any path: upper bounds on the model's own code length.
 
   python -m evo_jax.evaluate --workdir=DIR [--paths=ar,diagonal:16,entropy:0.5] [--data='dir/*.txt'] [--json=FILE]
+    [--mesh=data:1,fsdp:8]
   python -m evo_jax.evaluate --workdir=DIR --show-progression
 
 Paths, over windows of the training size (or --window), each after the text before it:
@@ -19,27 +20,28 @@ Paths, over windows of the training size (or --window), each after the text befo
   error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
 Text is cut into consecutive sequences of the model's context, each without what came before it; the remainder at the
-end is dropped. Where `ar` and diagonals of two lengths are among the paths, the path gap is printed too.
+end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals of two lengths are
+among the paths, the path gap is printed too.
 """
 
 import json
+import sys
 from typing import Any
 
 from absl import flags
-from etils import epath
-import numpy as np
+import jax
 
 from evo_jax import cli
-from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
+from evo_jax.data import formats
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.evaluation import progression
 from evo_jax.flow import schedules
-from evo_jax.parallel import sharding
+from evo_jax.training import checkpoint
 
 GAP_PATHS = ("ar", "rolling:16", "diagonal:4", "diagonal:16", "diagonal:64", "random:16")
 
@@ -48,22 +50,25 @@ def main() -> None:
   args = flags.FLAGS
   paths = parse_paths(args.paths)
   check_flags(args)
-  run = run_lib.load_run(args.workdir, args.step)
+  cli.join_processes()
+  run = run_lib.load_run(args.workdir, args.step, cli.make_mesh())
   window = args.window or run.config.window.size
   if run.config.model.context % window:
     raise UserError(f"--window={args.window}: does not divide the context of {run.config.model.context}")
   batch, source = read_text(args, run, 1 if args.show_progression else args.sequences)
   if args.show_progression:
-    result, text = show_progression(run, batch.tokens[0], window, args.passes)
+    result, text = show_progression(run, batch, window, args.passes)
   else:
     result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
     text = (
       f"{source}: {len(batch.tokens)} sequences of {run.config.model.context} tokens, "
       f"windows of {window}, step {run.step}\n{text}"
     )
+  if jax.process_index():
+    return
   print(text)
   if args.json:
-    epath.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    cli.write_output("json", args.json, json.dumps(result, indent=2) + "\n")
 
 
 def parse_paths(value: str) -> tuple[str, ...]:
@@ -87,19 +92,24 @@ def check_flags(args: flags.FlagValues) -> None:
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
   if args.json:
-    try:
-      epath.Path(args.json).open("a").close()
-    except OSError as error:
-      raise UserError(f"--json={args.json}: cannot be written: {error.strerror or error}") from error
+    cli.check_output("json", args.json)
 
 
 def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
   """The sequences to measure, at most `count` (0: all), and what to call them."""
   if args.data:
-    corpora, split, source = [corpora_lib.all_text(args.data, run.tokenizer, "--data")], "test", args.data
+    corpora = [corpora_lib.all_text(args.data, run.tokenizer, "--data", run.config.data.strict)]
+    split, source = "test", corpora[0].name
   else:
-    corpora, split = corpora_lib.load_corpora(run.config.data.path, run.tokenizer), args.split
-    source = f"{run.config.data.path} ({split})"
+    corpora, split = corpora_lib.load_corpora(run.config.data, run.tokenizer), args.split
+    source = f"{formats.shown(run.config.data.path)} ({split})"
+    trained_on = checkpoint.read_config(checkpoint.resolve_workdir(args.workdir))["text"]
+    if [corpus.fingerprint for corpus in corpora] != trained_on and jax.process_index() == 0:
+      print(
+        f"evo_jax: the text of {run.config.data.path!r} has changed since training: "
+        "held-out documents may have been trained on",
+        file=sys.stderr,
+      )
   model = run.config.model
   return batches_lib.held_out(corpora, split, model.context, count, model.isolate_documents), source
 
@@ -108,8 +118,7 @@ def measure(
   run: run_lib.Run, batch: Batch, paths: tuple[str, ...], window: int, seed: int
 ) -> tuple[list[dict[str, Any]], str]:
   """The table of the paths, and as text, with the path gap where there is one."""
-  mesh = sharding.make_mesh(config_lib.Mesh())
-  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, mesh, seed, window=window)
+  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, run.mesh, seed, window=window)
   table = evaluator(run.params, run.statistics, batch, paths)
   text = paths_lib.format_table(table)
   if gap := paths_lib.path_gap(table):
@@ -117,11 +126,11 @@ def measure(
   return table, text
 
 
-def show_progression(
-  run: run_lib.Run, sequence: np.ndarray, window: int, passes: int
-) -> tuple[list[dict[str, Any]], str]:
-  """The inferred progression of one sequence (L + 1,), and as text."""
-  entries = progression.infer_progression(run, sequence, window, passes)
+def show_progression(run: run_lib.Run, batch: Batch, window: int, passes: int) -> tuple[list[dict[str, Any]], str]:
+  """The inferred progression of the first sequence's tokens, but for padding, and as text."""
+  entries = progression.infer_progression(run, batch.tokens[0], window, passes)
+  if batch.counted is not None:
+    entries = entries[: batch.counted[0, 1:].sum()]
   return entries, progression.format_progression(entries, run.tokenizer, window)
 
 
@@ -139,4 +148,6 @@ if __name__ == "__main__":
   flags.DEFINE_bool("show_progression", False, "Print the tokens of a passage with the times inferred for them.")
   flags.DEFINE_integer("passes", 8, "For --show_progression: passes per window.")
   flags.DEFINE_string("json", "", "File for the table as JSON.")
+  cli.define_mesh()
+  cli.define_processes()
   cli.run(main)

@@ -18,6 +18,7 @@ import json
 import sys
 
 from absl import flags
+import jax
 
 from evo_jax import cli
 from evo_jax.decoding.progress import Generation
@@ -36,13 +37,20 @@ def main() -> None:
   prompts = _prompts(args, sampling)
   if args.trace:
     check_trace_file(args.trace)
-  sampler = Sampler(load_run(args.workdir, args.step), sampling)
-  streams = len(prompts) * args.num == 1 and not args.json and not args.infill
+  cli.join_processes()
+  mesh = cli.make_mesh()
+  if jax.process_count() > 1 and args.prompts == "-":
+    raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
+  sampler = Sampler(load_run(args.workdir, args.step, mesh), sampling)
+  writes = jax.process_index() == 0
+  streams = writes and len(prompts) * args.num == 1 and not args.json and not args.infill
   if streams:
     print(prompts[0], end="", flush=True)
   on_text = (lambda _, piece: print(piece, end="", flush=True)) if streams else None
   traces = [] if args.trace else None
   generations = sampler(prompts, args.num, args.seed, bool(args.infill), on_text, traces)
+  if not writes:
+    return
   if streams:
     print()
   elif args.json:
@@ -95,6 +103,8 @@ def define_flags() -> None:
   flags.DEFINE_bool("json", False, f"Print a list of objects: {columns}.")
   flags.DEFINE_string("trace", "", "File (.html or .png) for a picture of how the first text matured.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
+  cli.define_mesh()
+  cli.define_processes()
   _define_sampling_flags(Sampling())
 
 

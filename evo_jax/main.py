@@ -5,9 +5,7 @@
 The same command with the same --workdir goes on where it was stopped. From Python: `main.train(config, workdir)`.
 """
 
-import os
 from pathlib import Path
-import sys
 
 from absl import flags
 import jax
@@ -18,7 +16,6 @@ from evo_jax import run as run_lib
 from evo_jax.decoding import sampler as sampler_lib
 from evo_jax.decoding import settings
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.parallel import distributed
 from evo_jax.training import checkpoint, loop
 
 
@@ -66,30 +63,12 @@ def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
 def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
-  distributed.initialize(args.coordinator, args.num_processes, args.process_id, args.heartbeat)
-  workdir = args.workdir or f"runs/{Path(file).stem}"
-  try:
-    train(config, workdir)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    # Mostly a process that is gone, for which others would wait without end, at their exit too.
-    print(
-      f"evo_jax: process {jax.process_index()}: another process was lost "
-      f"({str(error).splitlines()[0][:200]}); the same command goes on from the last checkpoint in {workdir}",
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(1)
+  cli.join_processes()
+  train(config, args.workdir or f"runs/{Path(file).stem}")
 
 
 if __name__ == "__main__":
   cli.define_config()
   flags.DEFINE_string("workdir", "", "Where the run lives; default: runs/ and the configuration's name.")
-  flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes.")
-  flags.DEFINE_integer("num_processes", 0, "Number of processes; 0: one, or what the cluster says.")
-  flags.DEFINE_integer("process_id", -1, "This process's number.")
-  flags.DEFINE_integer(
-    "heartbeat", 60, "Of several processes: seconds of silence after which one counts as lost, and all end."
-  )
+  cli.define_processes()
   cli.run(main)

@@ -10,6 +10,7 @@ from shapes alone. Exits with status 1 if a plan does not fit.
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -25,9 +26,11 @@ def main() -> None:
   args = flags.FLAGS
   config, _ = cli.read_config()
   topologies = read_topologies(args.topology)
+  if args.json:
+    cli.check_output("json", args.json)
   compiles = args.compile and chips.has_compiler()
   jax.config.update("jax_platforms", "cpu")  # nothing runs here, whatever this machine has
-  config = dataclasses.replace(config, mesh=planner.parse_mesh(args.mesh, config.mesh))
+  config = dataclasses.replace(config, mesh=sharding.parse_mesh(args.mesh, config.mesh))
   for topology in topologies:
     sharding.mesh_sizes(config.mesh, topology.chips)  # before the first compilation
   plans = []
@@ -40,7 +43,7 @@ def main() -> None:
   if len(plans) > 1:
     print("\n" + report.table(plans))
   if args.json:
-    write_json(args.json, plans, config)
+    cli.write_output("json", args.json, json.dumps(record(plans, config), indent=1) + "\n")
   if too_large := [plan.topology for plan in plans if plan.fits is False]:
     raise UserError("a plan does not fit" if len(plans) == 1 else f"plans do not fit: {', '.join(too_large)}")
 
@@ -52,20 +55,15 @@ def read_topologies(texts: list[str]) -> list[chips.Topology]:
   return [chips.parse_topology(text) for text in texts]
 
 
-def write_json(file: str, plans: list[planner.Plan], config: config_lib.Config) -> None:
-  """Writes plans with the command, the configuration and the assumptions. Raises UserError."""
-  record = {
+def record(plans: list[planner.Plan], config: config_lib.Config) -> dict[str, Any]:
+  """Plans with the command, the configuration and the assumptions, for JSON."""
+  return {
     "command": " ".join(["python -m evo_jax.plan", *(a for a in sys.argv[1:] if not a.startswith("--json"))]),
     "fields": config_lib.to_dict(config),
     "assumptions": planner.ASSUMPTIONS,
     "jax": jax.__version__,
     "plans": [dataclasses.asdict(plan) for plan in plans],
   }
-  try:
-    with open(file, "w", encoding="utf-8") as stream:
-      json.dump(record, stream, indent=1)
-  except OSError as error:
-    raise UserError(f"--json={file}: cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
+from evo_jax.parallel import sharding
 from evo_jax.training import checkpoint
 from evo_jax.training import state as state_lib
 
@@ -27,11 +30,21 @@ class Run:
   statistics: Statistics
   step: int
 
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The mesh that the parameters lie on."""
+    leaf = jax.tree.leaves(self.params)[0]
+    if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+      return leaf.sharding.mesh
+    return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
 
-def load_run(workdir: str, step: int | None = None) -> Run:
-  """Loads the last readable checkpoint, or that of `step`, onto the first device, without the optimizer's state.
 
-  Raises UserError where `workdir` holds no such checkpoint, or it cannot be read.
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Run:
+  """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
+
+  mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
+  default: all devices of all processes, each with a copy. Raises UserError where `workdir` holds no such checkpoint, it
+  cannot be read, or its shapes do not divide the mesh.
   """
   folder = checkpoint.resolve_workdir(workdir)
   if not workdir or not folder.is_dir():
@@ -41,8 +54,9 @@ def load_run(workdir: str, step: int | None = None) -> Run:
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, str(folder / "tokenizer"))
   if tokenizer.identity != saved["tokenizer"]:
     raise UserError(f"{folder}: tokenizer {tokenizer.identity} is not the checkpoint's, {saved['tokenizer']}")
-  model = state_lib.make_model(config, tokenizer)
+  mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
+  model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
-  abstract = state_lib.abstract_items(model, config)
+  abstract = state_lib.abstract_items(model, config, mesh)
   step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
   return Run(config, tokenizer, model, items[params_item], items["statistics"], step)

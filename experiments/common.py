@@ -127,7 +127,7 @@ class MeasuredRun:
     if loop.train(loop.prepare(self.config, str(self.workdir))) is None:
       raise UserError(f"{self.workdir}: training was stopped; the same command continues")
     self._run = run_lib.load_run(str(self.workdir))
-    self._corpora = corpora_lib.load_corpora(self.config.data.path, self._run.tokenizer)
+    self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
     mesh = sharding.make_mesh(config_lib.Mesh())
     self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, mesh)
 

@@ -154,7 +154,8 @@ def held_out_texts(run: run_lib.Run, data: str, tokens: int, count: int) -> tupl
   L = run.config.model.context
   if not 0 < tokens < L:
     raise UserError(f"--tokens={tokens}: is not in 1..{L - 1}, inside the model's context")
-  corpora = corpora_lib.load_corpora(data or run.config.data.path, run.tokenizer)
+  config = dataclasses.replace(run.config.data, path=data, weights=()) if data else run.config.data
+  corpora = corpora_lib.load_corpora(config, run.tokenizer)
   held_out = batches_lib.held_out(corpora, "valid", L, count).tokens
   split = L - tokens + 1
   return [row[1:split].tolist() for row in held_out], [row[split:].tolist() for row in held_out]

@@ -1,10 +1,9 @@
 """The other commands and the README's, as a user runs them."""
 
 import json
-import pathlib
 import re
 
-from conftest import ROOT, assert_refused, call, run, train_flags
+from conftest import assert_refused, call, run, train_flags
 import pytest
 
 from evo_jax import config as config_lib
@@ -163,7 +162,7 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("evaluate", ("--workdir=/no/such",), "--workdir=/no/such: is no folder"),
     ("evaluate", ("--workdir=RUN", "--paths=spiral:2"), "path 'spiral:2'"),
     ("evaluate", ("--workdir=RUN", "--data=/no/such*"), "--data: no file matches"),
-    ("evaluate", ("--workdir=RUN", "--json=/no/such/file"), "--json=/no/such/file: cannot be written"),
+    ("evaluate", ("--workdir=RUN", "--json=/no/such/file"), "--json=/no/such/file: there is no folder /no/such"),
     ("evaluate", ("--workdir=RUN", "--step=999"), "holds no checkpoint of step 999"),
     ("evaluate", ("--workdir=RUN", "--pats=ar"), "Unknown command line flag 'pats'"),
     ("generate", ("--workdir=RUN", "--mode=spiral"), "--mode=spiral"),
@@ -192,40 +191,44 @@ def test_a_refusal_is_all_that_a_process_prints(trained, module, flag, message):
   assert done.stdout == ""
 
 
-@pytest.mark.slow
-def test_readme_command_in_short(tmp_path):
-  """The README's first command, with fewer and smaller steps: standard-library text, a table of all paths, samples of
-  two modes."""
-  readme = (pathlib.Path(ROOT) / "README.md").read_text()
-  command = re.search(r"^python3 -m venv .*-m (evo_jax\.main) (--config=\S+)$", readme, re.M)
-  done = run(
-    command[1],
-    command[2],
-    f"--workdir={tmp_path}",
-    "--config.train.steps=3",
-    "--config.train.log_every=1",
-    "--config.data.batch_size=4",
-    "--config.eval.sequences=4",
-    "--config.eval.batch_size=4",
-    "--config.eval.samples=1",
-    "--config.eval.sample_tokens=20",
-  )
-  assert done.returncode == 0, done.stderr
-  assert re.findall(r"^(ar|[a-z]+:\d+)\b", done.stdout, re.M) == [
-    "ar",
-    "diagonal:1",
-    "diagonal:4",
-    "diagonal:16",
-    "rolling:8",
-  ]
-  assert "--- ar" in done.stdout and "--- flow" in done.stdout and "tokens/s" in done.stderr
-  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ("--process_id=5 --num_processes=2", "--process_id=5: is not below --num_processes=2"),
+    ("--num_processes=0", "--num_processes=0: is not positive"),
+    ("--process_id=-2", "--process_id=-2: is negative"),
+    ("--coordinator=host", "--coordinator=host: is not HOST:PORT"),
+    ("--coordinator=host:70000", "--coordinator=host:70000: is not HOST:PORT"),
+    ("--coordinator=host:1234 --nodistributed", "--coordinator=host:1234: does not go with --nodistributed"),
+    ("--heartbeat=0", "--heartbeat=0: is not positive"),
+  ],
+)
+def test_impossible_flags_of_processes_are_refused(arguments, message):
+  assert_refused(call("evo_jax.evaluate", "--workdir=/no/such", *arguments.split()), message)
 
 
-def test_ci_runs_the_readmes_tests():
-  readme, ci = ((pathlib.Path(ROOT) / name).read_text() for name in ("README.md", ".ci/run"))
-  command = re.search(r"^\.venv/bin/pip install -e '\.\[test\]' && \.venv/bin/python -m pytest$", readme, re.M)
-  assert command and command[0] in ci
+@pytest.mark.parametrize(
+  "arguments, variables, message",
+  [
+    ("--num_processes=2", {}, "--num_processes=2: JAX finds no cluster"),
+    ("--distributed", {}, "--distributed: JAX finds no cluster"),
+    ("", {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: JAX finds no cluster"),
+    ("", {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b: JAX finds no cluster"),
+    ("", {"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS=: is not HOST:PORT"),
+    ("--nodistributed", {"SLURM_STEP_NUM_TASKS": "2"}, "--workdir=/no/such: is no folder"),
+  ],
+)
+def test_half_set_clusters_are_refused(monkeypatch, arguments, variables, message):
+  """Before anything is read; JAX is as in a process that has no devices yet."""
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+  assert_refused(call("evo_jax.evaluate", "--workdir=/no/such", *arguments.split()), message)
+
+
+def test_a_platform_that_is_not_there_is_named(tmp_path):
+  done = run("evo_jax.main", "--config=tiny", f"--workdir={tmp_path}", variables={"JAX_PLATFORMS": "cuda"})
+  assert_refused(done, "JAX_PLATFORMS=cuda: cannot be used here (")
 
 
 @pytest.mark.extended

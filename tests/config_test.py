@@ -27,7 +27,7 @@ from evo_jax.errors import UserError
     ),
     ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
     ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
-    ({"data": {"weights": (1.0,), "path": "a,b"}}, "config.data.weights"),
+    ({"data": {"weights": (1.0, 1.0, 1.0), "path": "a,b,"}}, "config.data.weights: (1.0, 1.0, 1.0) has more weights"),
     ({"data": {"weights": (1.0, -1.0), "path": "a,b"}}, "config.data.weights: (1.0, -1.0) must be positive"),
     ({"optim": {"schedule": "step"}}, "config.optim.schedule: 'step' is not one of"),
     ({"optim": {"clip": -1.0}}, "config.optim.clip: -1.0 is negative"),

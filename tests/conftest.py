@@ -88,7 +88,9 @@ def small_config(**changes) -> config_lib.Config:
   return config_lib.from_dict(values)
 
 
-def run(module: str, *arguments: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+def run(
+  module: str, *arguments: str, devices: int = 1, variables: dict | None = None, **kwargs
+) -> subprocess.CompletedProcess:
   """Runs `python -m module arguments` as a user would and returns it finished, output captured as text."""
   return subprocess.run(
     [sys.executable, "-m", module, *arguments],
@@ -96,7 +98,7 @@ def run(module: str, *arguments: str, devices: int = 1, **kwargs) -> subprocess.
     text=True,
     timeout=600,
     cwd=ROOT,
-    env=environment(devices),
+    env=environment(devices) | (variables or {}),
     **kwargs,
   )
 

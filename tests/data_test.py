@@ -1,91 +1,187 @@
-"""Text to batches: readers, splits, order, and one clear line for each kind of bad input."""
+"""Documents to batches: splits, the cache, order, padding, and one clear line for each kind of bad input."""
 
-import gzip
+import concurrent.futures
+import errno
 import json
-import lzma
+import os
+from unittest import mock
 
+from conftest import assert_refused, call, train_flags
+import jax
 import numpy as np
 import pytest
 
 from evo_jax import config as config_lib
+from evo_jax import run as run_lib
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
-from evo_jax.data import documents as documents_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.evaluation import paths as paths_lib
 
 BYTES = tokenizers.Bytes()
 
 
 def write(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(text if isinstance(text, bytes) else text.encode())
   return str(path)
 
 
-def documents(path, binary=True):
-  return [text for _, text in documents_lib.read_documents(documents_lib.find_files(str(path), "--data"), binary)]
+class Separated(tokenizers.Bytes):
+  identity = "separated"
+  begin_id, separator_id = 7, 1
 
 
-def test_plain_jsonl_gzip_and_xz_are_read(tmp_path):
-  lines = "".join(json.dumps({"text": t, "other": 1}) + "\n" for t in ("one", "two\u2028x"))
-  write(tmp_path / "a.txt", "plain é")
-  write(tmp_path / "b.jsonl", lines)
-  write(tmp_path / "c.txt.gz", gzip.compress(b"zipped"))
-  write(tmp_path / "d.jsonl.xz", lzma.compress(lines.encode()))
-  assert documents(tmp_path / "*", False) == ["plain é", "one", "two\u2028x", "zipped", "one", "two\u2028x"]
-  assert documents(tmp_path / "a.txt") == ["plain é".encode()]
-
-
-BAD = {
-  "empty.txt": (b"", "empty.txt: is empty"),
-  "blank.txt": (b" \n\n", "blank.txt: is empty"),
-  "cut.txt.gz": (gzip.compress(b"some text " * 100)[:25], "cut.txt.gz: is cut off"),
-  "cut.txt.xz": (lzma.compress(b"some text " * 100)[:60], "cut.txt.xz: is cut off"),
-  "no.txt.gz": (b"this is no gzip", "no.txt.gz: the compressed data is damaged"),
-  "latin.txt": ("é".encode("latin-1") + b" abc", "latin.txt: is not UTF-8 text .byte 0"),
-  "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl: line 2 is not JSON"),
-  "field.jsonl": (b'{"text": "a"}\n{"txt": "a"}\n', "field.jsonl: line 2 has no field 'text'"),
-  "type.jsonl": (b'{"text": 3}\n', "type.jsonl: line 1: field 'text' is not a string"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(BAD))
-def test_bad_files_are_named(tmp_path, name):
-  content, message = BAD[name]
-  write(tmp_path / name, content)
-  with pytest.raises(UserError, match=message):
-    documents(tmp_path / name, binary=False)
-
-
-def test_no_match_is_named(tmp_path):
-  with pytest.raises(UserError, match=r"config\.data\.path: no file matches"):
-    corpora_lib.load_corpora(str(tmp_path / "*.none"), BYTES)
+def load(path, tokenizer=BYTES, **changes):
+  return corpora_lib.load_corpora(config_lib.Data(path=str(path), **changes), tokenizer)
 
 
 def test_many_documents_are_split_by_number_few_by_place(tmp_path):
   for i in range(40):
     write(tmp_path / f"{i:02d}.txt", chr(65 + i) * 50)
-  many = corpora_lib.load_corpora(str(tmp_path / "*.txt"), BYTES)[0].tokens
+  many = load(tmp_path / "*.txt")[0].tokens
   letters = lambda split: {chr(t - 1) for t in np.unique(many[split]) if t}
   assert letters("valid") == {chr(65 + 9), chr(65 + 29)} and letters("test") == {chr(65 + 19), chr(65 + 39)}
   assert len(letters("train")) == 36
   write(tmp_path / "one.text", bytes(range(100)) * 10)
-  few = corpora_lib.load_corpora(str(tmp_path / "one.text"), BYTES)[0].tokens
+  few = load(tmp_path / "one.text")[0].tokens
   assert [len(few[s]) - 1 for s in corpora_lib.SPLITS] == [900, 50, 50]
   assert few["valid"][0] == 1 and few["test"][0] == 51  # byte 0, byte 50
 
 
 def test_tokens_are_cached_and_mapped(tmp_path):
   path = write(tmp_path / "a.txt", "some text " * 100)
-  first, second = corpora_lib.load_corpora(path, BYTES)[0], corpora_lib.load_corpora(path, BYTES)[0]
+  first, second = load(path)[0], load(path)[0]
   assert isinstance(second.tokens["train"], np.memmap) and first.fingerprint == second.fingerprint
   write(tmp_path / "a.txt", "other text " * 100)
-  assert corpora_lib.load_corpora(path, BYTES)[0].fingerprint != first.fingerprint
+  assert load(path)[0].fingerprint != first.fingerprint
+
+
+def cached(path):
+  """The arrays of the one source that is in the cache, by split."""
+  (entry,) = path.glob("evo_jax/tokens/*")
+  return {split: entry / f"{split}.npy" for split in corpora_lib.SPLITS}, entry
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda files, entry: files["valid"].write_bytes(b""),
+    lambda files, entry: files["train"].write_bytes(files["train"].read_bytes()[:-7]),
+    lambda files, entry: files["train"].write_bytes(files["train"].read_bytes()[:-9] + bytes(9)),  # pages of zeros
+    lambda files, entry: files["test"].write_bytes(b"nonsense"),
+    lambda files, entry: files["test"].unlink(),
+    lambda files, entry: np.save(files["train"], np.load(files["train"]).astype(np.uint32)),
+    lambda files, entry: np.save(files["train"], np.load(files["train"]).astype(np.int16)),
+    lambda files, entry: np.save(files["train"], np.load(files["train"])[None]),
+    lambda files, entry: np.save(files["train"], np.array([{}], object), allow_pickle=True),
+    lambda files, entry: (entry / "meta.json").write_text('{"fingerprint": "'),
+    lambda files, entry: (entry / "meta.json").write_text("[]"),
+  ],
+)
+def test_a_damaged_cache_is_mended_for_good(tmp_path, monkeypatch, capfd, damage):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  path = write(tmp_path / "a.txt", "some text " * 100)
+  sound = load(path)[0]
+  files, entry = cached(tmp_path / "cache")
+  good = [np.array(sound.tokens[split]) for split in corpora_lib.SPLITS]
+  damage(files, entry)
+  mended = load(path)[0]
+  assert mended.fingerprint == sound.fingerprint and isinstance(mended.tokens["train"], np.memmap)
+  for split, want in zip(corpora_lib.SPLITS, good):
+    np.testing.assert_array_equal(np.load(files[split]), want)
+  assert len(list(entry.iterdir())) == 4 and capfd.readouterr().err == ""
+  monkeypatch.setattr(Separated, "encode", None)  # a sound cache is not made again
+  with pytest.raises(TypeError):
+    load(path, Separated())
+  assert load(path)[0].fingerprint == sound.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["a file", "full"])
+def test_a_cache_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capfd, kind):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  if kind == "a file":
+    write(tmp_path / "cache/evo_jax", "")
+  else:
+    monkeypatch.setattr(np, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+  for name in ("a.txt", "b.txt"):
+    write(tmp_path / name, name * 20)
+  corpora = load(f"{tmp_path}/a.txt,{tmp_path}/b.txt")
+  assert [len(corpus.tokens["train"]) for corpus in corpora] == [91, 91]
+  line = "No space left on device" if kind == "full" else "Not a directory"
+  assert capfd.readouterr().err.splitlines() == [
+    f"evo_jax: tokens are kept in memory: {tmp_path}/cache/evo_jax/tokens cannot be used ({line})"
+  ]
+  assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == (
+    [tmp_path / "cache/evo_jax"] if kind == "a file" else []
+  )
+
+
+def test_processes_that_tokenize_the_same_text_do_not_disturb_each_other(tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  path = write(tmp_path / "a.txt", "some text " * 100)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda _: load(path)[0], range(40)))
+  assert len({corpus.fingerprint for corpus in found}) == 1 and capfd.readouterr().err == ""
+  assert all(int(corpus.tokens["train"].sum()) == int(found[0].tokens["train"].sum()) for corpus in found)
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+  class Slow(tokenizers.Bytes):
+    identity = "slow"
+
+    def encode(self, text):
+      write(tmp_path / "a.txt", text + b"more")
+      return super().encode(text)
+
+  with pytest.raises(UserError, match=r"a\.txt: was changed while it was read"):
+    load(write(tmp_path / "a.txt", "text"), Slow())
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(UserError, match="pipe: is a pipe, which can be read only once"):
+    load(tmp_path / "pipe")
+
+
+def test_skipped_documents_are_reported_at_every_start_and_move_no_other(tmp_path, capfd):
+  lines = [json.dumps({"text": chr(65 + i) * 3}) for i in range(40)]
+  path = write(tmp_path / "a.jsonl", "\n".join(lines))
+  whole = load(path)[0].tokens
+  assert capfd.readouterr().err == ""
+  lines[3], lines[29] = "{}", '{"text": "'
+  write(tmp_path / "a.jsonl", "\n".join(lines))
+  for _ in range(2):
+    part = load(path)[0].tokens
+    report = capfd.readouterr().err
+    assert report.count("\n") == 1 and report.startswith(f"evo_jax: {path}: 2 of 40 documents are skipped (")
+    assert report.endswith(f"the first: {path}: line 4 has no field 'text'\n")
+  without = lambda tokens, letter: [t for document in np.split(tokens, np.flatnonzero(tokens == 0) + 1)
+                                    if letter + 1 not in document for t in document]  # fmt: skip
+  assert part["train"].tolist() == without(whole["train"], 65 + 3)
+  assert part["valid"].tolist() == without(whole["valid"], 65 + 29)
+  np.testing.assert_array_equal(part["test"], whole["test"])
+  for strict in (load, lambda path, strict: corpora_lib.all_text(path, BYTES, "--data", strict)):
+    with pytest.raises(UserError, match="line 4 has no field 'text'"):
+      strict(path, strict=True)
+
+
+def test_weights_go_with_sources(tmp_path):
+  write(tmp_path / "a,b.txt", "text " * 9)
+  write(tmp_path / "c.txt", "text " * 9)
+  path = f"{tmp_path}/a,b.txt,{tmp_path}/c.txt,"
+  assert len(load(path, weights=(1.0, 2.0))) == 2
+  with pytest.raises(
+    UserError, match=r"config\.data\.weights: \(1\.0,\) must have one weight for each of data\.path's 2"
+  ):
+    load(path, weights=(1.0,))
 
 
 def corpus(count, name="made", first=1):
   tokens = np.arange(first, first + count).astype(np.uint32)
   return corpora_lib.Corpus(name, dict.fromkeys(corpora_lib.SPLITS, tokens), "", begin_id=0, separator_id=0)
+
+
+def separators(count):
+  return corpora_lib.Corpus("made", dict.fromkeys(corpora_lib.SPLITS, np.zeros(count, np.uint32)), "", 0, 0)
 
 
 def take(stream, count):
@@ -136,11 +232,11 @@ def test_sources_are_mixed_by_weight():
   assert abs((by_size[:, 1] < 1000).mean() - 50 / 550) < 0.02
 
 
-def test_short_and_foreign_corpora_are_named():
-  with pytest.raises(UserError, match=r"made: 5 training tokens are fewer than one sequence \(config\.model\.context"):
-    stream(corpora=[corpus(5)])
-  with pytest.raises(UserError, match="valid split is shorter than one sequence"):
-    batches_lib.held_out([corpus(5)], "valid", 8)
+def test_empty_and_foreign_corpora_are_named():
+  with pytest.raises(UserError, match="made: there is no text to train on"):
+    stream(corpora=[corpus(50), separators(3)])
+  with pytest.raises(UserError, match="made: the valid split has no text"):
+    batches_lib.held_out([separators(3)], "valid", 8)
   with pytest.raises(UserError, match="made: token 107 is outside the vocabulary of 100"):
     corpora_lib.check_vocabulary([corpus(107)], 100)
 
@@ -171,13 +267,9 @@ def test_batches_say_which_document_a_token_belongs_to(separator_id):
 
 
 def test_the_tokenizers_separator_stands_after_each_document(tmp_path):
-  class Separated(tokenizers.Bytes):
-    identity = "separated"
-    begin_id, separator_id = 7, 1
-
   for i in range(20):
     write(tmp_path / f"{i:02d}.txt", "ab")
-  (corpus,) = corpora_lib.load_corpora(str(tmp_path / "*.txt"), Separated())
+  (corpus,) = load(tmp_path / "*.txt", Separated())
   assert corpus.begin_id == 7 and corpus.tokens["train"].tolist() == [98, 99, 1] * 18
   everything = corpora_lib.all_text(str(tmp_path / "0*.txt"), Separated(), "--data")
   assert everything.tokens["test"].tolist() == [98, 99, 1] * 10 and everything.separator_id == 1
@@ -186,4 +278,65 @@ def test_the_tokenizers_separator_stands_after_each_document(tmp_path):
 def test_a_source_without_text_is_named(tmp_path):
   write(tmp_path / "a.jsonl", '{"text": ""}\n')
   with pytest.raises(UserError, match=r"a\.jsonl: no line has text"):
-    corpora_lib.load_corpora(str(tmp_path / "a.jsonl"), BYTES)
+    load(tmp_path / "a.jsonl")
+
+
+def test_short_text_is_padded_and_only_its_tokens_count():
+  short = corpora_lib.Corpus("short", dict.fromkeys(corpora_lib.SPLITS, np.array([4, 5, 91], np.uint32)), "", 90, 91)
+  batch = batches_lib.held_out([short], "test", 8, segments=True)
+  assert batch.tokens.tolist() == [[90, 4, 5, 91, 91, 91, 91, 91, 91]]
+  assert batch.counted.tolist() == [[True] * 4 + [False] * 5] and batch.segments[0, :4].tolist() == [1, 1, 1, 2]
+  both = batches_lib.held_out([short, short], "test", 8)
+  assert both.tokens.shape == (2, 9) and both.segments is None
+  longer = batches_lib.held_out([short, special(91)], "test", 8)  # a remainder is dropped as ever
+  assert longer.counted is None and len(longer.tokens) == 1
+  for training in take_batches(stream(corpora=[short, special(91)], weights=(1.0, 1.0)), 3):
+    full = training.tokens[:, 3:].max(axis=1) < 91
+    np.testing.assert_array_equal(training.counted.sum(axis=1), np.where(full | (training.tokens[:, 4] == 6), 9, 4))
+    assert 0 < (training.counted.sum(axis=1) == 4).sum() < 8 and training.counted.shape == (8, 9)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+  """A run on one document of 30 bytes: 27 for training, 1 for validation; its context is 32."""
+  folder = tmp_path_factory.mktemp("short")
+  path = write(folder / "a.txt", "a short text of 30 characters.")
+  changes = dict(train__steps=2, eval__samples=0, eval__paths=("ar",), window__count=0)
+  done = call("evo_jax.main", *train_flags(folder / "run", path, **changes))
+  assert done.returncode == 0 and "28 training tokens" in done.stdout, done.stderr
+  return folder
+
+
+@pytest.mark.slow
+def test_a_text_shorter_than_a_sequence_is_trained_on(short_run):
+  rows = [json.loads(line) for line in (short_run / "run/metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2] and all(0 < row["bits"] < 12 for row in rows)
+  assert 0 < json.loads((short_run / "run/table.json").read_text())[0]["bits"] < 30
+
+
+@pytest.mark.slow
+def test_short_text_has_the_bits_that_it_has_in_front_of_any_other(short_run):
+  run = run_lib.load_run(str(short_run / "run"))
+  evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, run.mesh)
+  texts = ("a short text", "a short text" + "x" * 30)
+  corpora = [corpora_lib.all_text(write(short_run / "text.txt", text), BYTES, "--data") for text in texts]
+  short, longer = (batches_lib.held_out([corpus], "test", 32) for corpus in corpora)
+  with jax.set_mesh(run.mesh):
+    nll, want = (evaluator.token_nll(run.params, run.statistics, batch, "ar")[0] for batch in (short, longer))
+  np.testing.assert_allclose(nll[0, :12], want[0, :12], rtol=1e-6)
+  (entry,) = evaluator(run.params, run.statistics, short, ("ar",))
+  assert entry["bits"] == pytest.approx(nll[0, :13].sum() / np.log(2) / 12, rel=1e-6)  # with the separator
+
+
+@pytest.mark.slow
+def test_evaluate_says_that_text_has_changed(short_run):
+  flags = (f"--workdir={short_run / 'run'}", "--paths=ar")
+  same = call("evo_jax.evaluate", *flags)
+  assert same.returncode == 0 and same.stderr == "" and "1 sequence" in same.stdout, same.stderr
+  file = short_run / "table.json"
+  refused = call("evo_jax.evaluate", *flags, f"--json={file}", f"--data={write(short_run / 'empty.txt', '')}")
+  assert_refused(refused, "empty.txt: is empty")
+  assert not file.exists()
+  write(short_run / "a.txt", "another short text of 38 characters...")
+  other = call("evo_jax.evaluate", *flags)
+  assert other.returncode == 0 and other.stderr.count("\n") == 1 and "has changed since training" in other.stderr

@@ -1,5 +1,7 @@
 """The same training on any mesh of eight devices; checkpoints move between meshes."""
 
+import json
+import re
 import shutil
 
 from conftest import assert_refused, call, train_flags
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.parallel import sharding
 from evo_jax.training import metrics as metrics_lib
@@ -59,6 +62,57 @@ def test_a_checkpoint_moves_between_meshes(runs, text, tmp_path):
   shutil.rmtree(moved / "checkpoints" / "6")
   assert "goes on after step 3" in train(moved, text, (2, 2, 2))
   np.testing.assert_allclose(losses(moved), losses(runs["data"]), rtol=2e-3)
+
+
+def measure(workdir, devices, mesh=""):
+  """Bits of two paths, and the tokens of three modes, by the commands on so many devices."""
+  flags = (f"--workdir={workdir}", f"--mesh={mesh}")
+  table = json_of("evo_jax.evaluate", devices, *flags, "--paths=ar,diagonal:2", "--json=/dev/stdout")
+  prompts = ("--prompt=the ri", "--prompt=a", "--prompt=", "--max_tokens=12", "--json")
+  texts = [
+    json_of("evo_jax.generate", devices, *flags, *prompts, *mode.split())
+    for mode in ("--mode=adaptive --threshold=1", "--mode=flow --steps=2", "--mode=verify --seed=3")
+  ]
+  return [e["bits"] for e in table], [[t["tokens"] for t in text] for text in texts]
+
+
+def json_of(command, devices, *flags):
+  done = call(command, *flags, devices=devices)
+  assert done.returncode == 0, done.stderr
+  return json.loads(re.search(r"^\[.*^\]$", done.stdout, re.S | re.M)[0])
+
+
+@pytest.fixture(scope="module")
+def on_one_device(runs):
+  """What one device measures of the run that was trained on eight."""
+  return measure(runs["all"], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices, mesh", [(2, ""), (8, "data:1,fsdp:8,tensor:1")])
+def test_commands_read_a_run_on_any_mesh(runs, on_one_device, devices, mesh):
+  """Whatever mesh it was trained on: the same tokens, and bits to 1e-4."""
+  bits, tokens = measure(runs["all"], devices, mesh)
+  np.testing.assert_allclose(bits, on_one_device[0], atol=1e-4)
+  assert tokens == on_one_device[1]
+
+
+def test_a_run_is_restored_straight_into_its_shards(trained):
+  """No device holds more than its eighth of a sharded parameter."""
+  mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=8))
+  run = run_lib.load_run(str(trained), mesh=mesh)
+  shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(run.params)]
+  assert set(shares) == {1 / 8, 1.0} and run.mesh == mesh
+  total = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(run.params))
+  assert total < 0.2 * sum(leaf.size for leaf in jax.tree.leaves(run.params))
+
+
+def test_a_mesh_that_does_not_fit_is_refused(trained):
+  flags = (f"--workdir={trained}", "--paths=ar")
+  assert_refused(call("evo_jax.evaluate", *flags, "--mesh=fsdp:3", devices=8), "--mesh or config.mesh: {'data': -1")
+  assert_refused(call("evo_jax.evaluate", *flags, "--mesh=fsdp:8", devices=2), "does not divide 2 devices")
+  assert_refused(call("evo_jax.evaluate", *flags, "--mesh=rows:8", devices=8), "--mesh='rows:8'")
+  assert_refused(call("evo_jax.generate", f"--workdir={trained}", "--mesh=tensor:8", devices=8), "do not divide the")
 
 
 def test_tables_are_sharded_by_rows_over_fsdp_unless_tensor_takes_them():

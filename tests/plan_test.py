@@ -8,10 +8,11 @@ from conftest import run, small_config, train_flags
 import numpy as np
 import pytest
 
+from evo_jax import cli
 from evo_jax import config as config_lib
-from evo_jax import plan
 from evo_jax.errors import UserError
 from evo_jax.network import flops
+from evo_jax.parallel import sharding
 from evo_jax.planning import chips, planner
 
 PARAMETERS = 8_103_404_544
@@ -66,11 +67,11 @@ def test_bad_input_gets_one_line():
 
 def test_bad_input_names_the_flag():
   with pytest.raises(UserError, match="--mesh='rows:2': 'rows:2' is not AXIS:SIZE"):
-    planner.parse_mesh("rows:2", config_lib.Mesh())
+    sharding.parse_mesh("rows:2", config_lib.Mesh())
   with pytest.raises(UserError, match="needs 3 devices, here are 4"):
     planner.make_plan(small_config(mesh__data=3), chips.parse_topology("v5e:2x2"), compiles=False)
-  with pytest.raises(UserError, match="--json=/no/such/folder/x: cannot be written"):
-    plan.write_json("/no/such/folder/x", [], small_config())
+  with pytest.raises(UserError, match="--json=/no/such/folder/x: there is no folder"):
+    cli.check_output("json", "/no/such/folder/x")
 
 
 def test_topologies_and_meshes_are_read():
@@ -78,7 +79,7 @@ def test_topologies_and_meshes_are_read():
   assert (topology.chip.hbm, topology.shape, topology.slices, topology.chips) == (15.75, (4, 8), 2, 64)
   assert topology.chip.peak == flops.peak_flops("TPU v5 lite") == 197e12
   assert chips.CHIPS["v5p"].peak == 459e12 and chips.CHIPS["v6e"].peak == 918e12
-  assert planner.parse_mesh("fsdp:4,tensor:2", config_lib.Mesh(-1, 8, 1)) == config_lib.Mesh(-1, 4, 2)
+  assert sharding.parse_mesh("fsdp:4,tensor:2", config_lib.Mesh(-1, 8, 1)) == config_lib.Mesh(-1, 4, 2)
   for text in ("v9:2x2", "v5e", "v5e:4", "v5e:4x", "x*v5e:4x4"):
     with pytest.raises(UserError, match=r"--topology='.*': is not CHIP:AxB"):
       chips.parse_topology(text)

@@ -38,8 +38,8 @@ def flags(workdir, text, mesh=(1, 1, 1), **changes):
 
 
 @contextlib.contextmanager
-def processes(number, arguments):
-  """`number` processes that train together, one device each; killed at the end if they still run."""
+def processes(number, arguments, module="evo_jax.main", **variables):
+  """`number` processes that run a command together, one device each; killed at the end if they still run."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
@@ -48,7 +48,7 @@ def processes(number, arguments):
       [
         sys.executable,
         "-m",
-        "evo_jax.main",
+        module,
         *arguments,
         f"--coordinator=localhost:{port}",
         f"--num_processes={number}",
@@ -56,7 +56,7 @@ def processes(number, arguments):
         "--heartbeat=10",
       ],
       cwd=ROOT,
-      env=environment(),
+      env=environment() | variables,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -156,6 +156,16 @@ def test_a_signal_to_one_saves_on_all_and_one_process_goes_on(alone, signalled, 
   np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=2e-3)
 
 
+def test_a_signal_saves_on_all_without_the_preemption_service(text, tmp_path):
+  with processes(2, flags(tmp_path, text, (2, 1, 1)), JAX_ENABLE_PREEMPTION_SERVICE="false") as started:
+    wait_for(lambda: last_step(tmp_path) >= 2, started)
+    started[1].send_signal(signal.SIGTERM)
+    ended = ends(started)
+  assert_well(ended)
+  saved = checkpoints(tmp_path)[-1]
+  assert 2 <= saved < LAST and f"step {saved} is saved" in ended[0][1]
+
+
 @pytest.fixture(scope="module")
 def bereft(alone, text, tmp_path_factory):
   """One process began; two go on, of which number 0 is killed; two go on, of which number 1 is killed; four go on to
@@ -192,6 +202,28 @@ def test_four_processes_go_on_from_two_and_train_as_one(alone, bereft):
   np.testing.assert_allclose(losses(workdir), losses(alone), rtol=2e-3)
   assert "goes on after step" in ended[0][1] and checkpoints(workdir)[-1] == LAST
   assert "held-out" in ended[0][1] and not any("held-out" in out for _, out, _ in ended[1:])  # only process 0 prints
+
+
+@pytest.mark.parametrize(
+  "module, arguments",
+  [
+    ("evaluate", ("--paths=ar,diagonal:2",)),
+    ("generate", ("--prompt=the", "--prompt=a", "--mode=adaptive", "--max_tokens=12")),
+  ],
+)
+def test_two_processes_read_a_run_as_one(alone, module, arguments):
+  """With heads in shards over both; only process 0 prints."""
+  output = {"evaluate": "--json=/dev/stdout", "generate": "--json"}[module]
+  arguments = (f"--workdir={alone}", output, *arguments)
+  with processes(2, (*arguments, "--mesh=tensor:2"), f"evo_jax.{module}") as started:
+    ended = ends(started)
+  assert_well(ended)
+  expected = call(f"evo_jax.{module}", *arguments)
+  together, single = (json.loads(text[text.index("[\n") :]) for text in (ended[0][1], expected.stdout))
+  if module == "evaluate":
+    np.testing.assert_allclose([e["bits"] for e in together], [e["bits"] for e in single], atol=1e-4)
+  else:
+    assert [e["tokens"] for e in together] == [e["tokens"] for e in single] and "{" not in ended[1][1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):

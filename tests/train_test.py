@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
     ({"model.kv_heads": 3}, "config.model.kv_heads: 3 does not divide"),
     ({"window.size": 5}, "config.window.size: 5 does not divide"),
     ({"data.path": "/no/such*"}, "config.data.path: no file matches"),
-    ({"mesh.data": 3}, "config.mesh: {'data': 3"),
+    ({"mesh.data": 3}, "--mesh or config.mesh: {'data': 3"),
     ({"model.vocab_size": 100}, "config.model.vocab_size: 100 is less than the tokenizer's 257"),
     ({"data.tokenizer": "sentencepiece"}, "config.data.tokenizer_path: is empty"),
     ({"eval.paths": ("diagonal",)}, "path 'diagonal'"),

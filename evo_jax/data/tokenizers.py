@@ -3,9 +3,11 @@
 The three here have one special id, 0: it begins a sequence, separates documents and ends a text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import hashlib
 import io
+import re
 from typing import Protocol
 
 from etils import epath
@@ -17,6 +19,10 @@ from evo_jax.data.token_ids import before_end
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
+_SPACE = "\u2581"  # by which SentencePiece stands for a space; as text it is encoded as the bytes that it is
+_PROBE = f"a b  {_SPACE}Z\u00e9\u4e16\U0001f600\x00\t\r\n 42"
+_LONGEST = 1 << 16  # bytes of a line that SentencePiece is trained on
+_NOT_TRAINED_ON = re.compile("[\x00\u2581\u2585]")  # the trainer leaves out lines with one of them
 
 
 class Tokenizer(Protocol):
@@ -145,11 +151,18 @@ class SentencePiece:
       raise UserError(f"{self.path}: piece 0 is not the special one; train a model with python -m evo_jax.tokenizer")
     self.vocab_size = self._processor.vocab_size()
     self.identity = f"sentencepiece:{hashlib.sha256(self.proto).hexdigest()[:16]}"
+    self._space = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+    ids = self.encode(_PROBE)
+    if self.decode(ids) != _PROBE or self.lengths()[ids].sum() != len(_PROBE.encode()):
+      raise UserError(f"{self.path}: does not keep text as it is; train a model with python -m evo_jax.tokenizer")
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """(n,) ids, uint16 if the vocabulary fits, else uint32."""
     text = text.decode() if isinstance(text, bytes) else text
-    ids = self._processor.EncodeAsIds(text)
+    first, *others = text.split(_SPACE)
+    ids = self._processor.EncodeAsIds(first)
+    for part in others:
+      ids += self._space + self._processor.EncodeAsIds(part)
     return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
   def decode(self, tokens: np.ndarray) -> str:
@@ -163,7 +176,7 @@ class SentencePiece:
   def lengths(self) -> np.ndarray:
     """(vocab_size,) int64, UTF-8 bytes that each piece stands for: 0 for special ids.
 
-    `train_sentencepiece` normalizes nothing, so that the lengths of a text's pieces add up to the text's.
+    Nothing is normalized, so that the lengths of a text's pieces add up to the text's.
     """
     lengths = np.asarray([self._piece_length(i) for i in range(self.vocab_size)], np.int64)
     lengths[special_ids(self)] = 0
@@ -178,7 +191,7 @@ class SentencePiece:
       return 0
     if self._processor.IsByte(i):
       return 1
-    return len(self._processor.IdToPiece(i).replace("\u2581", " ").encode())
+    return len(self._processor.IdToPiece(i).replace(_SPACE, " ").encode())
 
 
 def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
@@ -200,14 +213,41 @@ def _one_each(tokenizer: Tokenizer) -> np.ndarray:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed: int = 0) -> SentencePiece:
   """Trains a SentencePiece unigram model with byte fallback on an iterable of texts, into the folder `output`.
 
-  Raises UserError where the text does not suffice for the vocabulary, or the folder cannot be written.
+  Raises UserError where the text does not suffice for the vocabulary, or the folder cannot be written, and what `texts`
+  raises.
   """
-  model = io.BytesIO()
-  sentences = (line for text in texts for line in text.splitlines() if line.strip())
+  if not 1 <= vocab_size < 2**31:
+    raise UserError(f"--vocab_size={vocab_size}: is not in 1..2147483647")
+  folder = epath.Path(output)
+  temporary = folder / f".{MODEL_FILE}.tmp"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(b"")  # before the work, not after it
+    temporary.write_bytes(_trained_model(texts, vocab_size, seed))
+    temporary.replace(folder / MODEL_FILE)
+  except OSError as error:
+    raise UserError(f"--output={output}: cannot be written: {error.strerror or error}") from error
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+  return SentencePiece(output)
+
+
+def _trained_model(texts: Iterable[str], vocab_size: int, seed: int) -> bytes:
+  model, raised = io.BytesIO(), []
+
+  def lines():
+    try:
+      for text in texts:
+        yield from training_lines(text)
+    except UserError as error:  # of which the trainer would keep no more than the message
+      raised.append(error)
+      raise
+
   sentencepiece.set_random_generator_seed(seed)
   try:
     sentencepiece.SentencePieceTrainer.Train(
-      sentence_iterator=sentences,
+      sentence_iterator=lines(),
       model_writer=model,
       vocab_size=vocab_size,
       model_type="unigram",
@@ -223,19 +263,42 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed
       eos_id=-1,
       pad_id=-1,
       bos_piece="<doc>",
-      max_sentence_length=1 << 16,
+      max_sentence_length=_LONGEST,
       input_sentence_size=2_000_000,
       shuffle_input_sentence=True,
       num_threads=2,
       minloglevel=2,
     )
   except (RuntimeError, ValueError) as error:
-    reason = str(error).splitlines()[0].split("] ")[-1].strip() or "training failed"
-    raise UserError(f"--vocab_size={vocab_size}: {reason}") from error
-  folder = epath.Path(output)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).write_bytes(model.getvalue())
-  except OSError as error:
-    raise UserError(f"--output={output}: cannot be written: {error.strerror or error}") from error
-  return SentencePiece(output)
+    raise raised[0] if raised else UserError(f"--vocab_size={vocab_size}: {_reason(str(error))}") from error
+  return model.getvalue()
+
+
+def _reason(message: str) -> str:
+  """Why a model could not be trained, from the trainer's message."""
+  if "sentences_.empty()" in message:
+    return "the text is empty"
+  if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+    return f"is too small: the text's characters and the bytes take {needed[1]} pieces"
+  return message.splitlines()[0].split("] ")[-1].strip() or "training failed"
+
+
+def training_lines(text: str) -> Iterator[str]:
+  """The lines that a SentencePiece model is trained on: those of the text, but for what the trainer would leave out.
+
+  Lines of more than 65,536 bytes are cut, at a space where there is one in the last half, and those with characters
+  that the trainer keeps for itself (NUL, U+2581, U+2585), at these.
+  """
+  for line in text.splitlines():
+    for part in _NOT_TRAINED_ON.split(line):
+      raw, start = part.encode(), 0
+      while len(raw) - start > _LONGEST:
+        end = start + _LONGEST
+        if (space := raw.rfind(b" ", end - _LONGEST // 2, end)) >= 0:
+          end = space
+        while raw[end] & 0xC0 == 0x80:  # in the middle of a character
+          end -= 1
+        yield raw[start:end].decode()
+        start = end
+      if raw[start:].strip():
+        yield raw[start:].decode() if start else part

@@ -15,7 +15,6 @@ import time
 import jax
 import numpy as np
 
-from evo_jax import config as config_lib
 from evo_jax.decoding import modes, settings, steps
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.logits import make_processor
@@ -28,7 +27,6 @@ from evo_jax.decoding.state import DecodingState, Draft, prefill, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
 from evo_jax.flow import policies
-from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
 OnText = Callable[[int, str], None]
@@ -42,12 +40,12 @@ class Sampler:
 
     Args:
       sampling: default: `Sampling()`.
-      mesh: texts and parameters are sharded over it by the rules of training; default: texts over all devices, each of
-        which has a copy of the parameters.
+      mesh: texts and parameters are sharded over it by the rules of training; default: the one that the parameters lie
+        on.
     """
     self.run, self.sampling = run, sampling or Sampling()
     self._schedule = _make_schedule(run, self.sampling)
-    self._device = DeviceModel(run, sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh)
+    self._device = DeviceModel(run, run.mesh if mesh is None else mesh)
 
   @property
   def compile_seconds(self) -> float:

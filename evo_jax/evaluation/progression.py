@@ -1,5 +1,6 @@
 """The progression times that a model with a learned clock infers for the tokens of a passage."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from evo_jax.errors import UserError
 from evo_jax.flow import schedules
 from evo_jax.flow.bound import BITS_PER_NAT, infer_clock, token_nll
 from evo_jax.flow.windows import gather_windows
+from evo_jax.parallel import sharding
 
 
 def infer_progression(run: run_lib.Run, sequence: np.ndarray, window: int, passes: int) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def infer_progression(run: run_lib.Run, sequence: np.ndarray, window: int, passe
   if run.config.model.progression != "learned":
     raise UserError("--show_progression: the model has a shared clock (config.model.progression), it infers no times")
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
   def infer(params, sequence_1xT):
     net = run.model.bind({"params": params})
     L = sequence_1xT.shape[1] - 1
@@ -39,7 +41,8 @@ def infer_progression(run: run_lib.Run, sequence: np.ndarray, window: int, passe
     times = schedules.learned_clock(delay, sharpness, clock).reshape(passes + 1, L).T
     return nats[0], jax.nn.sigmoid(delay).reshape(L), jax.nn.sigmoid(prior_mean).reshape(L), times
 
-  columns = (np.asarray(column).tolist() for column in infer(run.params, sequence[None]))
+  with jax.set_mesh(run.mesh):
+    columns = [column.tolist() for column in jax.device_get(infer(run.params, sequence[None]))]
   return [
     {"token": int(token), "nats": nats, "half": half, "expected": expected, "times": times}
     for token, nats, half, expected, times in zip(sequence[1:], *columns)

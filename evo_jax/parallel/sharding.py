@@ -10,6 +10,7 @@ for all that a use adds up. The compiler partitions along `tensor`, and everythi
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import re
 from typing import Any
 
 from flax.core import meta
@@ -251,17 +252,41 @@ def specs(layout: Layout, boxed: Any) -> Any:
   return jax.tree.map(lambda x: layout.spec(x.names) if _is_boxed(x) else PartitionSpec(), boxed, is_leaf=_is_boxed)
 
 
+def parse_mesh(text: str, mesh: config_lib.Mesh) -> config_lib.Mesh:
+  """The mesh with the sizes that AXIS:SIZE,... replaces. Raises UserError."""
+  sizes = {}
+  for part in filter(None, text.split(",")):
+    name, _, size = part.partition(":")
+    if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+      raise UserError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with one of the axes {', '.join(AXES)}")
+    sizes[name] = int(size)
+  return dataclasses.replace(mesh, **sizes)
+
+
 def mesh_sizes(config: config_lib.Mesh, devices: int) -> tuple[int, ...]:
   """The sizes of the mesh's axes over so many devices. Raises UserError where they do not fit."""
   sizes = [getattr(config, axis) for axis in AXES]
   if -1 in sizes:
     others = int(np.prod([s for s in sizes if s != -1]))
     if devices % others:
-      raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} does not divide {devices} devices")
+      raise UserError(f"{_describe(sizes)} does not divide {devices} devices")
     sizes[sizes.index(-1)] = devices // others
   if int(np.prod(sizes)) != devices:
-    raise UserError(f"config.mesh: {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, here are {devices}")
+    raise UserError(f"{_describe(sizes)} needs {int(np.prod(sizes))} devices, here are {devices}")
   return tuple(sizes)
+
+
+def _describe(sizes: Sequence[int]) -> str:
+  return f"--mesh or config.mesh: {dict(zip(AXES, sizes))}"
+
+
+def all_devices() -> list[jax.Device]:
+  """The devices of all processes. Raises UserError where JAX cannot initialize the platform that it is told to use."""
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:  # AssertionError: a CUDA plugin that is not installed (jax 0.10.2)
+    reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0] or "there is no such device"
+    raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms}: cannot be used here ({reason})") from error
 
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
@@ -271,11 +296,11 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> 
   Of several TPU slices, between which the network is slow, each holds whole replicas of the parameters: `data`
   spans them.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = all_devices() if devices is None else devices
   sizes = mesh_sizes(config, len(devices))
   slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
   if sizes[0] % slices:
-    raise UserError(f"config.mesh.data: {sizes[0]} does not divide into {slices} slices")
+    raise UserError(f"--mesh or config.mesh: data = {sizes[0]} does not divide into {slices} slices")
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
       (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
@@ -301,7 +326,7 @@ def shardings(mesh: Mesh, boxed: Any, rules: ShardingRules = RULES) -> Any:
       parts = int(np.prod([mesh.shape[a] for a in _axes(axis)]))
       if size % parts:
         raise UserError(
-          f"config.mesh: {parts} devices do not divide the {size} {name} of parameter "
+          f"--mesh or config.mesh: {parts} devices do not divide the {size} {name} of parameter "
           f"{jax.tree_util.keystr(path, simple=True, separator='.')}"
         )
     return NamedSharding(mesh, spec)

@@ -82,17 +82,6 @@ class Plan:
     return sum(size for size in self.bytes.values() if size is not None)
 
 
-def parse_mesh(text: str, mesh: config_lib.Mesh) -> config_lib.Mesh:
-  """The mesh with the sizes that AXIS:SIZE,... replaces. Raises UserError."""
-  sizes = {}
-  for part in filter(None, text.split(",")):
-    name, _, size = part.partition(":")
-    if name not in sharding.AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
-      raise UserError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with one of the axes {', '.join(sharding.AXES)}")
-    sizes[name] = int(size)
-  return dataclasses.replace(mesh, **sizes)
-
-
 def make_plan(config: config_lib.Config, topology: chips.Topology, compiles: bool = True) -> Plan:
   """Plans one training step on a topology.
 

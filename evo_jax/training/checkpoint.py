@@ -7,6 +7,7 @@ leaves no partial one; it restores onto any mesh, any number of processes, and o
 """
 
 from collections.abc import Callable
+import importlib.util
 import json
 import re
 import shutil
@@ -160,7 +161,15 @@ def _summary(error: BaseException) -> str:
 
 
 def resolve_workdir(workdir: str) -> epath.Path:
-  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket."""
+  """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
+
+  Raises UserError for other remote storage than gs://, and for that where its library is missing.
+  """
+  scheme = workdir.partition("://")[0] if "://" in workdir else ""
+  if scheme not in ("", "gs"):
+    raise UserError(f"--workdir={workdir}: is neither a local folder nor in gs://")
+  if scheme and importlib.util.find_spec("gcsfs") is None:
+    raise UserError(f"--workdir={workdir}: needs gcsfs: pip install 'evo_jax[gcs]'")
   folder = epath.Path(workdir).expanduser()
   return folder if workdir.startswith("gs://") else folder.absolute()
 

@@ -71,10 +71,10 @@ def prepare(config: config_lib.Config, workdir: str) -> Setup:
   state_lib.check_batch(config, mesh)
   state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
   folder = checkpoint.make_workdir(workdir)
-  corpora = corpora_lib.load_corpora(config.data.path, tokenizer)
+  corpora = corpora_lib.load_corpora(config.data, tokenizer)
   corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
   L = config.model.context
-  batches_lib.training_stream(corpora, config.data, L)  # names text that is too short
+  batches_lib.training_stream(corpora, config.data, L)  # names a corpus without text
   held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
   parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
   checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
@@ -233,31 +233,37 @@ class _Profiler:
 
 class _Stop:
   """Whether the loop is to save and leave: of one process, by its own signals; of several, when all have heard of a
-  SIGTERM to any.
+  signal to any.
 
-  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet.
+  With several, JAX's preemption service takes SIGTERM and names a step that none has passed yet. Where it is off
+  (`jax_enable_preemption_service`), processes tell each other after every step.
   """
 
   def __init__(self):
     self.signalled = False
+    self.by_service = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
 
   def asked(self, step: int) -> bool:
     """Asked after every step, by all processes."""
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.signalled
+    if self.by_service:
+      return multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:
+      return bool(np.any(multihost_utils.process_allgather(np.array(self.signalled))))
+    return self.signalled
 
 
 @contextlib.contextmanager
 def _stop_on_signal():
   """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT interrupts at once."""
-  stop, several = _Stop(), jax.process_count() > 1
+  stop = _Stop()
 
   def ask(number, frame):
     stop.signalled = True
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if several:
+    if stop.by_service:
       os.kill(os.getpid(), signal.SIGTERM)  # which the service passes on
 
-  numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+  numbers = (signal.SIGINT,) if stop.by_service else (signal.SIGTERM, signal.SIGINT)
   before = {number: signal.signal(number, ask) for number in numbers}
   try:
     yield stop

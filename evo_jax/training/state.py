@@ -8,7 +8,6 @@ from flax.core import meta
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
@@ -88,12 +87,8 @@ def abstract_state(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.shar
   return jax.tree.map(shape, meta.unbox(boxed), sharding.shardings(mesh, boxed))
 
 
-def abstract_items(
-  model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
-) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a checkpoint's items, to restore into; without a mesh, for one device."""
-  if mesh is None:
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+def abstract_items(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shapes, dtypes and shardings of a checkpoint's items, to restore into."""
   return abstract_state(model, config, mesh).items()
 
 
