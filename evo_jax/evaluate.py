@@ -60,10 +60,8 @@ def main() -> None:
     result, text = show_progression(run, batch, window, args.passes)
   else:
     result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
-    text = (
-      f"{source}: {len(batch.tokens)} sequences of {run.config.model.context} tokens, "
-      f"windows of {window}, step {run.step}\n{text}"
-    )
+    tokens = f"{run.config.model.context}" if batch.counted is None else f"up to {batch.counted[:, 1:].sum(1).max()}"
+    text = f"{source}: {len(batch.tokens)} sequences of {tokens} tokens, windows of {window}, step {run.step}\n{text}"
   if jax.process_index():
     return
   print(text)
