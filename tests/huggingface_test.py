@@ -220,6 +220,29 @@ def test_files_make_the_same_tokenizer(tmp_path):
   assert len({load(name).identity for name in NAMES}) == len(NAMES)
 
 
+def test_files_may_say_it_in_other_ways(tmp_path):
+  """Tokens as objects, one end id, several chat templates, tokens that tokenizer_config.json alone calls special."""
+  changes = {
+    "eos_token": {"content": "<|im_end|>", "lstrip": False},
+    "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}],
+    "added_tokens_decoder": {"0": {"content": "<tool_call>", "special": True}, "1": None},
+  }
+  folder = altered("qwen2", tmp_path, "tokenizer_config.json", **changes)
+  (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+  tokenizer, original = HuggingFace(str(folder)), load("qwen2")
+  assert tokenizer.special.keys() == original.special.keys() | {"<tool_call>"}
+  assert tokenizer.end_ids == (7, *original.end_ids) and tokenizer.chat_template == "yes"
+  assert tokenizer.decode(tokenizer.encode("<tool_call>")) == "<tool_call>"
+  assert tokenizer.encode("((").tolist() == [7, 7] and tokenizer.decode(tokenizer.encode("a(b")) == "a"
+
+
+def test_added_tokens_keep_their_ids_or_are_refused(tmp_path):
+  specification = json.loads((FOLDER / "qwen2" / "tokenizer.json").read_text())
+  specification["added_tokens"][-1]["id"] += 5
+  with pytest.raises(UserError, match=r"tokenizer\.json: .*</tool_call>"):
+    HuggingFace(str(altered("qwen2", tmp_path, added_tokens=specification["added_tokens"])))
+
+
 def test_truncation_padding_and_dropout_are_not_done(tmp_path):
   specification = json.loads((FOLDER / "llama3" / "tokenizer.json").read_text())
   folder = altered(
@@ -239,6 +262,9 @@ def test_truncation_padding_and_dropout_are_not_done(tmp_path):
     ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "type WordLevel"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}, "cannot be read"),
     ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "neither byte-level nor"),
+    ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template is not a string"),
+    ("tokenizer_config.json", {"eos_token": 2}, "eos_token 2 is not in the vocabulary"),
+    ("tokenizer_config.json", {"eos_token": ["a"]}, r"eos_token \['a'\] is not in the vocabulary"),
     ("tokenizer_config.json", {"bos_token": "<nowhere>"}, "bos_token '<nowhere>' is not in the vocabulary"),
     ("generation_config.json", {"eos_token_id": [1, 9999]}, "eos_token_id 9999 is not in the vocabulary"),
     ("generation_config.json", {"eos_token_id": "<s>"}, "eos_token_id '<s>' is not in the vocabulary"),
@@ -246,7 +272,7 @@ def test_truncation_padding_and_dropout_are_not_done(tmp_path):
 )
 def test_what_does_not_fit_is_refused(tmp_path, file, changes, message):
   with pytest.raises(UserError, match=f"{file}: .*{message}"):
-    HuggingFace(str(altered("smollm", tmp_path, file, **changes)))
+    HuggingFace(str(altered("qwen2", tmp_path, file, **changes)))
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
