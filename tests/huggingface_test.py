@@ -6,13 +6,18 @@
 import json
 import pathlib
 import shutil
+import sys
 
+from conftest import call, train_flags
 import numpy as np
 import pytest
 
 from evo_jax.data import tokenizers
+from evo_jax.data.chat import ChatTemplate
 from evo_jax.data.huggingface import HuggingFace
 from evo_jax.errors import UserError
+from evo_jax.pretrained.gguf_file import open_gguf
+from evo_jax.run import load_run
 
 FOLDER = pathlib.Path(__file__).parent / "tokenizer_files"
 BYTE_LEVEL = ["llama3", "qwen2", "smollm"]
@@ -295,6 +300,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     shutil.rmtree(folder)
 
 
+def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
+  tokenizer = load("qwen2")
+  for library in ("tokenizers", "jinja2", "gguf"):
+    monkeypatch.setitem(sys.modules, library, None)
+  for use in (lambda: load("qwen2"), lambda: ChatTemplate(tokenizer), lambda: open_gguf("model.gguf")):
+    with pytest.raises(UserError, match=r"need.* the package \w+: pip install 'evo_jax\[pretrained\]'$"):
+      use()
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
   folder = altered("llama2", tmp_path, "tokenizer_config.json", bos_token=None, eos_token=None)
   specification = json.loads((folder / "tokenizer.json").read_text())
@@ -302,3 +316,26 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
   (folder / "tokenizer.json").write_text(json.dumps(specification))
   with pytest.raises(UserError, match=r"tokenizer_config\.json: names no eos_token"):
     HuggingFace(str(folder))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, text):
+  folder = tmp_path_factory.mktemp("run")
+  tokenizer = {"data__tokenizer": "huggingface", "data__tokenizer_path": FOLDER / "qwen2"}
+  changes = {"train__steps": 2, "eval__sequences": 8, "eval__samples": 0, "window__count": 0, "eval__paths": ("ar",)}
+  done = call("evo_jax.main", *train_flags(folder, text, **tokenizer, **changes))
+  assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+  return folder
+
+
+def test_a_run_keeps_all_files_of_its_tokenizer(workdir):
+  copies = {path.name: path.read_bytes() for path in (workdir / "tokenizer").iterdir()}
+  assert copies == load("qwen2").files() and "generation_config.json" in copies
+  assert load_run(str(workdir)).tokenizer.end_ids == load("qwen2").end_ids
+
+
+def test_commands_use_a_runs_tokenizer(workdir):
+  done = call("evo_jax.generate", f"--workdir={workdir}", "--prompt=caf\xe9 <|im_end|>", "--max_tokens=3", "--json")
+  assert done.returncode == 0, done.stderr
+  (generation,) = json.loads(done.stdout)
+  assert generation["prompt"] == "caf\xe9 <|im_end|>" and len(generation["tokens"]) <= 3
