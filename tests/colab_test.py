@@ -24,7 +24,7 @@ _SMALLER = {
     "values.data.batch_size, values.model.layers, values.eval.paths = 2, 2, ('ar',)"
   ),
   "values.window.size, values.window.count = 32, 2": "values.window.size, values.window.count = 16, 2",
-  "run.config.model.context, 16\n": "run.config.model.context, 2\n",
+  "run.config.model.context, 16)": "run.config.model.context, 2)",
   "max_tokens=64": "max_tokens=20",
 }
 

@@ -296,6 +296,18 @@ def test_short_text_is_padded_and_only_its_tokens_count():
     assert 0 < (training.counted.sum(axis=1) == 4).sum() < 8 and training.counted.shape == (8, 9)
 
 
+def test_held_out_text_may_be_shorter_than_a_sequence(tmp_path):
+  for i in range(25):
+    write(tmp_path / f"{i:02d}.txt", f"{i:02d}: twenty-five letters!!"[:25])
+  corpora = load(tmp_path / "*.txt")
+  (batch,) = take_batches(batches_lib.training_stream(corpora, config_lib.Data(batch_size=2), 128), 1)
+  assert batch.tokens.shape == (2, 129) and batch.counted is None
+  for split, first in (("valid", "09"), ("test", "19")):
+    held_out = batches_lib.held_out(corpora, split, 128)
+    assert held_out.tokens.shape == (1, 129) and held_out.counted[:, 1:].sum() == len(corpora[0].tokens[split]) == 26
+    assert BYTES.decode(held_out.tokens[0, 1:]).startswith(first)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
   """A run on one document of 30 bytes: 27 for training, 1 for validation; its context is 32."""
@@ -321,11 +333,15 @@ def test_short_text_has_the_bits_that_it_has_in_front_of_any_other(short_run):
   texts = ("a short text", "a short text" + "x" * 30)
   corpora = [corpora_lib.all_text(write(short_run / "text.txt", text), BYTES, "--data") for text in texts]
   short, longer = (batches_lib.held_out([corpus], "test", 32) for corpus in corpora)
-  with jax.set_mesh(run.mesh):
-    nll, want = (evaluator.token_nll(run.params, run.statistics, batch, "ar")[0] for batch in (short, longer))
-  np.testing.assert_allclose(nll[0, :12], want[0, :12], rtol=1e-6)
+
+  def nll(batch, path):
+    with jax.set_mesh(run.mesh):
+      return evaluator.token_nll(run.params, run.statistics, batch, path)[0][0]
+
+  for path, same in (("ar", 12), ("diagonal:4", 8)):  # of two windows of 8 the second has padding
+    np.testing.assert_allclose(nll(short, path)[:same], nll(longer, path)[:same], rtol=1e-5)
   (entry,) = evaluator(run.params, run.statistics, short, ("ar",))
-  assert entry["bits"] == pytest.approx(nll[0, :13].sum() / np.log(2) / 12, rel=1e-6)  # with the separator
+  assert entry["bits"] == pytest.approx(nll(short, "ar")[:13].sum() / np.log(2) / 12, rel=1e-6)  # with the separator
 
 
 @pytest.mark.slow

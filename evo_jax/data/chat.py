@@ -13,6 +13,8 @@ import datetime
 import json
 from typing import Any
 
+import numpy as np
+
 from evo_jax.data.huggingface import HuggingFace
 from evo_jax.errors import UserError
 
@@ -56,7 +58,37 @@ class ChatTemplate:
     try:
       return self._template.render(**variables, tools=None, documents=None)
     except Exception as error:  # whatever a program may raise
-      raise UserError(f"the chat template refuses these messages: {error or type(error).__name__}") from error
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise UserError(f"the chat template refuses these messages: {reason}") from error
+
+
+class ChatTokenizer:
+  """A tokenizer to which a text that begins is what a user says: `encode` gives the conversation up to the answer.
+
+  begin_id is the first token of the conversation, so that `encode` begins at position 1, as that of others does.
+  Everything else is the tokenizer's.
+  """
+
+  def __init__(self, tokenizer: Any, system: str = ""):
+    """system: the system message; empty: none, or the template's own. Raises UserError as `ChatTemplate`."""
+    self._tokenizer, self._template, self._system = tokenizer, ChatTemplate(tokenizer), system
+    self.begin_id = self._conversation("Hello")[0]
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._tokenizer, name)
+
+  def encode(self, text: str, begins: bool = True) -> np.ndarray:
+    """(n,) ids. begins: whether the text is a user's message, not the continuation of an answer. Raises UserError."""
+    if not begins:
+      return self._tokenizer.encode(text, begins=False)
+    begin, *ids = self._conversation(text)
+    if begin != self.begin_id:
+      raise UserError("the chat template does not begin every conversation with the same token")
+    return np.array(ids, np.uint32)
+
+  def _conversation(self, text: str) -> list[int]:
+    messages = [{"role": "system", "content": self._system}] if self._system else []
+    return self._template.encode([*messages, {"role": "user", "content": text}])
 
 
 def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:

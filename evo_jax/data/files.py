@@ -11,6 +11,8 @@ from evo_jax.data import formats
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
+_COMMAS = 32  # of a file's name that are looked for
+
 
 def find_sources(path: str, field: str) -> list[tuple[str, list[str]]]:
   """The sources of a comma-separated list: the pattern and the sorted files of each. Raises UserError, naming `field`.
@@ -43,7 +45,7 @@ def _split(path: str) -> list[str]:
   """The patterns of a comma-separated list; a comma that is part of an existing file's name separates nothing."""
   pieces, patterns = path.split(","), []
   while pieces:
-    joined = ((n, _as_it_stands(",".join(pieces[:n]))) for n in range(len(pieces), 1, -1))
+    joined = ((n, _as_it_stands(",".join(pieces[:n]))) for n in range(min(len(pieces), _COMMAS), 1, -1))
     count, name = next(((n, name) for n, name in joined if name), (1, None))
     patterns.append(name or _as_it_stands(pieces[0]) or pieces[0].strip())
     del pieces[:count]
@@ -69,13 +71,23 @@ def _matches(pattern: str, field: str) -> list[str]:
   name = os.path.expanduser(pattern)
   if os.path.isdir(name):
     raise UserError(f"{field}: {pattern!r} is a folder; give the files in it, as in {os.path.join(pattern, '*.txt')!r}")
-  if not os.path.lexists(name):
+  if not _exists(name, field):
     root = os.sep if name.startswith(os.sep) else ""
     found = sorted(set(_expand(root, name.strip(os.sep).split(os.sep))))
     return [file for file in found if stat.S_ISREG(_stat(file).st_mode)]
   if not (stat.S_ISREG(_stat(name).st_mode) or stat.S_ISFIFO(_stat(name).st_mode)):
     raise UserError(f"{field}: {pattern!r} is neither a file nor a pipe")
   return [name]
+
+
+def _exists(name: str, field: str) -> bool:
+  try:
+    os.lstat(name)
+  except PermissionError as error:
+    raise UserError(f"{field}: {name!r} cannot be read: {error.strerror}") from error
+  except (OSError, ValueError):  # a name that no file has, or can have
+    return False
+  return True
 
 
 def _expand(folder: str, parts: list[str]) -> Iterator[str]:

@@ -9,8 +9,8 @@ stands for a space, as SentencePiece has it (Llama 2, Mistral). Files of the fol
   generation_config.json    eos_token_id: more ids that end a text
   chat_template.jinja       takes the place of tokenizer_config.json's chat_template
 
-Special tokens are those that one of the files calls special. In text they are text: `encode` gives none of their ids.
-Added tokens that are not special ("<think>") belong to the vocabulary like any other.
+Special tokens are those that one of the files calls special, bos_token and eos_token. In text they are text: `encode`
+gives none of their ids. Added tokens that are not special ("<think>") belong to the vocabulary like any other.
 
 The ids of `Tokenizer`:
 
@@ -78,7 +78,7 @@ class HuggingFace:
     self.chat_template = self._chat_template(config)
     ids = self._find_ids(specification, config, vocabulary)
     self.begin_id, self.separator_id, self.end_ids, self.turn_end_ids = ids
-    self.special = _special_tokens(specification, config, vocabulary, ids)
+    self.special = _special_tokens(specification, config, vocabulary, self.named, ids)
     self._pieces = _pieces(specification, vocabulary, self.special)
     self._around = {token["content"]: (token["lstrip"], token["rstrip"]) for token in specification["added_tokens"]}
     self._specification = _protected(specification, self.special)
@@ -127,7 +127,7 @@ class HuggingFace:
     return "".join(character for character in text if character in lost)
 
   def lengths(self) -> np.ndarray:
-    """(vocab_size,) int64, bytes of normalized text that each token stands for: 0 for special ids.
+    """(vocab_size,) int64, bytes of normalized text that each token stands for: 0 for special tokens.
 
     They add up to the text's UTF-8 bytes where nothing is normalized (`description` says what is) or lost. Where the
     tokenizer puts a space in front of a text, the separator before it has -1, so that the text's sum is right.
@@ -240,7 +240,7 @@ class HuggingFace:
       token = config.get(name)
       token = token.get("content") if isinstance(token, dict) else token  # a string, or an object with more fields
       if token:
-        if token not in vocabulary:
+        if not isinstance(token, str) or token not in vocabulary:
           raise UserError(f"{self.path / 'tokenizer_config.json'}: {name} {token!r} is not in the vocabulary")
         named[name] = token
     return named
@@ -253,7 +253,10 @@ class HuggingFace:
         raise UserError(f"{self.path / 'chat_template.jinja'}: is not UTF-8 text (byte {error.start})") from error
     template = config.get("chat_template") or self._json("chat_template.json").get("chat_template")
     if isinstance(template, list):  # of several templates with names
-      template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+      entries = [entry for entry in template if isinstance(entry, dict)]
+      template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+      raise UserError(f"{self.path / 'tokenizer_config.json'}: chat_template is not a string")
     return template
 
   def _generation_ends(self) -> list[int]:
@@ -316,13 +319,18 @@ def _vocabulary(specification: dict[str, Any]) -> dict[str, int]:
 
 
 def _special_tokens(
-  specification: dict[str, Any], config: dict[str, Any], vocabulary: dict[str, int], ids: _Ids
+  specification: dict[str, Any], config: dict[str, Any], vocabulary: dict[str, int], named: dict[str, str], ids: _Ids
 ) -> dict[str, int]:
-  """By text, the ids of all tokens that one of the files calls special, or that begin, separate or end something."""
-  tokens = [*specification["added_tokens"], *(config.get("added_tokens_decoder") or {}).values()]
-  special = {token.get("content") for token in tokens if token.get("special")}
-  named = {ids.begin, ids.separator, *ids.end, *ids.turn_end}
-  return {token: id_ for token, id_ in vocabulary.items() if token in special or id_ in named}
+  """By text, the ids of bos_token, eos_token, tokens that a file calls special, and added ones that end texts or turns.
+
+  An ordinary token that generation_config.json lets end a text, such as a line end, stays one in text.
+  """
+  more = config.get("added_tokens_decoder")
+  tokens = [*specification["added_tokens"], *(more.values() if isinstance(more, dict) else ())]
+  special = {token.get("content") for token in tokens if isinstance(token, dict) and token.get("special")}
+  added = {token["content"] for token in specification["added_tokens"] if token["id"] in {*ids.end, *ids.turn_end}}
+  special |= added | {named.get("bos_token"), named.get("eos_token")}
+  return {token: id_ for token, id_ in vocabulary.items() if token in special}
 
 
 def _adds_begin(specification: dict[str, Any], config: dict[str, Any], token: str) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 from typing import Protocol
+import uuid
 
 from etils import epath
 import numpy as np
@@ -153,7 +154,7 @@ class SentencePiece:
     self.identity = f"sentencepiece:{hashlib.sha256(self.proto).hexdigest()[:16]}"
     self._space = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
     ids = self.encode(_PROBE)
-    if self.decode(ids) != _PROBE or self.lengths()[ids].sum() != len(_PROBE.encode()):
+    if self.decode(ids) != _PROBE or sum(map(self._piece_length, ids.tolist())) != len(_PROBE.encode()):
       raise UserError(f"{self.path}: does not keep text as it is; train a model with python -m evo_jax.tokenizer")
 
   def encode(self, text: str | bytes) -> np.ndarray:
@@ -224,7 +225,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed
   if not 1 <= vocab_size < 2**31:
     raise UserError(f"--vocab_size={vocab_size}: is not in 1..2147483647")
   folder = epath.Path(output)
-  temporary = folder / f".{MODEL_FILE}.tmp"
+  temporary = folder / f".{MODEL_FILE}.{uuid.uuid4().hex}"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(b"")  # before the work, not after it

@@ -72,7 +72,7 @@ def open_gguf(path: str | os.PathLike) -> "GgufFile":
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
   except Exception as error:  # the reader checks little: what is cut off or damaged fails somewhere in it
-    kind = re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+    kind = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
     reason = f"a tensor is of GGUF type {kind[1]}, which the package gguf does not know" if kind else str(error)
     raise UserError(f"{path}: is not a GGUF file, or cut off or damaged ({reason})") from error
   return GgufFile(str(path), reader, gguf.dequantize)
