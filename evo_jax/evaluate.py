@@ -19,9 +19,9 @@ Paths, over windows of the training size (or --window), each after the text befo
   spread:h      the leftmost, all of less than h bits, and others that are far enough apart
   error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
-Text is cut into consecutive sequences of the model's context, or of --length tokens, each without what came before it; the remainder at the
-end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals of two lengths are
-among the paths, the path gap is printed too.
+Text is cut into consecutive sequences of the model's context, or of --length tokens, each without what came before it;
+the remainder at the end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals
+of two lengths are among the paths, the path gap is printed too.
 """
 
 import json
