@@ -162,6 +162,7 @@ def test_decoding_continues_the_clean_stream(small, tokens):
     {},
     pytest.param({"model__isolate_documents": True}, marks=pytest.mark.slow),
     pytest.param({"model__remat": "full", "model__attention_block": 8}, marks=pytest.mark.slow),
+    pytest.param({"model__remat": "save:qkv", "model__qk_norm": True, "model__qkv_bias": True}, marks=pytest.mark.slow),
   ],
   ids=str,
 )

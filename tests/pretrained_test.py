@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from processes_test import processes
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -233,6 +234,7 @@ def test_shards_have_an_index(imported, tmp_path):
   original, workdir, _ = imported("mistral")
   run = load_run(str(workdir), mesh=one_device())
   files = exporter.export_run(run, str(workdir), str(tmp_path / "out"), shard_bytes=30_000)
+  assert {(tmp_path / "out" / f).stat().st_mode for f in files} == {(tmp_path / "out" / "README.md").stat().st_mode}
   assert [f for f in files if f.startswith("model-")] == [f"model-{i:05d}-of-00003.safetensors" for i in range(1, 4)]
   opened, before = (source.open_source(str(folder)) for folder in (tmp_path / "out", original))
   assert opened.names() == before.names()
@@ -254,6 +256,22 @@ def test_a_mesh_gives_and_takes_the_same(imported, tmp_path):
   for name, value in leaves(one).items():
     if not any(part in name for part in own):
       np.testing.assert_array_equal(np.asarray(value), np.asarray(leaves(other)[name]), err_msg=name)
+  opened, before = (source.open_source(str(folder)) for folder in (tmp_path / "out", original))
+  assert all(np.array_equal(opened.read(name), before.read(name)) for name in before.names())
+
+
+@pytest.mark.slow
+def test_several_processes_give_and_take_the_same(imported, tmp_path):
+  original, _, _ = imported("qwen25")
+  for arguments in (
+    (f"--source={original}", f"--workdir={tmp_path / 'run'}", "--mesh=data:1,fsdp:2"),
+    (f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'out'}", "--mesh=data:1,fsdp:2"),
+  ):
+    with processes(2, arguments, "evo_jax.convert") as started:
+      ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert str(tmp_path) in ended[0][0] and str(tmp_path) not in ended[1][0]  # one of them speaks
+  assert sorted(os.listdir(tmp_path)) == ["out", "run"]
   opened, before = (source.open_source(str(folder)) for folder in (tmp_path / "out", original))
   assert all(np.array_equal(opened.read(name), before.read(name)) for name in before.names())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import traverse_util
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
@@ -55,6 +56,7 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
     config = architectures.describe_model(run.config.model, dtype or run.config.model.param_dtype, rows)
   else:
     config = dict(record["config"])
+  files = []
   writer = _Writer(folder) if jax.process_index() == 0 else contextlib.nullcontext()
   with writer as staging:
     kinds = {}
@@ -67,8 +69,10 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
       _name_shards(staging, kinds)
       _save(own, staging / evo_file.NAME, {"evo_config": json.dumps(config_lib.to_dict(run.config))})
       _write_small_files(run, saved, record, config, {kind for _, kind, _ in kinds.values()}, staging)
-      return sorted(file.name for file in staging.iterdir())
-  return []
+      files = sorted(file.name for file in staging.iterdir())
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("export")
+  return files
 
 
 class _Writer:
@@ -104,7 +108,10 @@ def _save(values: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -
   free, size = shutil.disk_usage(file.parent).free, sum(value.nbytes for value in values.values())
   if free < size:
     raise OSError(28, f"{file.name} needs {size:,} bytes, {free:,} are free")
+  file.touch()  # with the mode that the user's files have; safetensors would make it unreadable for others
+  mode = file.stat().st_mode
   save_file({name: np.asarray(value, order="C") for name, value in values.items()}, file, metadata)
+  file.chmod(mode)
 
 
 def _shards(
