@@ -127,5 +127,5 @@ def test_a_prompt_is_wrapped_into_a_conversation(name):
   system = [{"role": "system", "content": "Be brief."}, *messages]
   wrapped = ChatTokenizer(tokenizer, "Be brief.").encode(messages[0]["content"])
   assert [chat.begin_id, *wrapped] == ChatTemplate(tokenizer).encode(system)
-  assert chat.encode(" a", begins=False).tolist() == tokenizer.encode(" a", begins=False).tolist()
+  assert chat.continuing.encode(" a").tolist() == tokenizer.encode(" a", begins=False).tolist()
   assert chat.end_ids == tokenizer.end_ids and chat.decode(ids[-3:]) == tokenizer.decode(ids[-3:])

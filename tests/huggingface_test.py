@@ -86,7 +86,7 @@ def test_lengths_of_pieces_of_a_text(name):
   special = set(tokenizers.special_ids(tokenizer)) | set(tokenizer.special.values())
   assert all(lengths[i] == 0 for i in special - {tokenizer.separator_id})
   assert lengths.shape == (tokenizer.vocab_size,)
-  first, rest = tokenizer.encode("the river"), tokenizer.encode(" runs", begins=False)
+  first, rest = tokenizer.encode("the river"), tokenizers.continuing(tokenizer).encode(" runs")
   assert lengths[[*first, *rest]].sum() == len("the river runs") + (lengths[tokenizer.separator_id] < 0)
   assert tokenizer.decode(np.concatenate([first, rest])) == "the river runs"
 
@@ -207,10 +207,14 @@ def test_a_text_grows_as_its_tokens_do(name):
   assert shown == "世界 \U0001f99c!"
 
 
-def test_a_continuation_keeps_its_space():
-  tokenizer = load("llama2")
-  ids = tokenizer.encode("the river")
-  assert tokenizer.decode(ids) == "the river" and tokenizer.decode(ids, begins=False) == " the river"
+@pytest.mark.parametrize("name", NAMES)
+def test_a_continuation_keeps_its_space_and_gets_none(name):
+  tokenizer = load(name)
+  rest = tokenizers.continuing(tokenizer)
+  ids = [*tokenizer.encode("the"), *rest.encode(" river"), *rest.encode("s")]
+  assert tokenizer.decode(ids) == "the rivers" and rest.decode(rest.encode(" river")) == " river"
+  assert rest.vocab_size == tokenizer.vocab_size
+  assert tokenizers.continuing(tokenizers.Bytes()).decode(np.array([1])) == "\0"
 
 
 def test_files_make_the_same_tokenizer(tmp_path):

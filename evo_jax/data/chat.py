@@ -63,10 +63,10 @@ class ChatTemplate:
 
 
 class ChatTokenizer:
-  """A tokenizer to which a text that begins is what a user says: `encode` gives the conversation up to the answer.
+  """A tokenizer to which a text is what a user says: `encode` gives the conversation up to the answer.
 
   begin_id is the first token of the conversation, so that `encode` begins at position 1, as that of others does.
-  Everything else is the tokenizer's.
+  Everything else is the tokenizer's, also what `continuing` gives, for the answer.
   """
 
   def __init__(self, tokenizer: Any, system: str = ""):
@@ -77,10 +77,8 @@ class ChatTokenizer:
   def __getattr__(self, name: str) -> Any:
     return getattr(self._tokenizer, name)
 
-  def encode(self, text: str, begins: bool = True) -> np.ndarray:
-    """(n,) ids. begins: whether the text is a user's message, not the continuation of an answer. Raises UserError."""
-    if not begins:
-      return self._tokenizer.encode(text, begins=False)
+  def encode(self, text: str) -> np.ndarray:
+    """(n,) ids of the conversation behind its first token. Raises UserError where the template refuses the text."""
     begin, *ids = self._conversation(text)
     if begin != self.begin_id:
       raise UserError("the chat template does not begin every conversation with the same token")

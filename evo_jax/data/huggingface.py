@@ -94,8 +94,13 @@ class HuggingFace:
     begins: whether the text is the beginning of one. Some tokenizers put a space in front of a beginning.
     """
     text = text.decode() if isinstance(text, bytes) else text
-    ids = self._ids(self._tokenizer if begins or not self._prefixed else self._continuing, text)
+    ids = self._ids(self._tokenizer if begins or not self._prefixed else self._unprefixed, text)
     return np.asarray(ids, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+  @property
+  def continuing(self) -> "Continuing":
+    """This tokenizer for what continues a text."""
+    return Continuing(self)
 
   def encode_with_special(self, text: str, hidden: dict[str, str]) -> list[int]:
     """Ids of a text whose special tokens are meant as such.
@@ -197,7 +202,7 @@ class HuggingFace:
     return tokenizer
 
   @functools.cached_property
-  def _continuing(self):
+  def _unprefixed(self):
     """The same tokenizer without a space in front of text."""
     return self._load(_without_prefix(self._specification))
 
@@ -223,7 +228,7 @@ class HuggingFace:
   def _keeps(self, character: str) -> bool:
     if character == _SPACE and not _is_byte_level(self._specification):
       return False
-    text = self._decode(self._ids(self._continuing if self._prefixed else self._tokenizer, character))
+    text = self._decode(self._ids(self._unprefixed if self._prefixed else self._tokenizer, character))
     normalizer = self._tokenizer.normalizer
     return text == character or (bool(normalizer) and text.strip() == normalizer.normalize_str(character).strip(_SPACE))
 
@@ -287,6 +292,24 @@ class HuggingFace:
       turn_ends = {*ends[:1]} or {separator}
     adds_begin = begin is not None and _adds_begin(specification, config, self.named["bos_token"])
     return _Ids(begin if adds_begin else separator, separator, tuple(sorted(all_ends)), tuple(sorted(turn_ends)))
+
+
+class Continuing:
+  """A tokenizer for the continuation of a text: no space is put in front, or taken away."""
+
+  def __init__(self, tokenizer: HuggingFace):
+    self._tokenizer = tokenizer
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._tokenizer, name)
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """As `HuggingFace.encode`."""
+    return self._tokenizer.encode(text, begins=False)
+
+  def decode(self, tokens: np.ndarray) -> str:
+    """As `HuggingFace.decode`."""
+    return self._tokenizer.decode(tokens, begins=False)
 
 
 def _read_files(folder: epath.Path) -> dict[str, bytes]:

@@ -50,6 +50,11 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
   return sorted({tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids})
 
 
+def continuing(tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer for what continues a text. It differs where a tokenizer puts a space in front of text."""
+  return getattr(tokenizer, "continuing", tokenizer)
+
+
 class Bytes:
   """UTF-8 bytes: byte b is token b + 1."""
 

@@ -5,7 +5,7 @@ and k of the architecture "llama", which GGUF keeps with each rotated pair side 
 all first elements of a head's pairs, then all second ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import os
 import re
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 
 from evo_jax.errors import UserError
 from evo_jax.pretrained import gguf_tokenizer
+from evo_jax.pretrained.gguf_header import Tensor, read_header
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _TENSORS = {
   "token_embd.weight": "model.embed_tokens.weight",
   "output_norm.weight": "model.norm.weight",
@@ -59,6 +60,7 @@ _KEYS = (
   "rope.scaling.finetuned",
   "tensor_data_layout",
 )
+_NONE = ("expert_count", "expert_used_count")  # harmless where they are 0
 
 
 def open_gguf(path: str | os.PathLike) -> "GgufFile":
@@ -68,14 +70,9 @@ def open_gguf(path: str | os.PathLike) -> "GgufFile":
   except ImportError as error:
     raise UserError(f"{path}: GGUF files need the package gguf: pip install 'evo_jax[pretrained]'") from error
   try:
-    reader = gguf.GGUFReader(path)
+    return GgufFile(str(path), *read_header(path, gguf), gguf)
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-  except Exception as error:  # the reader checks little: what is cut off or damaged fails somewhere in it
-    kind = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
-    reason = f"a tensor is of GGUF type {kind[1]}, which the package gguf does not know" if kind else str(error)
-    raise UserError(f"{path}: is not a GGUF file, or cut off or damaged ({reason})") from error
-  return GgufFile(str(path), reader, gguf.dequantize)
 
 
 class GgufFile:
@@ -84,49 +81,49 @@ class GgufFile:
   config: as in config.json. generation: as in generation_config.json.
   """
 
-  def __init__(self, path: str, reader, dequantize):
-    """reader: a gguf.GGUFReader. dequantize: gguf.dequantize. Raises UserError for what cannot be represented."""
-    self.description, self._reader, self._dequantize = path, reader, dequantize
-    self._metadata = _Metadata(reader.fields)
-    if reader.byte_order != "I":
-      raise UserError(f"{path}: is of the other byte order than this machine")
-    if self._metadata.get("general.type", "model") != "model":
-      raise UserError(f"{path}: general.type is {self._metadata['general.type']!r}, not 'model'")
-    if self._metadata.get("split.count", 1) > 1:
-      raise UserError(f"{path}: is one of {self._metadata['split.count']} parts; join them by llama-gguf-split --merge")
-    self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-    self._gguf_names = {_huggingface_name(name, path): name for name in self._tensors if name != _ROPE_FREQS}
+  def __init__(self, path: str, metadata: dict[str, Any], tensors: dict[str, Tensor], library):
+    """library: the package gguf. Raises UserError for what cannot be represented."""
+    self.description, self._metadata, self._tensors, self._library = path, metadata, tensors, library
+    if metadata.get("general.type", "model") != "model":
+      raise UserError(f"{path}: general.type is {metadata['general.type']!r}, not 'model'")
+    if metadata.get("split.count", 1) > 1:
+      raise UserError(f"{path}: is one of {metadata['split.count']} parts; join them by llama-gguf-split --merge")
+    self.config = _config(metadata, tensors, path)
+    self._gguf_names = {_huggingface_name(name, path): name for name in tensors if name != _ROPE_FREQS}
     self._check_types()
-    self.config = _config(self._metadata, self._tensors, path)
-    self.generation = gguf_tokenizer.generation_config(self._metadata)
+    self.generation = gguf_tokenizer.generation_config(metadata)
 
   def names(self) -> list[str]:
     """Of all tensors."""
     return sorted(self._gguf_names)
 
+  def _tensor(self, name: str) -> Tensor:
+    return self._tensors[self._gguf_names[name]]
+
   def shape(self, name: str) -> tuple[int, ...]:
     """Of a tensor."""
-    return tuple(int(size) for size in reversed(self._tensors[self._gguf_names[name]].shape))
+    return self._tensor(name).shape
 
   def dtype(self, name: str) -> str:
     """Of a tensor as `read` gives it: F32, F16, BF16."""
-    stored = self._tensors[self._gguf_names[name]].tensor_type.name
+    stored = self._tensor(name).kind.name
     return stored if stored in _DTYPES else "F32"
 
   def read(self, name: str) -> np.ndarray:
     """A tensor in memory: float32, float16 or ml_dtypes.bfloat16."""
-    tensor = self._tensors[self._gguf_names[name]]
-    if tensor.tensor_type.name in ("F32", "F16"):
-      array = np.array(tensor.data)
-    elif tensor.tensor_type.name == "BF16":
-      array = np.array(tensor.data).view(ml_dtypes.bfloat16).reshape(self.shape(name))
-    else:
-      array = self._dequantize(tensor.data, tensor.tensor_type)
+    array = self._stored(self._tensor(name))
     config, part = self.config, re.search(r"\.([qk])_proj\.", name)
     if part and config["model_type"] == "llama":
       heads = config["num_attention_heads"] if part[1] == "q" else config["num_key_value_heads"]
       array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
     return array
+
+  def _stored(self, tensor: Tensor) -> np.ndarray:
+    """A tensor, its rows as the file has them."""
+    if tensor.kind.name in _DTYPES:
+      return np.array(tensor.data).view(_DTYPES[tensor.kind.name]).reshape(tensor.shape)
+    rows = tensor.data.reshape(*tensor.shape[:-1], -1)
+    return self._library.dequantize(rows, tensor.kind)
 
   def tokenizer_files(self) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and generation_config.json, rebuilt from the metadata. Raises UserError."""
@@ -134,42 +131,20 @@ class GgufFile:
 
   def close(self) -> None:
     """Lets go of the file."""
-    self._reader, self._tensors, self._metadata = None, {}, {}
+    self._tensors, self._metadata = {}, {}
 
   def _check_types(self) -> None:
     """Raises UserError for the first tensor whose type cannot be read."""
-    known = set()
+    known = {}
     for name, tensor in self._tensors.items():
-      kind = tensor.tensor_type
-      if kind in known:
-        continue
+      known.setdefault(tensor.kind, (name, tensor))
+    for kind, (name, tensor) in known.items():
       try:
-        if kind.name.startswith(("I8", "I16", "I32", "I64", "F64")):
-          raise NotImplementedError
-        self._dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+        if kind.name not in _DTYPES:
+          block_bytes = self._library.GGML_QUANT_SIZES[kind][1]
+          self._library.dequantize(tensor.data[:block_bytes].reshape(1, -1), kind)
       except NotImplementedError as error:
         raise UserError(f"{self.description}: {name} is of GGUF type {kind.name}, which cannot be read") from error
-      known.add(kind)
-
-
-class _Metadata(Mapping):
-  """A GGUF file's values by key, each decoded when it is asked for and then kept."""
-
-  def __init__(self, fields: Mapping[str, Any]):
-    self._fields, self._values = fields, {}
-
-  def __getitem__(self, key: str) -> Any:
-    if key not in self._values:
-      value, last = self._fields[key].contents(), self._fields[key].types[-1].name
-      # A float32 as the shortest decimal that names it, which is what it was written from: 1e-05.
-      self._values[key] = float(str(np.float32(value))) if last == "FLOAT32" and isinstance(value, float) else value
-    return self._values[key]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._fields)
-
-  def __len__(self) -> int:
-    return len(self._fields)
 
 
 def _huggingface_name(name: str, path: str) -> str:
@@ -181,19 +156,20 @@ def _huggingface_name(name: str, path: str) -> str:
   return f"model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.{match[3]}"
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, Any]:
   """The model's config.json. Raises UserError that names a key."""
   architecture = metadata.get("general.architecture")
   if architecture not in _ARCHITECTURES:
     raise UserError(f"{path}: architecture {architecture!r} cannot be read; {', '.join(_ARCHITECTURES)} can")
   for key in metadata:
-    if key.startswith(architecture + ".") and key.removeprefix(architecture + ".") not in _KEYS:
+    of, _, name = key.partition(".")
+    if of == architecture and name not in _KEYS and (name not in _NONE or metadata[key]):
       raise UserError(f"{path}: {key} = {metadata[key]!r} is not known, and might change the result")
   get = lambda key, default=None: _number(metadata, f"{architecture}.{key}", default, path)
   if "token_embd.weight" not in tensors:
     raise UserError(f"{path}: has no tensor token_embd.weight")
   heads, width = get("attention.head_count"), get("embedding_length")
-  head_dim = get("attention.key_length", width // heads)
+  head_dim = get("attention.key_length", width // max(heads, 1))
   for key in ("attention.value_length", "rope.dimension_count"):
     if get(key, head_dim) != head_dim:
       raise UserError(f"{path}: {architecture}.{key} = {get(key)} is not the head size {head_dim}")
@@ -210,9 +186,9 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], path: str) 
     "max_position_embeddings": get("context_length"),
     "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
     "rope_theta": get("rope.freq_base", 10_000.0),
-    "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+    "vocab_size": tensors["token_embd.weight"].shape[0],
     "tie_word_embeddings": "output.weight" not in tensors,
-    "torch_dtype": _DTYPES.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
+    "torch_dtype": _DTYPES.get(tensors["token_embd.weight"].kind.name, _DTYPES["F32"]).name,
     "rope_scaling": _rope_scaling(metadata, architecture, tensors, head_dim, path),
     **gguf_tokenizer.generation_config(metadata),
   }
@@ -229,16 +205,18 @@ def _number(metadata: Mapping[str, Any], key: str, default: Any, path: str) -> A
     raise UserError(f"{path}: has no {key}")
   if isinstance(value, list):
     raise UserError(f"{path}: {key} has a value for each layer, which cannot be represented")
+  if not isinstance(value, int | float) or value < 0:
+    raise UserError(f"{path}: {key} = {value!r} is not a number of that kind")
   return value
 
 
 def _rope_scaling(
-  metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, Any], head_dim: int, path: str
+  metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor], head_dim: int, path: str
 ) -> dict[str, Any] | None:
   """As in config.json; None: there is no scaling."""
   get = lambda key, default: metadata.get(f"{architecture}.rope.{key}", default)
   if _ROPE_FREQS in tensors:
-    return _llama3_scaling(np.array(tensors[_ROPE_FREQS].data), get("freq_base", 10_000.0), head_dim, path)
+    return _llama3_scaling(tensors[_ROPE_FREQS].data.view(np.float32), get("freq_base", 10_000.0), head_dim, path)
   kind, factor = get("scaling.type", None), get("scaling.factor", get("scale_linear", 1.0))
   kind = kind or ("none" if factor == 1 else "linear")
   if kind == "none" or (kind == "linear" and factor == 1):

@@ -128,8 +128,8 @@ def _tokens_and_types(metadata: Mapping[str, Any], where: str) -> tuple[list[str
 
 def _special_id(metadata: Mapping[str, Any], key: str, tokens: list[str], where: str) -> int | None:
   id_ = metadata.get(f"tokenizer.ggml.{key}")
-  if id_ is not None and not 0 <= id_ < len(tokens):
-    raise UserError(f"{where}: tokenizer.ggml.{key} = {id_} is not among the {len(tokens)} tokens")
+  if id_ is not None and not (isinstance(id_, int) and 0 <= id_ < len(tokens)):
+    raise UserError(f"{where}: tokenizer.ggml.{key} = {id_!r} is not among the {len(tokens)} tokens")
   return id_
 
 
