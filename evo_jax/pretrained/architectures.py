@@ -98,6 +98,8 @@ def read_model(values: dict[str, Any], where: str, ignored: tuple[str, ...] = ()
         f"{where}: {field}: {_shortened(value)} is not known, and may change the result; if not: --ignore={field}"
       )
   fields = {ours: _size(values, theirs, name, where) for theirs, ours in _SIZES.items()}
+  if fields["head_dim"] * fields["heads"] == fields["width"]:
+    fields["head_dim"] = 0  # said or not said, it is the same model
   _refuse_sliding_windows(values, fields, where)
   return {
     **fields,
