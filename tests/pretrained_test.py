@@ -61,6 +61,7 @@ def difference(name, model, params):
   """The largest difference of logits from transformers', and their standard deviation."""
   want = reference(name)
   got = jax.jit(model.apply)({"params": params}, want["tokens"][None])[0]
+  assert np.all(np.asarray(got)[:, TOKENS:] < -1e8)  # rows without a token
   got, want = np.asarray(got)[want["positions"], :TOKENS], want["logits"][:, :TOKENS]
   return np.abs(got - want).max(), want.std()
 
@@ -564,10 +565,10 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path):
     (("--source=hf://name", "--workdir=x"), "--source=hf://name: is not hf://OWNER/NAME"),
     (("--source=a", "--workdir=x", "--step=3"), "--step: does not go with --source"),
     (("--export=a", "--workdir=x", "--dtype=float32"), "--dtype: does not go with --export"),
-    (("--export=tests", "--workdir=x"), "--export=tests: exists, and is not an empty folder"),
+    (("--export=tests", "--workdir=x"), "/tests: exists, and is not an empty folder"),
     (("--export=gs://x/y", "--workdir=x"), "--export=gs://x/y: is no local folder"),
     (("--export=newfolder", "--workdir=nowhere"), "--workdir=nowhere: is no folder"),
-    ((f"--source={REFERENCES / 'qwen3'}", "--workdir=tests"), "--workdir=tests: exists, and is not an empty folder"),
+    ((f"--source={REFERENCES / 'qwen3'}", "--workdir=tests"), "/tests: exists, and is not an empty folder"),
     ((f"--source={REFERENCES / 'qwen3'}", "--workdir=x", "--context=500"), "--context=500: is more than the 128"),
     ((f"--source={REFERENCES / 'qwen3'}", "--workdir=x", "--windows=nowhere"), "nowhere: cannot be read"),
   ],

@@ -2,25 +2,22 @@
 whole Evo model again."""
 
 from collections.abc import Iterator
-import contextlib
 import functools
 import json
-from pathlib import Path
-import shutil
+import os
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 from evo_jax import config as config_lib
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
-from evo_jax.pretrained import architectures, evo_file, tensors
+from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.importer import read_record
 from evo_jax.pretrained.tokenizer_json import describe_tokenizer
 from evo_jax.run import Run
@@ -29,18 +26,17 @@ from evo_jax.training import checkpoint
 _INDEX = "model.safetensors.index.json"
 
 
-def check_output(output: str) -> Path:
+def check_output(output: str) -> epath.Path:
   """The folder that --export names. Raises UserError where it is there and not an empty folder."""
-  folder = Path(output).expanduser().absolute()
   if "://" in output:
     raise UserError(f"--export={output}: is no local folder")
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise UserError(f"--export={output}: exists, and is not an empty folder")
+  folder = epath.Path(output).expanduser().absolute()
+  staging.check_place(folder, "export")
   return folder
 
 
 def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes: int = 2**31) -> list[str]:
-  """Writes the run that was loaded from `workdir`; the names of the files. To be called by all processes.
+  """Writes the run that was loaded from `workdir`; the names of the files, in process 0. To be called by all processes.
 
   dtype: of the tensors; "": each as it came in, if that loses nothing, else as it was trained. Raises UserError; then
   `output` is as it was.
@@ -56,62 +52,29 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
     config = architectures.describe_model(run.config.model, dtype or run.config.model.param_dtype, rows)
   else:
     config = dict(record["config"])
-  files = []
-  writer = _Writer(folder) if jax.process_index() == 0 else contextlib.nullcontext()
-  with writer as staging:
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves((run.params, run.statistics)))
+  staging.check_space(folder, "export", size)
+  with staging.staged(folder, "export") as place:
     kinds = {}
     for shard, values in enumerate(_shards(run, parts, stored, dtype, shard_bytes), 1):
-      if staging is not None:
-        kinds |= {name: (shard, value.dtype.name, value.nbytes) for name, value in values.items()}
-        _save(values, staging / _shard_name(shard), {"format": "pt"})
+      kinds |= {name: (shard, value.dtype.name, value.nbytes) for name, value in values.items()}
+      _save(values, place / _shard_name(shard), {"format": "pt"})
     own = _own_tensors(run, {part.path for part in parts}, rows)
-    if staging is not None:
-      _name_shards(staging, kinds)
-      _save(own, staging / evo_file.NAME, {"evo_config": json.dumps(config_lib.to_dict(run.config))})
-      _write_small_files(run, saved, record, config, {kind for _, kind, _ in kinds.values()}, staging)
-      files = sorted(file.name for file in staging.iterdir())
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("export")
-  return files
+    _save(own, place / evo_file.NAME, {"evo_config": json.dumps(config_lib.to_dict(run.config))})
+    dtypes = {kind for _, kind, _ in kinds.values()}
+    staging.on_first_process(lambda: _name_shards(place, kinds))
+    staging.on_first_process(lambda: _write_small_files(run, saved, record, config, dtypes, place))
+  return [] if jax.process_index() else sorted(file.name for file in folder.iterdir())
 
 
-class _Writer:
-  """A folder beside the output, which takes its place when all is written and is removed if something fails."""
-
-  def __init__(self, folder: Path):
-    self._folder, self._staging = folder, folder.parent / f".{folder.name}.partial"
-
-  def __enter__(self) -> Path:
-    shutil.rmtree(self._staging, ignore_errors=True)
-    try:
-      self._staging.mkdir(parents=True)
-    except OSError as error:
-      raise self._problem(error) from error
-    return self._staging
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if kind is None:
-      if self._folder.exists():
-        self._folder.rmdir()
-      self._staging.rename(self._folder)
-      return
-    shutil.rmtree(self._staging, ignore_errors=True)
-    if isinstance(error, (OSError, safetensors.SafetensorError)):
-      raise self._problem(error) from error
-
-  def _problem(self, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"--export={self._folder}: cannot be written: {reason}")
-
-
-def _save(values: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
-  free, size = shutil.disk_usage(file.parent).free, sum(value.nbytes for value in values.values())
-  if free < size:
-    raise OSError(28, f"{file.name} needs {size:,} bytes, {free:,} are free")
+def _save(values: dict[str, np.ndarray], file: epath.Path, metadata: dict[str, str]) -> None:
+  """Writes a file of tensors, in process 0."""
+  if jax.process_index():
+    return
   file.touch()  # with the mode that the user's files have; safetensors would make it unreadable for others
-  mode = file.stat().st_mode
-  save_file({name: np.asarray(value, order="C") for name, value in values.items()}, file, metadata)
-  file.chmod(mode)
+  mode = file.stat().mode
+  save_file({name: np.asarray(value, order="C") for name, value in values.items()}, str(file), metadata)
+  os.chmod(file, mode)
 
 
 def _shards(
@@ -170,27 +133,27 @@ def _shard_name(number: int, of: int = 0) -> str:
   return f"model-{number:05d}-of-{of:05d}.safetensors"
 
 
-def _name_shards(staging: Path, kinds: dict[str, tuple[int, str, int]]) -> None:
+def _name_shards(place: epath.Path, kinds: dict[str, tuple[int, str, int]]) -> None:
   """Gives the files their final names, and writes the index where there are several."""
   count = max(shard for shard, _, _ in kinds.values())
   if count == 1:
-    (staging / _shard_name(1)).rename(staging / "model.safetensors")
+    (place / _shard_name(1)).rename(place / "model.safetensors")
     return
   for shard in range(1, count + 1):
-    (staging / _shard_name(shard)).rename(staging / _shard_name(shard, count))
+    (place / _shard_name(shard)).rename(place / _shard_name(shard, count))
   index = {
     "metadata": {"total_size": sum(size for _, _, size in kinds.values())},
     "weight_map": {name: _shard_name(shard, count) for name, (shard, _, _) in sorted(kinds.items())},
   }
-  _write_json(staging / _INDEX, index)
+  _write_json(place / _INDEX, index)
 
 
-def _write_json(file: Path, value: Any) -> None:
+def _write_json(file: epath.Path, value: Any) -> None:
   file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _write_small_files(
-  run: Run, saved: Any, record: dict[str, Any] | None, config: dict[str, Any], dtypes: set[str], staging: Path
+  run: Run, saved: Any, record: dict[str, Any] | None, config: dict[str, Any], dtypes: set[str], place: epath.Path
 ) -> None:
   """Configuration, tokenizer, generation's configuration, model card."""
   if len(dtypes) == 1:
@@ -205,18 +168,18 @@ def _write_small_files(
     generation = record["generation"]
     files = {file.name: file.read_bytes() for file in (saved / "tokenizer").iterdir()}
   for name, content in files.items():
-    (staging / name).write_bytes(content)
+    (place / name).write_bytes(content)
   if generation:
-    _write_json(staging / "generation_config.json", generation)
-  _write_json(staging / "config.json", config)
-  (staging / "README.md").write_text(_card(run, record, config))
+    _write_json(place / "generation_config.json", generation)
+  _write_json(place / "config.json", config)
+  (place / "README.md").write_text(_card(run, record, config))
 
 
 def _card(run: Run, record: dict[str, Any] | None, config: dict[str, Any]) -> str:
   """The model card."""
   model = run.config.model
   count = evo_lib.count_parameters(model, run.tokenizer.vocab_size)
-  origin = "trained from nothing" if record is None else f"from `{record['source']}`"
+  origin = "trained from nothing" if record is None else f"from `{record['source']}`, whose licence holds"
   trained = f", trained for {run.step:,} steps on `{run.config.data.path}`" if run.step else ""
   return f"""---
 library_name: transformers

@@ -5,20 +5,15 @@ begins as in training from nothing, except codes, which begin as a random projec
 near codes.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
 import dataclasses
 import functools
 import json
-import shutil
-import time
 from typing import Any
 
 from etils import epath
 from flax import traverse_util
 from flax.core import meta
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +24,7 @@ from evo_jax.flow import latents
 from evo_jax.flow.statistics import init_statistics
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
-from evo_jax.pretrained import architectures, evo_file, tensors
+from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.evo_file import EvoFile
 from evo_jax.pretrained.source import Source
 from evo_jax.training import checkpoint
@@ -44,7 +39,7 @@ _CONTINUED = {
   "data": {"tokenizer": "huggingface", "batch_size": 8},
   "loss": {"chunk": 8192},
   "model": {"remat": "full"},
-  "eval": {"paths": ("ar", "diagonal:4"), "train_paths": ("ar",), "batch_size": 4},
+  "eval": {"paths": ("ar", "diagonal:4"), "train_paths": ("ar",), "batch_size": 4, "sequences": 32},
 }
 
 
@@ -85,23 +80,22 @@ def import_model(
   config = make_config(source, options, windows)
   left_out = check_tensors(source, config.model)
   folder = checkpoint.resolve_workdir(workdir)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise UserError(f"--workdir={workdir}: exists, and is not an empty folder")
-  _check_space(folder, config.model)
-  with _staged(folder, source.description) as staging:
-    _on_first_process(functools.partial(_write_tokenizer, source, staging / "tokenizer"))
-    tokenizer = _load_tokenizer(source, config, staging / "tokenizer")
+  foreign = sum(int(np.prod(part.shape)) for part in tensors.parts(config.model, config.model.vocab_size))
+  staging.check_place(folder, "workdir")
+  staging.check_space(folder, "workdir", foreign * jnp.dtype(config.model.param_dtype).itemsize)
+  with staging.staged(folder, "workdir") as place:
+    staging.on_first_process(lambda: _write_tokenizer(source, place / "tokenizer"))
+    tokenizer = _load_tokenizer(source, config, place / "tokenizer")
     model = state_lib.make_model(config, tokenizer, mesh)
     items = load_items(source, model, config, mesh, windows)
-    store = checkpoint.CheckpointStore(staging, keep=None)
+    store = checkpoint.CheckpointStore(place, keep=None)
     try:
       store.save(0, items)
       store.wait()
     finally:
       store.close()
     parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
-    _on_first_process(functools.partial(_write_records, source, config, tokenizer, parameters, staging))
-  foreign = sum(int(np.prod(part.shape)) for part in tensors.parts(config.model, config.model.vocab_size))
+    staging.on_first_process(lambda: _write_records(source, config, tokenizer, parameters, place))
   return Imported(config, tokenizer, parameters, parameters - foreign, left_out)
 
 
@@ -243,74 +237,6 @@ def _init_statistics(config: config_lib.Config, vocab_size: int, codes_VxM: jax.
   return init_statistics(key, latents.unit(codes_VxM), vocab_size, config.warp)
 
 
-@contextlib.contextmanager
-def _staged(folder: epath.Path, source: str) -> Iterator[epath.Path]:
-  """A folder beside `folder` that takes its place when everything is in it, and is removed if something fails.
-
-  In a bucket, where nothing can be renamed at once, it is the folder itself, whose config.json comes last. source: what
-  errors name instead of the copy of its tokenizer.
-  """
-  is_local = "://" not in str(folder)
-  staging = folder.parent / f".{folder.name}.partial" if is_local else folder
-
-  def make():
-    if is_local and staging.exists():
-      staging.rmtree()  # of an import that was killed
-    staging.mkdir(parents=True, exist_ok=True)
-
-  def move():
-    if is_local and folder.exists():
-      folder.rmdir()
-    if is_local:
-      staging.rename(folder)
-
-  try:
-    _on_first_process(make)
-    yield staging
-    _on_first_process(move)
-  except BaseException as error:
-    if is_local and jax.process_index() == 0:
-      _remove(staging)
-    if isinstance(error, OSError):
-      raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    if isinstance(error, UserError):
-      message = str(error).replace(str(staging / "tokenizer"), source).replace(str(staging), str(folder))
-      raise UserError(message) from error
-    raise
-
-
-def _remove(folder: epath.Path) -> None:
-  """Removes a folder into which threads of a checkpoint that failed may still write for a moment."""
-  for _ in range(40):
-    shutil.rmtree(folder, ignore_errors=True)
-    time.sleep(0.05)
-    if not folder.exists():
-      return
-
-
-def _check_space(folder: epath.Path, model: config_lib.Model) -> None:
-  """Raises UserError where the disk has no room for the parameters, before any is read."""
-  if "://" in str(folder):
-    return
-  size = sum(int(np.prod(part.shape)) for part in tensors.parts(model, model.vocab_size))
-  size *= jnp.dtype(model.param_dtype).itemsize
-  existing = next(parent for parent in folder.parents if parent.exists())
-  if (free := shutil.disk_usage(existing).free) < size:
-    raise UserError(f"{folder}: cannot be written: the parameters need {size:,} bytes, {free:,} are free")
-
-
-def _barrier() -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("import")
-
-
-def _on_first_process(act: Callable[[], Any]) -> None:
-  """act() in process 0; returns in all when it is done."""
-  if jax.process_index() == 0:
-    act()
-  _barrier()
-
-
 def _write_tokenizer(source: Source, folder: epath.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in source.tokenizer_files().items():
@@ -322,7 +248,10 @@ def _load_tokenizer(source: Source, config: config_lib.Config, folder: epath.Pat
   name, rows = config.data.tokenizer, config.model.vocab_size
   if name == "huggingface" and not (folder / "tokenizer.json").exists():
     raise UserError(f"{source.description}: has no tokenizer.json")
-  tokenizer = tokenizers.load_tokenizer(name, str(folder))
+  try:
+    tokenizer = tokenizers.load_tokenizer(name, str(folder))
+  except UserError as error:
+    raise UserError(str(error).replace(str(folder), source.description)) from error
   if tokenizer.vocab_size > rows:
     raise UserError(
       f"{source.description}: the tokenizer has {tokenizer.vocab_size} tokens, the model's tables have {rows} rows"
@@ -339,7 +268,7 @@ def _write_records(
 ) -> None:
   """All but parameters and tokenizer; config.json, which makes the folder a work directory, last."""
   record = {
-    "source": source.description,
+    "source": source.description if "://" in source.description else source.description.rpartition("/")[2],
     "config": source.config,
     "generation": source.generation,
     "dtypes": {name: DTYPES[source.dtype(name)] for name in source.names()},

@@ -53,7 +53,7 @@ def open_source(path: str) -> Source:
   Raises UserError where there is none, and where its files do not fit together.
   """
   if path.startswith("hf://"):
-    return Folder(Path(_download(path)))
+    return Folder(Path(_download(path)), path)
   kind, file = Path(path).suffix, Path(path).expanduser()
   if file.is_dir():
     return Folder(file)
@@ -71,9 +71,9 @@ def open_source(path: str) -> Source:
 class Folder:
   """A folder as Hugging Face writes it: config.json, safetensors in one file or in shards, tokenizer."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, description: str = ""):
     """Opens all files and compares them with the index. Raises UserError that names a file or tensor."""
-    self.folder, self.description = folder, str(folder)
+    self.folder, self.description = folder, description or str(folder)
     self.config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     self.generation = read_json(generation) if generation.exists() else {}
