@@ -60,15 +60,23 @@ def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
   return "\n".join(parts)
 
 
+def default_workdir(file: str) -> str:
+  """Where a configuration's run lives: in runs/, under its name; or beside the file, if that is a work directory."""
+  folder = Path(file).parent
+  return str(folder) if (folder / "config.json").exists() else f"runs/{Path(file).stem}"
+
+
 def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
   cli.join_processes()
-  train(config, args.workdir or f"runs/{Path(file).stem}")
+  train(config, args.workdir or default_workdir(file))
 
 
 if __name__ == "__main__":
   cli.define_config()
-  flags.DEFINE_string("workdir", "", "Where the run lives; default: runs/ and the configuration's name.")
+  flags.DEFINE_string(
+    "workdir", "", "Where the run lives; default: runs/ and the configuration's name, or its work directory."
+  )
   cli.define_processes()
   cli.run(main)

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 from conftest import ROOT, assert_refused, call, environment
 from flax import traverse_util
@@ -244,8 +245,9 @@ def test_shards_have_an_index(imported, tmp_path):
 
 def test_a_mesh_gives_and_takes_the_same(imported, tmp_path):
   """Imported straight into shards, and exported from them."""
-  original, workdir, _ = imported("llama31")
-  mesh = "--mesh=data:2,fsdp:4"
+  original, workdir, _ = imported("qwen25")
+  mesh = "--mesh=data:2,fsdp:2,tensor:2"
+  (tmp_path / ".run.partial" / "left").mkdir(parents=True)  # by one that was killed
   into = ("evo_jax.convert", f"--source={original}", f"--workdir={tmp_path / 'run'}", mesh)
   out = ("evo_jax.convert", f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'out'}", mesh)
   for command in (into, out):
@@ -282,8 +284,7 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
   _, workdir, _ = imported("smollm2")
   shutil.copytree(workdir, tmp_path / "run")
   flags = (
-    f"--config={tmp_path / 'run' / 'config.py'}",
-    f"--workdir={tmp_path / 'run'}",
+    f"--config={tmp_path / 'run' / 'config.py'}",  # whose folder is the work directory
     f"--config.data.path={text}",
     "--config.model.context=32",
     "--config.window.count=1",
@@ -297,6 +298,8 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
   refused = call("evo_jax.main", *flags, "--config.model.rope_base=5.0")
   assert_refused(refused, "config.model.rope_base: 5.0 does not fit")
   assert_refused(call("evo_jax.main", *flags, "--config.model.context=256"), "more than model.context_limit = 128")
+  diverges = call("evo_jax.main", *flags, "--config.optim.learning_rate=1e30", "--config.data.seed=5")
+  assert "training has diverged" in diverges.stderr  # nothing was saved, so that nothing is decided
   done = call("evo_jax.main", *flags, "--config.train.steps=2")
   assert done.returncode == 0 and "goes on after step 0\n" in done.stdout, done.stderr
   before, after = load_run(str(workdir), mesh=one_device()), load_run(str(tmp_path / "run"), mesh=one_device())
@@ -575,6 +578,28 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path):
 )
 def test_flags_that_are_impossible(flags, message):
   assert_refused(call("evo_jax.convert", *flags), message)
+
+
+@pytest.mark.parametrize("path", ["hf://owner/name", "hf://owner/name@v1"])
+def test_models_are_downloaded_by_name(path, monkeypatch, tmp_path):
+  """By the library that the extra `hub` installs; a test has no network."""
+  asked = []
+  library = types.SimpleNamespace(
+    snapshot_download=lambda name, revision, allow_patterns: asked.append((name, revision)) or str(REFERENCES / "qwen3")
+  )
+  monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+  opened = source.open_source(path)
+  assert opened.description == path and "lm_head.weight" in opened.names()
+  assert asked == [("owner/name", "v1" if "@" in path else None)]
+
+  def fail(*_, **__):
+    raise OSError("no such repository\nmore")
+
+  monkeypatch.setattr(library, "snapshot_download", fail)
+  flags = (f"--source={path}", f"--workdir={tmp_path / 'run'}")
+  assert_refused(call("evo_jax.convert", *flags), f"--source={path}: cannot be downloaded: no such repository")
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  assert_refused(call("evo_jax.convert", *flags), f"--source={path}: needs the extra hub: pip install 'evo_jax[hub]'")
 
 
 def test_windows_of_another_model_are_refused(imported, tmp_path):

@@ -285,7 +285,7 @@ def config_file(config: config_lib.Config) -> str:
     lines.append(f"  c.{field} = {value!r}")
   return (
     '"""Goes on training the imported model of this folder:\n\n'
-    "  python -m evo_jax.main --config=DIR/config.py --workdir=DIR --config.data.path='text/*.txt'\n"
+    "  python -m evo_jax.main --config=DIR/config.py --config.data.path='text/*.txt'\n"
     '"""\n\nfrom pathlib import Path\n\nfrom evo_jax import config\n\n\n'
     "def get_config():\n  c = config.default()\n" + "\n".join(lines) + "\n"
     '  c.data.tokenizer_path = str(Path(__file__).parent / "tokenizer")\n  return c\n'

@@ -240,19 +240,25 @@ def _record(config, tokenizer, parameters, fingerprints):
   }
 
 
-def _is_pinned(field: str, imported: bool) -> bool:
-  """Of a pinned field: whether it is so in this work directory. Before an imported model is trained, what the
-  checkpoint holds is pinned, not how it is trained."""
-  return not imported or (field.split(".")[0] in ("model", "warp") and field != "model.context")
+def _is_untrained(workdir: epath.Path) -> bool:
+  """Whether the work directory holds an imported model alone, of step 0, which training never saves."""
+  folder = workdir / "checkpoints"
+  return folder.is_dir() and {path.name for path in folder.iterdir() if path.name.isdigit()} == {"0"}
+
+
+def _is_pinned(field: str, untrained: bool) -> bool:
+  """Of a pinned field: whether it is so in this work directory. Of an imported model what the checkpoint holds is
+  pinned, not how it will be trained."""
+  return not untrained or (field.split(".")[0] in ("model", "warp") and field != "model.context")
 
 
 def _check_resumable(
   workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, fingerprints: list[str]
 ) -> None:
   old = read_config(workdir)
-  imported = old["text"] is None
+  untrained = _is_untrained(workdir)
   for field, before, after, pinned in config_lib.differences(old["config"], config):
-    if pinned and _is_pinned(field, imported):
+    if pinned and _is_pinned(field, untrained):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
       )
@@ -262,7 +268,7 @@ def _check_resumable(
     raise UserError(
       f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
     )
-  if not imported and old["text"] != fingerprints:
+  if not untrained and old["text"] != fingerprints:
     raise UserError(
       f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
       "files were changed, added or removed; use another --workdir"
