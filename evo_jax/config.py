@@ -6,6 +6,8 @@ names it. Each section checks itself, `Config` what concerns several sections.
 """
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from typing import Any
@@ -24,11 +26,21 @@ TOKENIZERS = ("bytes", "chars27", "sentencepiece", "huggingface")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
 JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what int32 and float32 hold
+_MOST_THREADS = 1024
 
 
-def pinned(default):
-  """A field that determines a checkpoint's contents: resuming with another value is refused."""
-  return dataclasses.field(default=default, metadata={"pinned": True})
+def pinned(default, key=lambda value: value):
+  """A field that a checkpoint's contents depend on: going on with another value is refused.
+
+  key: of a value, what they depend on, where that is less than the value.
+  """
+  return dataclasses.field(default=default, metadata={"pinned": "contents", "key": key})
+
+
+def ordering(default):
+  """A field that batches and random draws depend on: going on with another value is refused once a step was made."""
+  return dataclasses.field(default=default, metadata={"pinned": "order", "key": lambda value: value})
 
 
 class Section:
@@ -50,6 +62,18 @@ class Section:
     for field in fields:
       self.require(getattr(self, field) >= 0, field, "is negative")
 
+  def require_above_zero(self, *fields: str) -> None:
+    for field in fields:
+      self.require(getattr(self, field) > 0, field, "is not above 0")
+
+  def require_share(self, *fields: str) -> None:
+    for field in fields:
+      self.require(0 <= getattr(self, field) <= 1, field, "is not in [0, 1]")
+
+  def require_decay(self, *fields: str) -> None:
+    for field in fields:
+      self.require(0 <= getattr(self, field) < 1, field, "is not in [0, 1)")
+
   def require_choice(self, field: str, choices: tuple[str, ...]) -> None:
     self.require(getattr(self, field) in choices, field, f"is not one of {', '.join(choices)}")
 
@@ -64,7 +88,7 @@ class Model(Section):
   kv_heads: int = pinned(4)  # fewer than heads: grouped-query attention
   hidden: int = pinned(384)  # SwiGLU's inner width
   head_dim: int = pinned(0)  # elements of a head; 0: width / heads
-  context: int = pinned(256)  # tokens of a sequence in training and evaluation
+  context: int = ordering(256)  # tokens of a sequence in training and evaluation
   context_limit: int = pinned(0)  # positions that generation and evaluation may use; 0: as many as context
   vocab_size: int = pinned(0)  # rows of the vocabulary tables; 0: as many as the tokenizer has tokens
   vocab_multiple: int = pinned(8)  # the rows are rounded up to a multiple of this, so that they divide over a mesh
@@ -83,10 +107,10 @@ class Model(Section):
   norm_epsilon: float = pinned(1e-5)
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
-  isolate_documents: bool = pinned(False)  # no attention across document boundaries
+  isolate_documents: bool = False  # no attention across document boundaries
   progression: str = pinned("shared")  # shared: one clock for all tokens of a window | learned: one inferred per token
   dtype: str = "float32"  # of computation
-  param_dtype: str = pinned("float32")
+  param_dtype: str = "float32"  # of parameters; others only for those that are read and not trained
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
   attention_block: int = 0  # xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   # What the backward pass recomputes: none (nothing) | full (whole layers) | dots (all but matrix products) |
@@ -108,6 +132,7 @@ class Model(Section):
     self.require_positive("layers", "width", "heads", "kv_heads", "hidden", "context")
     self.require_positive("vocab_multiple", "code_dim", "time_dim", "unroll")
     self.require_not_negative("vocab_size", "attention_block", "head_dim", "context_limit")
+    self.require_above_zero("norm_epsilon")
     if self.head_dim:
       self.require(self.head_dim % 2 == 0, "head_dim", "is odd; rotary positions need even")
     else:
@@ -126,9 +151,9 @@ class Model(Section):
 
   def _check_rope(self) -> None:
     self.require_choice("rope_scaling", ROPE_SCALINGS)
+    self.require(self.rope_base >= 1, "rope_base", "is less than 1")
     self.require_positive("rope_original_context")
-    for field in ("rope_base", "rope_factor", "rope_low_factor", "norm_epsilon"):
-      self.require(getattr(self, field) > 0, field, "is not positive")
+    self.require_above_zero("rope_factor", "rope_low_factor")
     problem = f"is not more than model.rope_low_factor = {self.rope_low_factor}"
     self.require(self.rope_high_factor > self.rope_low_factor, "rope_high_factor", problem)
 
@@ -147,12 +172,11 @@ class Window(Section):
 
   size: int = 16  # B: tokens of a window
   count: int = 4  # N: windows per sequence in training; 0 trains AR only
-  start: float = 0.0  # share of the training steps before the windows start
+  start: int = 0  # training steps before the first one with windows
 
   def check(self) -> None:
     self.require_positive("size")
     self.require_not_negative("count", "start")
-    self.require(self.start < 1, "start", "is not less than 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +228,7 @@ class Loss(Section):
 
   def check(self) -> None:
     self.require_not_negative("ar_weight", "window_weight", "bound_weight", "clean_gradient", "chunk")
-    self.require_not_negative("self_conditioning")
-    self.require(self.self_conditioning <= 1, "self_conditioning", "is more than 1")
+    self.require_share("self_conditioning")
     self.require_choice("integrand", ("step", "rate"))
     self.require_choice("codes", ("bound", "all", "frozen"))
 
@@ -220,13 +243,18 @@ class Warp(Section):
 
   def check(self) -> None:
     self.require(self.knots >= 2, "knots", "is less than 2")
-    self.require(self.precision_max > 0, "precision_max", "is not positive")
-    self.require(0 <= self.decay < 1, "decay", "is not in [0, 1)")
+    self.require_above_zero("precision_max")
+    self.require_decay("decay")
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim(Section):
-  """AdamW."""
+  """AdamW.
+
+  The learning rate of a step follows from these fields and train.steps. A run that goes on with another train.steps
+  jumps on `cosine`, which is stretched to the new length; `wsd` goes on as it was before its decay begins, and jumps
+  back to the peak after.
+  """
 
   learning_rate: float = 2e-3  # the peak
   schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay)
@@ -240,13 +268,15 @@ class Optim(Section):
   moment_dtype: str = "float32"  # of the gradient's running mean: float32 | bfloat16
   clip: float = 1.0  # global norm that gradients are clipped to; 0: no clipping
   separate_clip: bool = False  # clip the gradients of the AR and the window term separately (one more backward pass)
-  ema: float = pinned(0.0)  # decay of the averaged parameters, which are then evaluated; 0: none
+  ema: float = pinned(0.0, key=bool)  # decay of the averaged parameters, which are then evaluated; 0: none
 
   def check(self) -> None:
     self.require_not_negative("learning_rate", "warmup", "weight_decay", "clip")
     self.require_choice("moment_dtype", ("float32", "bfloat16"))
     self.require_choice("schedule", ("cosine", "wsd"))
-    self.require(0 <= self.ema < 1, "ema", "is not in [0, 1)")
+    self.require_above_zero("epsilon")
+    self.require_share("final")
+    self.require_decay("beta1", "beta2", "ema")
     self.require(0 < self.decay_share <= 1, "decay_share", "is not in (0, 1]")
 
 
@@ -255,17 +285,18 @@ class Data(Section):
   """Text. `path`: 'stdlib' or comma-separated globs of plain text, .jsonl, .ndjson or .json (an object for each line)
   files, also compressed (.gz, .xz, .bz2, .zst); each glob is a source. `data/files.py` has the rules for odd names."""
 
-  path: str = pinned("stdlib")
-  weights: tuple[float, ...] = pinned(())  # one per source; empty: in proportion to their tokens
+  path: str = "stdlib"  # another one goes on where it holds the same text
+  weights: tuple[float, ...] = ordering(())  # one per source; empty: in proportion to their tokens
   tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece | huggingface
   tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
-  batch_size: int = pinned(16)  # sequences per step, over all processes
-  seed: int = pinned(0)
+  batch_size: int = ordering(16)  # sequences per step, over all processes
+  seed: int = ordering(0)
   strict: bool = False  # whether a document that cannot be used is an error, instead of skipped and reported
   threads: int = 2  # that read ahead
 
   def check(self) -> None:
     self.require_positive("batch_size", "threads")
+    self.require(self.threads <= _MOST_THREADS, "threads", f"is more than {_MOST_THREADS}")
     self.require_not_negative("seed")
     self.require_choice("tokenizer", TOKENIZERS)
     self.require(all(w > 0 for w in self.weights), "weights", "must be positive")
@@ -278,7 +309,7 @@ class Train(Section):
   """The training loop. Periods are in steps; 0 turns a periodic action off."""
 
   steps: int = 1000
-  seed: int = pinned(0)
+  seed: int = ordering(0)
   accumulate: int = 1  # microbatches per step
   log_every: int = 20
   checkpoint_every: int = 250
@@ -290,9 +321,8 @@ class Train(Section):
     self.require_positive("steps", "accumulate", "checkpoints_kept")
     self.require_not_negative("log_every", "checkpoint_every", "eval_every", "seed")
     if self.profile:
-      ends = self.profile.split(":")
-      is_range = len(ends) == 2 and all(e.isdigit() for e in ends) and 1 <= int(ends[0]) <= int(ends[1])
-      self.require(is_range, "profile", "is not START:STOP, two steps")
+      ends = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
+      self.require(bool(ends) and 1 <= int(ends[1]) <= int(ends[2]), "profile", "is not START:STOP, two steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +341,7 @@ class Eval(Section):
   def check(self) -> None:
     self.require_positive("batch_size", "flow_steps", "train_sequences", "sample_tokens")
     self.require_not_negative("sequences", "samples")
+    self.require(bool(self.paths), "paths", "is empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,8 +380,8 @@ class Config:
 
   @property
   def windows_start(self) -> int:
-    """Training steps before the first one with windows."""
-    return int(self.window.start * self.train.steps)
+    """Training steps without windows: those before the first one with them, or all."""
+    return min(self.window.start, self.train.steps)
 
   def check(self) -> None:
     """Raises UserError for the first field that is impossible, by itself or beside the others."""
@@ -363,6 +394,16 @@ class Config:
       "accumulate",
       f"does not divide data.batch_size = {self.data.batch_size}",
     )
+
+  def check_trainable(self) -> None:
+    """Raises UserError for a field that is of use only for reading a model."""
+    self.optim.require(self.optim.learning_rate > 0, "learning_rate", "trains nothing")
+    self.model.require(
+      self.model.param_dtype == "float32",
+      "param_dtype",
+      "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
+    )
+    self.model.require(self.model.dtype != "float16", "dtype", "cannot be trained in: gradients vanish in it")
 
   def _check_windows(self) -> None:
     model, window, paths = self.model, self.window, self.paths
@@ -389,6 +430,9 @@ class Config:
     )
     loss.require(loss.ar_weight > 0 or window.count > 0, "ar_weight", "with window.count = 0 trains nothing")
     loss.require(
+      loss.ar_weight > 0 or window.start == 0, "ar_weight", f"trains nothing before window.start = {window.start}"
+    )
+    loss.require(
       0 <= loss.bound_windows <= window.count or not window.count,
       "bound_windows",
       f"is not in 0..window.count = {window.count}",
@@ -412,15 +456,20 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
   return dataclasses.asdict(config)
 
 
-def differences(old: Config, new: Config) -> list[tuple[str, Any, Any, bool]]:
-  """(field, old value, new value, pinned) of every field in which two configurations differ."""
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any, str | None]]:
+  """(field, old value, new value, what pins it) of every field in which two configurations differ.
+
+  Pinned by "contents" (of a checkpoint), by "order" (of batches and random draws), or None: free to change.
+  """
   changes = []
   for section in dataclasses.fields(Config):
     before, after = getattr(old, section.name), getattr(new, section.name)
     for field in dataclasses.fields(before):
       a, b = getattr(before, field.name), getattr(after, field.name)
       if a != b:
-        changes.append((f"{section.name}.{field.name}", a, b, bool(field.metadata.get("pinned"))))
+        pin = field.metadata.get("pinned")
+        differs = pin and field.metadata["key"](a) != field.metadata["key"](b)
+        changes.append((f"{section.name}.{field.name}", a, b, pin if differs else None))
   return changes
 
 
@@ -447,8 +496,13 @@ def _typed(value: Any, hint: Any, field: str) -> Any:
     if not isinstance(value, (tuple, list)):
       raise UserError(f"{field}: {value!r} is not a tuple")
     return tuple(_typed(v, hint.__args__[0], field) for v in value)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  number = hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+  if number and not abs(value) <= (_LARGEST_INT if hint is int else _LARGEST_FLOAT):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{field}: {value!r} is not finite")
+    raise UserError(f"{field}: is beyond {_LARGEST_INT if hint is int else _LARGEST_FLOAT}")  # may have 5,000 digits
+  if hint is float and number:
     return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+  if not isinstance(value, hint) or (hint is int and not number):
     raise UserError(f"{field}: {value!r} is not of type {hint.__name__}")
   return value

@@ -5,7 +5,12 @@
 The same command with the same --workdir goes on where it was stopped. From Python: `main.train(config, workdir)`.
 """
 
+from collections.abc import Iterator
+import contextlib
+import json
 from pathlib import Path
+import signal
+import sys
 
 from absl import flags
 import jax
@@ -16,33 +21,45 @@ from evo_jax import run as run_lib
 from evo_jax.decoding import sampler as sampler_lib
 from evo_jax.decoding import settings
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.training import checkpoint, loop
+from evo_jax.training import files, loop
+from evo_jax.training.state import TrainState
 
 
 def train(config: config_lib.Config, workdir: str) -> None:
   """Trains, or goes on training, in `workdir`; then prints and writes a table of held-out bits, and samples."""
-  setup = loop.prepare(config, workdir)
-  evaluator = paths_lib.Evaluator(setup.model, config, setup.tokenizer, setup.mesh)
-  count = len(setup.held_out.tokens)
-  some = setup.held_out.rows(slice(None, None, -(-count // config.eval.train_sequences)))
+  with loop.prepare(config, workdir) as setup:
+    evaluator = paths_lib.Evaluator(setup.model, config, setup.tokenizer, setup.mesh)
+    count = len(setup.held_out.tokens)
+    some = setup.held_out.rows(slice(None, None, -(-count // config.eval.train_sequences)))
 
-  def evaluate(params, statistics):
-    table = evaluator(params, statistics, some, config.eval.train_paths)
-    return {f"valid_{entry['path']}": entry["bits"] for entry in table}
+    def evaluate(params, statistics):
+      table = evaluator(params, statistics, some, config.eval.train_paths)
+      return {f"valid_{entry['path']}": entry["bits"] for entry in table}
 
-  state = loop.train(setup, evaluate)
-  if state is None:
-    return
-  run = run_lib.Run(config, setup.tokenizer, setup.model, state.averaged, state.statistics, config.train.steps)
+    state = loop.train(setup, evaluate)
+    if state is not None:
+      _finish(setup, state, evaluator)
+
+
+def _finish(setup: loop.Setup, state: TrainState, evaluator: paths_lib.Evaluator) -> None:
+  """Writes and prints the final table and samples."""
+  config, count = setup.config, len(setup.held_out.tokens)
+  run = run_lib.Run(config, setup.tokenizer, setup.model, state.averaged, state.statistics, int(state.step))
   table = evaluator(run.params, run.statistics, setup.held_out, config.eval.paths)
   text = paths_lib.format_table(table)
+  _write(setup, {"table.json": json.dumps(table, indent=2), "table.txt": text})
   loop.say(f"\nheld-out text, {count} sequences of {config.model.context} tokens\n{text}")
   samples = final_samples(run, setup.mesh)
+  _write(setup, {"samples.txt": samples})
   loop.say("\n" + samples)
+
+
+def _write(setup: loop.Setup, texts: dict[str, str]) -> None:
+  """Writes texts into the work directory. Raises UserError if another run has taken it over, or it is full."""
+  setup.lease.check()
   if jax.process_index() == 0:
-    checkpoint.write_json(setup.folder / "table.json", table)
-    (setup.folder / "table.txt").write_text(text + "\n")
-    (setup.folder / "samples.txt").write_text(samples + "\n")
+    for name, text in texts.items():
+      files.write_file(setup.folder / name, text.encode() + b"\n")
 
 
 def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
@@ -70,13 +87,30 @@ def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
   cli.join_processes()
-  train(config, args.workdir or default_workdir(file))
+  with _ended_by_sigterm():
+    train(config, default_workdir(file) if args.workdir is None else args.workdir)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+  """SIGTERM outside of the steps, which save first, ends a command as an error does: the work directory is released.
+
+  Of several processes the others would not hear of it; there JAX's preemption service takes it.
+  """
+  if jax.process_count() > 1:
+    yield
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
   cli.define_config()
   flags.DEFINE_string(
-    "workdir", "", "Where the run lives; default: runs/ and the configuration's name, or its work directory."
+    "workdir", None, "Where the run lives; default: runs/ and the configuration's name, or its work directory."
   )
   cli.define_processes()
   cli.run(main)

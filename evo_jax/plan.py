@@ -25,6 +25,7 @@ from evo_jax.planning import chips, planner, report
 def main() -> None:
   args = flags.FLAGS
   config, _ = cli.read_config()
+  config.check_trainable()
   topologies = read_topologies(args.topology)
   if args.json:
     cli.check_output("json", args.json)

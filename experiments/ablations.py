@@ -29,7 +29,7 @@ PATHS = (
 # What all settings change. Their results led to frontier.EVO and to the frontier's learning rate and schedule, which
 # therefore differ.
 BASE = {"optim.learning_rate": 3e-3, "optim.schedule": "cosine"}
-EVO = frontier.EVO | {"window.count": 2, "window.start": 0.5, "loss.bound_windows": 1}
+EVO = frontier.EVO | {"window.count": 2, frontier.START: 0.5, "loss.bound_windows": 1}
 
 # Changes to EVO by the setting's name.
 EVO_CHANGES = {
@@ -39,12 +39,12 @@ EVO_CHANGES = {
   "no_ragged": {"paths.ragged": 0.0},
   "no_jumps": {"paths.streams": 0.0, "paths.erasure": 0.0, "paths.ragged": 0.0},
   "jumps_only": {"paths.diagonal": 0.0, "paths.rolling": 0.0, "paths.independent": 0.0, "loss.bound_windows": 0},
-  "start_0": {"window.start": 0.0},
-  "start_0.75": {"window.start": 0.75},
-  "start_0.75_count_4": {"window.start": 0.75, "window.count": 4, "loss.bound_windows": 2},
-  "start_0.9": {"window.start": 0.9},
-  "start_0.9_count_4": {"window.start": 0.9, "window.count": 4, "loss.bound_windows": 2},
-  "start_0.75_wsd": {"window.start": 0.75, "optim.schedule": "wsd"},
+  "start_0": {frontier.START: 0.0},
+  "start_0.75": {frontier.START: 0.75},
+  "start_0.75_count_4": {frontier.START: 0.75, "window.count": 4, "loss.bound_windows": 2},
+  "start_0.9": {frontier.START: 0.9},
+  "start_0.9_count_4": {frontier.START: 0.9, "window.count": 4, "loss.bound_windows": 2},
+  "start_0.75_wsd": {frontier.START: 0.75, "optim.schedule": "wsd"},
   "count_1": {"window.count": 1, "loss.bound_windows": 0},
   "size_16": {"window.size": 16, "window.count": 8, "loss.bound_windows": 4, "paths.stream_counts": (2, 4)},
   "size_32": {"window.size": 32, "window.count": 4, "loss.bound_windows": 2},

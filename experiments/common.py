@@ -124,8 +124,9 @@ class MeasuredRun:
 
   def _train(self) -> None:
     """Trains, as far as the work directory's checkpoint has not, and loads the result. Raises UserError."""
-    if loop.train(loop.prepare(self.config, str(self.workdir))) is None:
-      raise UserError(f"{self.workdir}: training was stopped; the same command continues")
+    with loop.prepare(self.config, str(self.workdir)) as setup:
+      if loop.train(setup) is None:
+        raise UserError(f"{self.workdir}: training was stopped; the same command continues")
     self._run = run_lib.load_run(str(self.workdir))
     self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
     mesh = sharding.make_mesh(config_lib.Mesh())

@@ -83,13 +83,14 @@ COMMON = {
   "eval.sequences": 16,
 }
 
+START = "window.start_share"  # in changes: the share of a run's steps before windows start, see `with_steps`
 # Evo's windows are wide, so that streams in them are long, and start in the last tenth of training, since a trained AR
 # model is already a crude field. Of four windows two have paths of partial evidence and train by the bound; the others
 # have all paths, streams most often. experiments/ablations.py led to these values.
 EVO = {
   "window.size": 64,
   "window.count": 4,
-  "window.start": 0.9,
+  START: 0.9,
   "loss.bound_windows": 2,
   "loss.window_weight": 0.5,
   "paths.diagonal": 0.1,
@@ -225,11 +226,18 @@ def vocab_rows(config: config_lib.Config) -> int:
   return make_model(config).rows
 
 
+def with_steps(values: ml_collections.ConfigDict, changes: dict[str, Any], steps: int) -> config_lib.Config:
+  """The configuration with so many training steps, of which the share START, where given, has no windows."""
+  fields = {name: value for name, value in changes.items() if name != START}
+  start = int(changes.get(START, 0.0) * steps)
+  return common.configure(values, fields, {"train.steps": steps, "window.start": start})
+
+
 def with_budget(values: ml_collections.ConfigDict, changes: dict[str, Any], budget: float) -> config_lib.Config:
   """The configuration whose training takes `budget` FLOPs, to a step."""
-  config = common.configure(values, changes, {"train.steps": 10})
+  config = with_steps(values, changes, 10)
   per_step = flops.train_run(config, vocab_rows(config)) / config.train.steps
-  return common.configure(values, changes, {"train.steps": max(round(budget / per_step), 1)})
+  return with_steps(values, changes, max(round(budget / per_step), 1))
 
 
 def check_flops(config: config_lib.Config) -> float:
@@ -246,10 +254,10 @@ def method_config(name: str, scale: dict[str, Any], text: str, seed: int) -> con
   values = base(scale, text, seed)
   changes = METHODS[name].changes
   if name == "ar_equal_text":  # as many characters as Evo
-    return common.configure(values, changes, {"train.steps": method_config("evo", scale, text, seed).train.steps})
+    return with_steps(values, changes, method_config("evo", scale, text, seed).train.steps)
   budget = scale["budget"]
   if name.startswith("bd3"):
-    budget *= 1.0 / (1.0 - anchor_share(common.configure(values, changes, {"train.steps": 10})))
+    budget *= 1.0 / (1.0 - anchor_share(with_steps(values, changes, 10)))
   return with_budget(values, changes, budget)
 
 

@@ -1,6 +1,7 @@
 """The configuration: checks that name a field, differences, and the shipped files."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -25,7 +26,11 @@ from evo_jax.errors import UserError
       {"paths": {"diagonal": 0, "rolling": 0, "independent": 0, "erasure": 1}},
       "config.loss.bound_windows: 1 needs one of",
     ),
-    ({"window": {"start": 1.0}}, "config.window.start: 1.0 is not less than 1"),
+    ({"window": {"start": 0.5}}, "config.window.start: 0.5 is not of type int"),
+    (
+      {"window": {"start": 3}, "loss": {"ar_weight": 0}},
+      "config.loss.ar_weight: 0.0 trains nothing before window.start",
+    ),
     ({"loss": {"bound_windows": 9}}, "config.loss.bound_windows: 9 is not in"),
     ({"data": {"weights": (1.0, 1.0, 1.0), "path": "a,b,"}}, "config.data.weights: (1.0, 1.0, 1.0) has more weights"),
     ({"data": {"weights": (1.0, -1.0), "path": "a,b"}}, "config.data.weights: (1.0, -1.0) must be positive"),
@@ -37,7 +42,7 @@ from evo_jax.errors import UserError
     ({"model": {"head_dim": 15}}, "config.model.head_dim: 15 is odd; rotary positions need even"),
     ({"model": {"context_limit": 100}}, "config.model.context: 256 is more than model.context_limit = 100"),
     ({"model": {"rope_scaling": "yarn"}}, "config.model.rope_scaling: 'yarn' is not one of none, linear, llama3"),
-    ({"model": {"rope_factor": 0.0}}, "config.model.rope_factor: 0.0 is not positive"),
+    ({"model": {"rope_factor": 0.0}}, "config.model.rope_factor: 0.0 is not above 0"),
     ({"model": {"rope_high_factor": 1.0}}, "config.model.rope_high_factor: 1.0 is not more than model.rope_low_factor"),
     ({"model": {"dtype": "int8"}}, "config.model.dtype: 'int8' is not one of float32, bfloat16, float16"),
     ({"window": {"size": 48}}, "config.window.size: 48 does not divide model.context = 256"),
@@ -61,8 +66,70 @@ def test_impossible_fields_are_named(values, message):
     config_lib.from_dict(values)
 
 
+@pytest.mark.parametrize(
+  "field, values",
+  [
+    ("optim.learning_rate", (math.nan, math.inf, -1.0, 1e39)),
+    ("optim.epsilon", (0.0, -1e-8)),
+    ("optim.beta2", (1.0, -0.1, math.nan)),
+    ("optim.final", (-0.1, 1.5)),
+    ("optim.ema", (1.0, -0.5)),
+    ("model.rope_base", (0.0, math.inf)),
+    ("model.norm_epsilon", (0.0, math.nan)),
+    ("loss.self_conditioning", (1.1, -0.1)),
+    ("warp.precision_max", (0.0, math.inf)),
+    ("paths.erasure_range", ((0.0, math.nan), (0.5, 0.5), (0.1,))),
+    ("data.weights", ((math.nan,), (0.0,))),
+    ("data.threads", (0, 10**6)),
+    ("data.seed", (-1, 2**31, 10**5000)),
+    ("train.steps", (0, 2**31, 10**30)),
+    ("train.profile", ("\u00b2:3", "0:5", "1:99999999999", "5", "1:2:3", "-1:3")),
+    ("paths.steps", ((0,), (2**31,))),
+    ("window.start", (-1, 2**31)),
+  ],
+)
+def test_numbers_beyond_a_limit_are_refused(field, values):
+  section, name = field.split(".")
+  for value in values:
+    with pytest.raises(UserError, match=f"^config.{field}: [^\n]*$"):
+      config_lib.from_dict({section: {name: value}})
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"optim": {"learning_rate": 0.0}}, "config.optim.learning_rate: 0.0 trains nothing"),
+    ({"model": {"param_dtype": "bfloat16"}}, "config.model.param_dtype: 'bfloat16' cannot be trained"),
+  ],
+)
+def test_what_can_be_read_but_not_trained(values, message):
+  config = config_lib.from_dict(values)
+  with pytest.raises(UserError, match=message):
+    config.check_trainable()
+
+
 def test_differences_say_what_is_pinned():
   old = config_lib.Config()
-  new = dataclasses.replace(old, model=config_lib.Model(layers=5), train=config_lib.Train(steps=7))
-  assert config_lib.differences(old, new) == [("model.layers", 4, 5, True), ("train.steps", 1000, 7, False)]
+  new = dataclasses.replace(
+    old,
+    model=config_lib.Model(layers=5, isolate_documents=True),
+    data=config_lib.Data(seed=1),
+    train=config_lib.Train(steps=7),
+  )
+  assert config_lib.differences(old, new) == [
+    ("model.layers", 4, 5, "contents"),
+    ("model.isolate_documents", False, True, None),
+    ("data.seed", 0, 1, "order"),
+    ("train.steps", 1000, 7, None),
+  ]
   assert config_lib.from_dict(config_lib.to_dict(new)) == new
+
+
+def test_of_an_average_only_its_existence_is_pinned():
+  pins = [
+    config_lib.differences(config_lib.from_dict({"optim": {"ema": a}}), config_lib.from_dict({"optim": {"ema": b}}))[0][
+      3
+    ]
+    for a, b in ((0.5, 0.9), (0.0, 0.9), (0.5, 0.0))
+  ]
+  assert pins == [None, "contents", "contents"]

@@ -287,6 +287,7 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
     f"--config={tmp_path / 'run' / 'config.py'}",  # whose folder is the work directory
     f"--config.data.path={text}",
     "--config.model.context=32",
+    "--config.model.remat=none",
     "--config.window.count=1",
     "--config.optim.ema=0.5",
     "--config.data.batch_size=2",
@@ -298,10 +299,8 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
   refused = call("evo_jax.main", *flags, "--config.model.rope_base=5.0")
   assert_refused(refused, "config.model.rope_base: 5.0 does not fit")
   assert_refused(call("evo_jax.main", *flags, "--config.model.context=256"), "more than model.context_limit = 128")
-  diverges = call("evo_jax.main", *flags, "--config.optim.learning_rate=1e30", "--config.data.seed=5")
-  assert "training has diverged" in diverges.stderr  # nothing was saved, so that nothing is decided
   done = call("evo_jax.main", *flags, "--config.train.steps=2")
-  assert done.returncode == 0 and "goes on after step 0\n" in done.stdout, done.stderr
+  assert done.returncode == 0 and "goes on after step 0" in done.stdout, done.stderr
   before, after = load_run(str(workdir), mesh=one_device()), load_run(str(tmp_path / "run"), mesh=one_device())
   assert after.step == 2 and after.config.optim.ema == 0.5
   change = np.abs(np.asarray(before.params["embedding"] - after.params["embedding"], np.float32)).max()
@@ -311,11 +310,11 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
   assert load_run(str(tmp_path / "run"), mesh=one_device()).step == 0
 
 
-def test_float16_is_read_but_not_trained_in(imported, text, tmp_path):
+def test_float16_is_read_but_not_trained_in(imported, tmp_path):
   _, workdir, said = imported("llama2")
   assert "in float16" in said
-  flags = (f"--config={workdir / 'config.py'}", f"--workdir={tmp_path}", f"--config.data.path={text}")
-  assert_refused(call("evo_jax.main", *flags), "gradients in float16 vanish; train in bfloat16 or float32")
+  flags = (f"--config={workdir / 'config.py'}", f"--workdir={tmp_path}", "--config.model.dtype=float16")
+  assert_refused(call("evo_jax.main", *flags), "config.model.dtype: 'float16' cannot be trained in")
 
 
 def test_texts_may_be_as_long_as_the_weights_allow(imported):

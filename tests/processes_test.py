@@ -3,6 +3,7 @@ other numbers of processes. And what a run leaves: damaged checkpoints are skipp
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -11,9 +12,11 @@ import sys
 import time
 
 from conftest import ROOT, call, environment, run, train_flags
+from etils import epath
 import numpy as np
 import pytest
 
+from evo_jax.training import lease as lease_lib
 from evo_jax.training import metrics as metrics_lib
 
 pytestmark = pytest.mark.slow
@@ -164,6 +167,15 @@ def test_a_signal_saves_on_all_without_the_preemption_service(text, tmp_path):
   assert_well(ended)
   saved = checkpoints(tmp_path)[-1]
   assert 2 <= saved < LAST and f"step {saved} is saved" in ended[0][1]
+
+
+def test_a_held_work_directory_refuses_all(text, tmp_path):
+  """Process 0 names who holds it, and the others end with it."""
+  with lease_lib.held(epath.Path(tmp_path)), processes(2, flags(tmp_path, text, (2, 1, 1))) as started:
+    ended = ends(started, timeout=BOUND)
+  assert [code for code, _, _ in ended] == [1, 1] and "Traceback" not in ended[0][2] + ended[1][2]
+  assert f"{tmp_path}: is in use by process {os.getpid()} on " in ended[0][2]
+  assert f"{tmp_path}: process 0 may not write there" in ended[1][2]
 
 
 @pytest.fixture(scope="module")

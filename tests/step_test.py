@@ -183,7 +183,7 @@ def abstract(config, length):
 
 
 def test_windows_can_start_later():
-  config = small_config(window__start=0.5)
+  config = small_config(window__start=6)
   assert config.windows_start == 6
   model, state, batch = abstract(config, 33)
   step = functools.partial(step_lib.train_step, model=model, config=config)
@@ -215,7 +215,7 @@ def test_nothing_is_compiled_twice(text, tmp_path, monkeypatch):
   chex.clear_trace_counter()
   monkeypatch.setattr(step_lib, "train_step", chex.assert_max_traces(step_lib.train_step, n=2))
   monkeypatch.setattr(paths_lib, "sequence_nll", chex.assert_max_traces(paths_lib.sequence_nll, n=1))
-  changes = {"window.start": 0.5, "train.steps": 6, "train.eval_every": 2, "eval.samples": 0}
+  changes = {"window.start": 3, "train.steps": 6, "train.eval_every": 2, "eval.samples": 0}
   paths = {"eval.train_paths": ("diagonal:2",), "eval.paths": ("rolling:8", "diagonal:4", "staircase")}
   done = call("evo_jax.main", *train_flags(tmp_path, text, **changes, **paths))
   assert done.returncode == 0 and "staircase" in done.stdout, done.stderr

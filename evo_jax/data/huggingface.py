@@ -135,7 +135,8 @@ class HuggingFace:
     """(vocab_size,) int64, bytes of normalized text that each token stands for: 0 for special tokens.
 
     They add up to the text's UTF-8 bytes where nothing is normalized (`description` says what is) or lost. Where the
-    tokenizer puts a space in front of a text, the separator before it has -1, so that the text's sum is right.
+    tokenizer puts a space in front of a text, the separator before it has -1, so that the text's sum is right; but for
+    texts that begin with a space, which Mistral's kind does not tell from those that do not.
     """
     lengths = np.array([len(piece) for piece in self._pieces], np.int64)
     lengths[self.separator_id] = -1 if self._prefixed else 0
@@ -223,7 +224,7 @@ class HuggingFace:
       (r"\s*" if left else "") + re.escape(token) + (r"\s*" if right else "")
       for token, (left, right) in zip(longest_first, around)
     ]
-    return re.compile("|".join(patterns))
+    return re.compile("|".join(patterns) or "(?!)")
 
   def _keeps(self, character: str) -> bool:
     if character == _SPACE and not _is_byte_level(self._specification):
@@ -353,7 +354,7 @@ def _special_tokens(
   special = {token.get("content") for token in tokens if isinstance(token, dict) and token.get("special")}
   added = {token["content"] for token in specification["added_tokens"] if token["id"] in {*ids.end, *ids.turn_end}}
   special |= added | {named.get("bos_token"), named.get("eos_token")}
-  return {token: id_ for token, id_ in vocabulary.items() if token in special}
+  return {token: id_ for token, id_ in vocabulary.items() if token and token in special}
 
 
 def _adds_begin(specification: dict[str, Any], config: dict[str, Any], token: str) -> bool:

@@ -21,7 +21,7 @@ from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.importer import read_record
 from evo_jax.pretrained.tokenizer_json import describe_tokenizer
 from evo_jax.run import Run
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, files
 
 _INDEX = "model.safetensors.index.json"
 
@@ -145,11 +145,7 @@ def _name_shards(place: epath.Path, kinds: dict[str, tuple[int, str, int]]) -> N
     "metadata": {"total_size": sum(size for _, _, size in kinds.values())},
     "weight_map": {name: _shard_name(shard, count) for name, (shard, _, _) in sorted(kinds.items())},
   }
-  _write_json(place / _INDEX, index)
-
-
-def _write_json(file: epath.Path, value: Any) -> None:
-  file.write_text(json.dumps(value, indent=2) + "\n")
+  files.write_json(place / _INDEX, index)
 
 
 def _write_small_files(
@@ -163,15 +159,15 @@ def _write_small_files(
   generation = {"bos_token_id": tokenizer.begin_id, "eos_token_id": list(tokenizer.end_ids)}
   if record is None:
     config |= generation
-    files = describe_tokenizer(tokenizer)
+    contents = describe_tokenizer(tokenizer)
   else:
     generation = record["generation"]
-    files = {file.name: file.read_bytes() for file in (saved / "tokenizer").iterdir()}
-  for name, content in files.items():
-    (place / name).write_bytes(content)
+    contents = {file.name: file.read_bytes() for file in (saved / "tokenizer").iterdir()}
+  for name, content in contents.items():
+    files.write_file(place / name, content)
   if generation:
-    _write_json(place / "generation_config.json", generation)
-  _write_json(place / "config.json", config)
+    files.write_json(place / "generation_config.json", generation)
+  files.write_json(place / "config.json", config)
   (place / "README.md").write_text(_card(run, record, config))
 
 

@@ -27,7 +27,7 @@ from evo_jax.parallel import sharding
 from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.evo_file import EvoFile
 from evo_jax.pretrained.source import Source
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, files
 from evo_jax.training import state as state_lib
 
 RECORD = "pretrained.json"  # in the work directory: what the export needs beside the parameters
@@ -240,7 +240,7 @@ def _init_statistics(config: config_lib.Config, vocab_size: int, codes_VxM: jax.
 def _write_tokenizer(source: Source, folder: epath.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in source.tokenizer_files().items():
-    (folder / name).write_bytes(content)
+    files.write_file(folder / name, content)
 
 
 def _load_tokenizer(source: Source, config: config_lib.Config, folder: epath.Path) -> tokenizers.Tokenizer:
@@ -273,16 +273,15 @@ def _write_records(
     "generation": source.generation,
     "dtypes": {name: DTYPES[source.dtype(name)] for name in source.names()},
   }
-  checkpoint.write_json(folder / RECORD, record)
-  (folder / "config.py").write_text(config_file(config))
-  checkpoint.write_imported_config(folder, config, tokenizer, parameters)
+  files.write_json(folder / RECORD, record)
+  files.write_file(folder / "config.py", config_file(config).encode())
+  checkpoint.write_config(folder, config, tokenizer, parameters, None)
 
 
 def config_file(config: config_lib.Config) -> str:
-  """A file for --config, with all that differs from the defaults."""
-  lines = []
-  for field, _, value, _ in config_lib.differences(config_lib.Config(), config):
-    lines.append(f"  c.{field} = {value!r}")
+  """A file for --config, with all that differs from the defaults, but that parameters are trained in float32."""
+  changes = config_lib.differences(config_lib.Config(), config)
+  lines = [f"  c.{field} = {value!r}" for field, _, value, _ in changes if field != "model.param_dtype"]
   return (
     '"""Goes on training the imported model of this folder:\n\n'
     "  python -m evo_jax.main --config=DIR/config.py --config.data.path='text/*.txt'\n"

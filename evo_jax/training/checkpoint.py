@@ -1,14 +1,17 @@
 """Work directories and their checkpoints (Orbax).
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, and `tokenizer/` where the tokenizer has files. The position in the data
-is the step. Orbax writes a checkpoint into a temporary folder and renames it when it is complete, so that a killed run
-leaves no partial one; it restores onto any mesh, any number of processes, and other dtypes.
+`table.json`, `table.txt` and `samples.txt`, `tokenizer/` where the tokenizer has files, `damaged/` with what had to
+be set aside, and `lease.json` while a run writes there. The position in the data is the step. Orbax writes a checkpoint
+into a temporary folder and renames it when it is complete, so that a killed run leaves no partial one; it restores onto
+any mesh, any number of processes, and other dtypes.
 """
 
 from collections.abc import Callable
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +26,7 @@ import orbax.checkpoint as ocp
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.training import files
 
 args = ocp.args
 
@@ -34,6 +38,8 @@ class CheckpointStore:
     """keep: how many checkpoints a save leaves; None: all. Raises UserError if the folder cannot be written."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     self.folder = workdir / "checkpoints"
+    if self.folder.exists() and not self.folder.is_dir():
+      raise UserError(f"{self.folder}: is no folder")
     try:
       self._manager = ocp.CheckpointManager(self.folder, options=options)
     except OSError as error:
@@ -50,10 +56,12 @@ class CheckpointStore:
   def save(self, step: int, items: dict[str, Any]) -> None:
     """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the previous save failed."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    if not self.folder.is_dir():  # Orbax would wait for minutes
+      raise UserError(f"{self.folder}: is gone; nothing can be saved there")
     if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(
         f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
-        f"the last whole one is of step {self._last_complete()}"
+        f"{self._last_whole()}"
       )
     composite = args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
     self._guarded(lambda: self._manager.save(step, args=composite))
@@ -109,17 +117,15 @@ class CheckpointStore:
 
   def _set_aside(self, steps: list[int]) -> None:
     if jax.process_index() == 0:
-      damaged = self.folder.parent / "damaged"
-      damaged.mkdir(exist_ok=True)
       for step in steps:
-        names = (f"{step}{f'-{i}' if i else ''}" for i in range(1000))
-        target = next(path for name in names if not (path := damaged / name).exists())
-        (self.folder / str(step)).rename(target)
+        (self.folder / str(step)).rename(files.place_aside(self.folder.parent, str(step)))
     _all_succeeded(True)  # a barrier: the others wait for process 0
     self._manager.reload()
 
   def close(self) -> None:
-    self._manager.close()
+    """Ends background work. What could not be written is `wait`'s to report; after another error nothing is added."""
+    with contextlib.suppress(Exception):  # Orbax and TensorStore raise many kinds
+      self._manager.close()
 
   def _guarded(self, act: Callable[[], Any]) -> None:
     try:
@@ -127,13 +133,13 @@ class CheckpointStore:
       self._manager.check_for_errors()
     except Exception as error:  # Orbax and TensorStore raise many kinds: OSError, ValueError, RuntimeError
       raise UserError(
-        f"{self.folder}: a checkpoint cannot be written: {_summary(error)}; "
-        f"the last whole one is of step {self._last_complete()}"
+        f"{self.folder}: a checkpoint cannot be written: {_summary(error)}; " + self._last_whole()
       ) from error
 
-  def _last_complete(self) -> int | None:
-    """As `latest`, from the file system: after a failed save the manager counts that step too."""
-    return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
+  def _last_whole(self) -> str:
+    """A clause about the last checkpoint in the file system: after a failed save the manager counts that step too."""
+    step = last_saved(self.folder.parent)
+    return "none is saved" if step is None else f"the last whole one is of step {step}"
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
@@ -171,15 +177,24 @@ def _summary(error: BaseException) -> str:
 def resolve_workdir(workdir: str) -> epath.Path:
   """The folder that --workdir names: an absolute path, which Orbax needs, unless it is in a bucket.
 
-  Raises UserError for other remote storage than gs://, and for that where its library is missing.
+  Raises UserError for a name that is empty or not UTF-8, which Orbax cannot write to, of no known user, of other remote
+  storage than gs://, and for that where its library is missing.
   """
+  if not workdir.strip():
+    raise UserError("--workdir: is empty")
+  try:
+    workdir.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"--workdir={workdir!a}: is not UTF-8") from error
+  if workdir.startswith("~") and os.path.expanduser(workdir) == workdir:
+    raise UserError(f"--workdir={workdir}: there is no such user")
   scheme = workdir.partition("://")[0] if "://" in workdir else ""
   if scheme not in ("", "gs"):
     raise UserError(f"--workdir={workdir}: is neither a local folder nor in gs://")
   if scheme and importlib.util.find_spec("gcsfs") is None:
     raise UserError(f"--workdir={workdir}: needs gcsfs: pip install 'evo_jax[gcs]'")
   folder = epath.Path(workdir).expanduser()
-  return folder if workdir.startswith("gs://") else folder.absolute()
+  return folder if scheme else folder.absolute()
 
 
 def make_workdir(workdir: str) -> epath.Path:
@@ -190,16 +205,18 @@ def make_workdir(workdir: str) -> epath.Path:
     probe = folder / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
-    raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror or error}") from error
+  except FileExistsError as error:
+    raise UserError(f"--workdir={workdir}: is a file, or a link to nothing") from error
+  except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+    raise UserError(f"--workdir={workdir}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
   return folder
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-  """Writes a temporary file, then renames it: a reader never sees a partial one."""
-  temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.replace(path)
+def last_saved(workdir: epath.Path) -> int | None:
+  """The step of the last checkpoint in a work directory, readable or not; None where nothing is saved."""
+  folder = workdir / "checkpoints"
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return max((int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)), default=None)
 
 
 def write_config(
@@ -207,60 +224,48 @@ def write_config(
   config: config_lib.Config,
   tokenizer: tokenizers.Tokenizer,
   parameters: int,
-  fingerprints: list[str],
+  fingerprints: list[str] | None,
 ) -> None:
-  """Writes config.json, and the tokenizer's files beside it. Raises UserError where an earlier run's does not match.
+  """Writes config.json, and the tokenizer's files beside it. Raises UserError if they cannot be written.
 
-  Fields that determine a checkpoint's contents may not change; a change of another is printed and accepted.
+  fingerprints: of the text; None: of an imported model, which no text has trained yet.
   """
-  path = workdir / "config.json"
-  if path.exists():
-    _check_resumable(workdir, config, tokenizer, fingerprints)
-  if jax.process_index() == 0:
-    for name, content in tokenizer.files().items():
+  for name, content in tokenizer.files().items():
+    try:
       (workdir / "tokenizer").mkdir(exist_ok=True)
-      (workdir / "tokenizer" / name).write_bytes(content)
-    write_json(path, _record(config, tokenizer, parameters, fingerprints))
-
-
-def write_imported_config(
-  workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, parameters: int
-) -> None:
-  """Writes config.json of an imported model, which no text has trained yet."""
-  write_json(workdir / "config.json", _record(config, tokenizer, parameters, None))
-
-
-def _record(config, tokenizer, parameters, fingerprints):
-  return {
+    except OSError as error:
+      raise UserError(f"{workdir / 'tokenizer'}: cannot be made: {error.strerror or error}") from error
+    files.write_file(workdir / "tokenizer" / name, content)
+  values = {
     "config": config_lib.to_dict(config),
     "tokenizer": tokenizer.identity,
     "vocab_size": tokenizer.vocab_size,
     "parameters": parameters,
     "text": fingerprints,
   }
+  files.write_json(workdir / "config.json", values)
 
 
-def _is_untrained(workdir: epath.Path) -> bool:
-  """Whether the work directory holds an imported model alone, of step 0, which training never saves."""
-  folder = workdir / "checkpoints"
-  return folder.is_dir() and {path.name for path in folder.iterdir() if path.name.isdigit()} == {"0"}
-
-
-def _is_pinned(field: str, untrained: bool) -> bool:
-  """Of a pinned field: whether it is so in this work directory. Of an imported model what the checkpoint holds is
-  pinned, not how it will be trained."""
-  return not untrained or (field.split(".")[0] in ("model", "warp") and field != "model.context")
-
-
-def _check_resumable(
+def check_resumable(
   workdir: epath.Path, config: config_lib.Config, tokenizer: tokenizers.Tokenizer, fingerprints: list[str]
-) -> None:
+) -> config_lib.Config | None:
+  """The configuration that the checkpoints in a work directory were trained with; None where nothing is saved.
+
+  Prints a line for each field that has changed. Raises UserError where the checkpoints' contents depend on that field,
+  and, once a step was made, where batches and random draws do, or where the text is another.
+  """
+  step = last_saved(workdir)
+  if step is None:
+    if jax.process_index() == 0 and (workdir / "config.json").exists():
+      print(f"{workdir}: no checkpoint is there: training begins at step 1", flush=True)
+    return None
   old = read_config(workdir)
-  untrained = _is_untrained(workdir)
-  for field, before, after, pinned in config_lib.differences(old["config"], config):
-    if pinned and _is_pinned(field, untrained):
+  for field, before, after, pin in config_lib.differences(old["config"], config):
+    begins = step == 0 and field == "optim.ema"  # an average of an imported model begins as its parameters
+    if (pin == "contents" and not begins) or (pin and step > 0):
       raise UserError(
-        f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; use another --workdir"
+        f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
+        f"go on with that, or use another --workdir"
       )
     if jax.process_index() == 0:
       print(f"config.{field}: {before!r} -> {after!r}", flush=True)
@@ -268,20 +273,27 @@ def _check_resumable(
     raise UserError(
       f"config.data.tokenizer_path: tokenizer {tokenizer.identity} is not the checkpoint's, {old['tokenizer']}"
     )
-  if not untrained and old["text"] != fingerprints:
+  if step > 0 and old["text"] != fingerprints:
     raise UserError(
       f"config.data.path: the text of {config.data.path!r} is not what {workdir} was trained on: "
-      "files were changed, added or removed; use another --workdir"
+      "files were changed, added, removed or given in another order; go on with that text, or use another --workdir"
     )
+  return old["config"]
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-  """config.json with the configuration as a Config. Raises UserError where there is none."""
+  """config.json with the configuration as a Config. Raises UserError where there is none, or it is damaged."""
   path = workdir / "config.json"
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_bytes())
+    fields, tokenizer, text = values["config"], values["tokenizer"], values["text"]
+    if isinstance(start := fields.get("window", {}).get("start"), float):  # of earlier versions: a share of the steps
+      fields["window"]["start"] = int(start * fields["train"]["steps"])
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror or error}; is this the --workdir of a run?") from error
-  except ValueError as error:
-    raise UserError(f"{path}: is damaged ({error})") from error
-  return {**values, "config": config_lib.from_dict(values["config"])}
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(f"{path}: is damaged ({type(error).__name__}: {str(error)[:100]})") from error
+  try:
+    return {**values, "tokenizer": tokenizer, "text": text, "config": config_lib.from_dict(fields)}
+  except UserError as error:
+    raise UserError(f"{path}: {error}; was it written by another version?") from error

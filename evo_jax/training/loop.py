@@ -4,7 +4,7 @@ Resuming: a checkpoint holds parameters, averages, statistics and the optimizer'
 every random draw follow from the step alone, so that a run that is killed and started again goes on bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import math
@@ -27,7 +27,8 @@ from evo_jax.flow import schedules
 from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, optim
+from evo_jax.training import lease as lease_lib
 from evo_jax.training import metrics as metrics_lib
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
@@ -40,7 +41,7 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 class Setup:
   """A run before its first step: all input is read and checked, nothing is compiled.
 
-  held_out: sequences of the validation split.
+  held_out: sequences of the validation split. previous: the configuration of the checkpoints to go on from, if any.
   """
 
   config: config_lib.Config
@@ -50,6 +51,8 @@ class Setup:
   folder: epath.Path
   corpora: list[corpora_lib.Corpus]
   held_out: Batch
+  lease: lease_lib.Lease
+  previous: config_lib.Config | None
 
 
 def say(text: str) -> None:
@@ -58,40 +61,60 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def prepare(config: config_lib.Config, workdir: str) -> Setup:
-  """Reads and checks all that a run needs, and writes config.json. Raises UserError for whatever is wrong."""
-  if config.optim.learning_rate == 0:
-    raise UserError("config.optim.learning_rate: 0.0 trains nothing")
+@contextlib.contextmanager
+def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
+  """Reads and checks all that a run needs, and writes config.json; holds the work directory while the block runs.
+
+  Raises UserError for whatever is wrong, and where another run holds the work directory.
+  """
+  config.check_trainable()
   for path in (*config.eval.paths, *config.eval.train_paths):
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
       raise UserError(f"config.eval.paths: {path!r} needs config.model.progression = learned")
-  if "float16" in (config.model.dtype, config.model.param_dtype):
-    raise UserError("config.model.dtype: gradients in float16 vanish; train in bfloat16 or float32")
-  tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, config.data.tokenizer_path)
+  tokenizer = _load_tokenizer(config.data, checkpoint.resolve_workdir(workdir))
   mesh = sharding.make_mesh(config.mesh)
   model = state_lib.make_model(config, tokenizer, mesh)
   state_lib.check_batch(config, mesh)
   state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
   folder = checkpoint.make_workdir(workdir)
-  corpora = corpora_lib.load_corpora(config.data, tokenizer)
-  corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
-  L = config.model.context
-  batches_lib.training_stream(corpora, config.data, L)  # names a corpus without text
-  held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
-  parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
-  checkpoint.write_config(folder, config, tokenizer, parameters, [c.fingerprint for c in corpora])
-  say(
-    f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
-    f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
-  )
-  return Setup(config, tokenizer, model, mesh, folder, corpora, held_out)
+  with lease_lib.held(folder) as lease:
+    corpora = corpora_lib.load_corpora(config.data, tokenizer)
+    corpora_lib.check_vocabulary(corpora, tokenizer.vocab_size)
+    L = config.model.context
+    batches_lib.training_stream(corpora, config.data, L)  # names a corpus without text
+    held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
+    parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
+    fingerprints = [corpus.fingerprint for corpus in corpora]
+    previous = checkpoint.check_resumable(folder, config, tokenizer, fingerprints)
+    if jax.process_index() == 0:
+      checkpoint.write_config(folder, config, tokenizer, parameters, fingerprints)
+    say(
+      f"{parameters:,} parameters; {sum(len(c.tokens['train']) for c in corpora):,} training tokens; "
+      f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
+    )
+    if config.window.count and config.window.start >= config.train.steps:
+      say(f"config.window.start: {config.window.start} is not before the last step: no windows are trained")
+    yield Setup(config, tokenizer, model, mesh, folder, corpora, held_out, lease, previous)
+
+
+def _load_tokenizer(config: config_lib.Data, folder: epath.Path) -> tokenizers.Tokenizer:
+  """The configuration's tokenizer, or, where it cannot be read, the copy of it that the work directory holds."""
+  try:
+    return tokenizers.load_tokenizer(config.tokenizer, config.tokenizer_path)
+  except UserError as error:
+    copy = folder / "tokenizer"
+    if not copy.is_dir():
+      raise
+    tokenizer = tokenizers.load_tokenizer(config.tokenizer, str(copy))
+    say(f"{error}; its copy {copy} is used")
+    return tokenizer
 
 
 def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainState | None:
   """Trains, or goes on training. Returns the state after the last step; None where a signal stopped the run.
 
   evaluate: called every config.eval.eval_every steps; its metrics go to the log. Raises UserError where training has
-  diverged, and where a checkpoint or the log cannot be written.
+  diverged, where a checkpoint or the log cannot be written, and where another run has taken over the work directory.
   """
   config, mesh, L = setup.config, setup.mesh, setup.config.model.context
   checkpoints = checkpoint.CheckpointStore(setup.folder, config.train.checkpoints_kept)
@@ -106,13 +129,15 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     stack.callback(iterator.close)
     report = _Report(setup, done, checkpoints)
     stack.callback(report.close)
-    profiler = _Profiler(config.train.profile, setup.folder)
+    profiler = _Profiler(config.train, done, setup.folder)
+    stack.callback(profiler.close)
     stop = stack.enter_context(_stop_on_signal())
     step_fn = step_lib.make_step(setup.model, config, mesh, jax.devices()[0].device_kind)
 
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
     for step in range(done + 1, config.train.steps + 1):
+      setup.lease.check()
       profiler.before(step)
       with report.throughput.waits("data_wait"):
         batch = sharding.global_batch(mesh, next(iterator), config.data.batch_size)
@@ -152,11 +177,30 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   if checkpoints.latest() is None:
     return state_lib.sharded_init(model, config, mesh), 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
-  say(f"goes on after step {done}" if done < config.train.steps else f"is finished: {done} steps")
+  if done < config.train.steps:
+    say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
+  else:
+    say(f"is finished: {done} steps")
   if "optimizer" not in items:
     items["optimizer"] = state_lib.init_optimizer(model, config, mesh, items["params"])
   step = jax.device_put(np.int32(done), sharding.replicated(mesh))
   return state_lib.TrainState(step=step, **{"ema": None, **items}), done
+
+
+def _consequences(old: config_lib.Config | None, new: config_lib.Config, done: int) -> str:
+  """What changed fields do to the learning rate and to windows from the step after `done` on; "" where nothing."""
+  if old is None:
+    return ""
+  parts = []
+  before, after = (float(optim.learning_rate_schedule(c.optim, c.train.steps)(done)) for c in (old, new))
+  if not math.isclose(before, after, rel_tol=1e-6):
+    parts.append(f"the learning rate is {after:.4g} now, not {before:.4g}")
+  elif (old.train.steps, old.optim) != (new.train.steps, new.optim):
+    parts.append(f"the learning rate stays {after:.4g}")
+  windows = (old.window.start, old.window.count) != (new.window.start, new.window.count)
+  if new.window.count and (parts or windows):
+    parts.append("windows are on" if done >= new.window.start else f"windows start after step {new.window.start}")
+  return ": " + ", ".join(parts) if parts else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +228,7 @@ class _Report:
     tokens_per_step = setup.config.data.batch_size * setup.config.model.context
     self.throughput = metrics_lib.Throughput(tokens_per_step)
     self._checkpoints = checkpoints
-    self._log = metrics_lib.MetricsLog(setup.folder, done)
+    self._log = metrics_lib.MetricsLog(setup.folder, done, setup.config.train.checkpoint_every)
     self._bar = metrics_lib.ProgressBar(setup.config.train.steps, done, tokens_per_step)
 
   def count(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -193,9 +237,11 @@ class _Report:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
       self._checkpoints.wait()
+      last = self._checkpoints.latest()
+      saved = "nothing is saved yet" if last is None else f"the last good checkpoint is of step {last}"
       raise UserError(
-        f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; the last good checkpoint is of step "
-        f"{self._checkpoints.latest()}; a lower config.optim.learning_rate or config.optim.clip may help"
+        f"step {step}: {bad[0]} is {values[bad[0]]}: training has diverged; {saved}; "
+        "a lower config.optim.learning_rate or config.optim.clip may help"
       )
     self._bar.step(step, values["bits"])
     self.throughput.step()
@@ -218,21 +264,34 @@ class _Report:
 
 
 class _Profiler:
-  """Traces the steps START:STOP into WORKDIR/profile; an empty string: none."""
+  """Traces the steps START:STOP of config.train.profile, as far as they are still to come, into WORKDIR/profile."""
 
-  def __init__(self, steps: str, folder: epath.Path):
-    self._first, self._last = (int(end) for end in steps.split(":")) if steps else (0, 0)
-    self._folder = folder / "profile"
+  def __init__(self, config: config_lib.Train, done: int, folder: epath.Path):
+    first, last = (int(end) for end in config.profile.split(":")) if config.profile else (0, 0)
+    self._first, self._last = max(first, done + 1), min(last, config.steps)
+    self._folder, self._since = folder / "profile", None  # since: the first step of a trace that runs
+    if config.profile and self._first > self._last:
+      steps = (
+        f"this run makes steps {done + 1} to {config.steps}" if done < config.steps else f"step {done} was the last"
+      )
+      say(f"config.train.profile: {config.profile} is not traced: {steps}")
 
   def before(self, step: int) -> None:
-    if step == self._first:
+    if step == self._first <= self._last:
       jax.profiler.start_trace(str(self._folder))
+      self._since = step
 
   def after(self, step: int, metrics: Any) -> None:
-    if step == self._last:
+    if step == self._last and self._since is not None:
       jax.block_until_ready(metrics)
-      jax.profiler.stop_trace()
+      self.close()
       say(f"steps {self._first} to {self._last} are traced in {self._folder}")
+
+  def close(self) -> None:
+    """Ends a trace that still runs: what a stopped run has traced is kept."""
+    if self._since is not None:
+      self._since = None
+      jax.profiler.stop_trace()
 
 
 class _Stop:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from evo_jax.errors import UserError
 from evo_jax.network import flops
+from evo_jax.training import files
 
 TIMING_FIELDS = (
   "tokens_per_second",
@@ -27,9 +29,11 @@ TIMING_FIELDS = (
 class MetricsLog:
   """`metrics.jsonl`: one object per logged step. Only process 0 writes."""
 
-  def __init__(self, workdir: epath.Path, step: int):
+  def __init__(self, workdir: epath.Path, step: int, checkpoint_every: int = 0):
     """Opens the log to continue after `step`. Rows of later steps, which will be written again, are dropped.
 
+    The log is copied to the folder `damaged` before, with a warning, where it has damaged lines other than a last one
+    that was cut off, or rows of more steps than an interruption between two checkpoints explains (0: of any number).
     Raises UserError if it cannot be written.
     """
     self.path = workdir / "metrics.jsonl"
@@ -37,10 +41,18 @@ class MetricsLog:
     if jax.process_index():
       return
     try:
-      lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-      temporary = workdir / ".metrics.jsonl.tmp"
-      temporary.write_text("".join(lines))
-      temporary.replace(self.path)
+      raw = self.path.read_bytes() if self.path.exists() else b""
+      rows = [(line, _row(line)) for line in raw.split(b"\n")]
+      kept = b"".join(line + b"\n" for line, row in rows if row and row["step"] <= step)
+      damaged = any(line.strip() and not row for line, row in rows[:-1])
+      explained = step + 2 * checkpoint_every if checkpoint_every else math.inf
+      if damaged or any(row and row["step"] > explained for _, row in rows):
+        aside = files.place_aside(workdir, self.path.name)
+        files.write_file(aside, raw)
+        problem = "has damaged lines" if damaged else f"goes far beyond step {step}, from which training goes on"
+        print(f"evo_jax: warning: {self.path}: {problem}; it is kept as {aside}", file=sys.stderr, flush=True)
+      if kept != raw:
+        files.write_file(self.path, kept)
       self._stream = self.path.open("a")
     except OSError as error:
       raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
@@ -63,15 +75,19 @@ class MetricsLog:
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, float]]:
-  """The complete rows of a log; a last line that was cut off in the middle is left out."""
-  rows = []
-  if epath.Path(path).exists():
-    for line in epath.Path(path).read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except ValueError:
-        break
-  return rows
+  """The rows of a log; damaged lines, as one that was cut off at the end, are left out."""
+  path = epath.Path(path)
+  lines = path.read_bytes().split(b"\n") if path.exists() else []
+  return [row for line in lines if (row := _row(line))]
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+  """The row that a line holds; None where it is damaged."""
+  try:
+    row = json.loads(line)
+    return row if isinstance(row["step"], int) else None
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return None
 
 
 class Throughput:
