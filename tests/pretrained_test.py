@@ -190,7 +190,8 @@ def test_greedy_texts_are_those_of_transformers(imported, name):
   _, workdir, _ = imported(name)
   run = load_run(str(workdir), mesh=one_device())
   (text,) = Sampler(run, Sampling(greedy=True, endless=True, max_tokens=24))([PROMPT])
-  np.testing.assert_array_equal(text.tokens, reference(name)["greedy"])
+  assert len(text.tokens) > 20  # of 24: bytes of a character that is not finished are left out
+  np.testing.assert_array_equal(text.tokens, reference(name)["greedy"][: len(text.tokens)])
 
 
 def test_it_says_what_came_in(imported):
