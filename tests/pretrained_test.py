@@ -58,10 +58,15 @@ def reference(name):
   return load_file(REFERENCES / name / "reference.safetensors")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(model, params, tokens):
+  return model.apply({"params": params}, tokens)
+
+
 def difference(name, model, params):
   """The largest difference of logits from transformers', and their standard deviation."""
   want = reference(name)
-  got = jax.jit(model.apply)({"params": params}, want["tokens"][None])[0]
+  got = all_logits(model, params, want["tokens"][None])[0]
   assert np.all(np.asarray(got)[:, TOKENS:] < -1e8)  # rows without a token
   got, want = np.asarray(got)[want["positions"], :TOKENS], want["logits"][:, :TOKENS]
   return np.abs(got - want).max(), want.std()
@@ -202,6 +207,17 @@ def test_it_says_what_came_in(imported):
   assert "up to 128 tokens; sequences of 128" in said and "not imported  nothing" in said
 
 
+def test_it_says_what_did_not_come_in(tmp_path):
+  folder = copy_model("smollm2", tmp_path / "source")
+  (folder / "consolidated.safetensors").write_text("Meta's own form")
+  (folder / "README.md").write_text("of no interest")
+  edit("generation_config.json", temperature=0.6, top_p=0.9)(folder)
+  config_json(attention_dropout=0.1)(folder)
+  done = call("evo_jax.convert", f"--source={folder}", f"--workdir={tmp_path / 'run'}")
+  settings = "temperature of generation_config.json, top_p of generation_config.json, attention_dropout"
+  assert f"not imported  consolidated.safetensors, {settings}\n" in done.stdout, done
+
+
 def test_near_tokens_have_near_codes():
   """Codes are a projection of the embedding: they keep its angles better than chance."""
   _, model, items = loaded("smollm2")
@@ -244,6 +260,7 @@ def test_shards_have_an_index(imported, tmp_path):
   assert all(np.array_equal(opened.read(name), before.read(name)) for name in before.names())
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_and_takes_the_same(imported, tmp_path):
   """Imported straight into shards, and exported from them."""
   original, workdir, _ = imported("qwen25")
@@ -506,6 +523,7 @@ REFUSED = [
   ("mistral", move_in_index, "holds no model.norm.weight, which model.safetensors.index.json says it does"),
   ("mistral", edit(INDEX, weight_map={"a": "../x"}), "has no weight_map from tensors to files of its folder"),
   ("smollm2", remove("tokenizer.json"), "has no tokenizer.json"),
+  ("smollm2", lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "makes of tokenizer.model"),
   ("smollm2", lambda f: tensors("model.safetensors", model__embed_tokens__weight=lambda w: w[:200])(f) or
    config_json(vocab_size=200)(f), "the tokenizer has 281 tokens, the model's tables have 200 rows"),
 ]  # fmt: skip
@@ -623,8 +641,9 @@ runpy.run_module("evo_jax.convert", run_name="__main__")
 """  # a limit on a file's size stands for a full disk
 
 
-@pytest.mark.parametrize("limit", [20_000])
-def test_a_full_disk_leaves_no_half_model(imported, tmp_path, limit):
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_model(imported, tmp_path):
+  limit = 20_000
   original, workdir, _ = imported("qwen25")
   for flags, name in (
     ((f"--source={original}", f"--workdir={tmp_path / 'run'}"), "run"),

@@ -43,6 +43,19 @@ _CONTINUED = {
 }
 
 
+# Fields of generation_config.json that the tokenizer reads, or that say nothing of texts; others are not used here.
+_GENERATION = {
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+  "transformers_version",
+  "_from_model_config",
+  "output_attentions",
+  "output_hidden_states",
+  "use_cache",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """dtype: of computation. param_dtype: of the parameters; "": as stored. context: tokens of a sequence in evaluation
@@ -57,7 +70,7 @@ class Options:
 @dataclasses.dataclass(frozen=True)
 class Imported:
   """What became of a source: its configuration here, tokenizer, number of parameters, of which `own` are Evo's alone,
-  and the tensors that were left out."""
+  and what of the source is not used: tensors, files, settings."""
 
   config: config_lib.Config
   tokenizer: tokenizers.Tokenizer
@@ -78,7 +91,7 @@ def import_model(
   if windows is None and folder is not None and (folder / evo_file.NAME).exists():
     windows = EvoFile(folder / evo_file.NAME)
   config = make_config(source, options, windows)
-  left_out = check_tensors(source, config.model)
+  left_out = check_tensors(source, config.model) + _unused(source)
   folder = checkpoint.resolve_workdir(workdir)
   foreign = sum(int(np.prod(part.shape)) for part in tensors.parts(config.model, config.model.vocab_size))
   staging.check_place(folder, "workdir")
@@ -146,6 +159,14 @@ def check_tensors(source: Source, model: config_lib.Model) -> list[str]:
       raise UserError(f"{source.description}: {name}: is no part of the architecture that config.json describes")
     left_out.append(name)
   return left_out
+
+
+def _unused(source: Source) -> list[str]:
+  """Files that are not read, and settings of generation and training that are not used."""
+  own = {evo_file.NAME}
+  unread = [name for name in getattr(source, "unread", list)() if name not in own]
+  settings = [f"{name} of generation_config.json" for name in sorted(set(source.generation) - _GENERATION)]
+  return unread + settings + (["attention_dropout"] if source.config.get("attention_dropout") else [])
 
 
 def load_items(
@@ -247,7 +268,12 @@ def _load_tokenizer(source: Source, config: config_lib.Config, folder: epath.Pat
   """Raises UserError where there is none, or where it has more tokens than the tables have rows."""
   name, rows = config.data.tokenizer, config.model.vocab_size
   if name == "huggingface" and not (folder / "tokenizer.json").exists():
-    raise UserError(f"{source.description}: has no tokenizer.json")
+    hint = (
+      ", which AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers makes of tokenizer.model"
+    )
+    raise UserError(
+      f"{source.description}: has no tokenizer.json" + (hint if (folder / "tokenizer.model").exists() else "")
+    )
   try:
     tokenizer = tokenizers.load_tokenizer(name, str(folder))
   except UserError as error:

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
   "chat_template.json",
   "generation_config.json",
 )
+_PROSE = (".md", ".txt", "")  # model card, licence
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 
 
@@ -119,6 +120,12 @@ class Folder:
     """What the folder has of TOKENIZER_FILES."""
     present = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
     return {file.name: guarded(file, file.read_bytes) for file in present}
+
+  def unread(self) -> list[str]:
+    """Files of the folder that are no part of what is read."""
+    read = {"config.json", _INDEX, *self._files, *TOKENIZER_FILES}
+    names = sorted(file.name for file in self.folder.iterdir() if not file.name.startswith("."))
+    return [name for name in names if name not in read and Path(name).suffix not in _PROSE]
 
   def close(self) -> None:
     """Lets go of the files."""
