@@ -1,9 +1,13 @@
-"""What every command shares: --config, flags of meshes and processes, one clear line for bad input, a non-zero exit."""
+"""What every command shares: --config, flags of meshes and processes, one clear line for what is bad, exit codes."""
 
 from collections.abc import Callable
+import errno
+import io
+from itertools import islice
 import os
 from pathlib import Path
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -65,6 +69,7 @@ def join_processes() -> None:
   """Joins the processes of which the flags, or the cluster, speak. Raises UserError."""
   args = flags.FLAGS
   distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id, args.heartbeat)
+  sharding.all_devices()  # names a platform that is not there
 
 
 def define_mesh() -> None:
@@ -104,11 +109,58 @@ def write_output(flag: str, file: str, text: str) -> None:
 def run(main: Callable[[], None]) -> None:
   """Parses flags, runs `main`, and turns bad input into one line on stderr and exit status 1.
 
-  Only `UserError` and bad flags are the user's; a bug, or an unforeseen failure in a library, keeps its traceback.
+  Only `UserError` and bad flags are the user's, and output that cannot be written; a bug, or an unforeseen failure in a
+  library, keeps its traceback. After Ctrl-C, and where a pipe's reader has left, as `head` does, the command ends
+  without a word, with the status that the signal would give it.
   """
   logging.set_verbosity(logging.FATAL)  # libraries' messages are not for users: errors arrive as exceptions
   sys.unraisablehook = _show_unraisable
-  app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+  _prepare_streams()
+  try:
+    try:
+      app.run(lambda argv: _guard(lambda: _main(main, argv)), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+    finally:
+      sys.stdout.flush()  # what cannot be written fails here, not as the interpreter ends
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
+  except _OutputError as error:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # of what is left there is no second try
+    if error.errno == errno.EPIPE:
+      sys.exit(128 + signal.SIGPIPE)
+    _complain(f"standard output: cannot be written: {error.strerror}")
+    sys.exit(1)
+
+
+class _OutputError(OSError):
+  """Standard output cannot be written."""
+
+
+class _Output(io.FileIO):
+  """Standard output, whose errors can be told from those of other files."""
+
+  def write(self, data) -> int | None:
+    try:
+      return super().write(data)
+    except OSError as error:
+      raise _OutputError(error.errno, error.strerror) from error
+
+
+def _prepare_streams() -> None:
+  """Streams take any text: what a terminal cannot show is escaped. A closed one is no other file's number later, and
+  what is meant for stderr does not go to stdout."""
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # the first free number is this one
+  for number, name in ((1, "stdout"), (2, "stderr")):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+  sys.stderr.reconfigure(errors="backslashreplace")
+  out = sys.stdout
+  raw = io.BufferedWriter(_Output(out.fileno(), "w", closefd=False))
+  at_once = out.line_buffering or out.write_through  # a terminal, or python -u
+  sys.stdout = io.TextIOWrapper(raw, out.encoding, "backslashreplace", line_buffering=at_once)
 
 
 def _show_unraisable(problem) -> None:
@@ -141,8 +193,7 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  # --show-progression is --show_progression; values, and fields of a configuration, stay as they are.
-  argv = [re.sub(r"^--[a-z-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
+  argv = _normalized(argv)
   if "config" in flags.FLAGS:
     argv = _with_config_file(argv)
   try:
@@ -155,16 +206,28 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
 
 
+def _normalized(argv: list[str]) -> list[str]:
+  """The arguments with each flag and its value in one, --name=value. --show-progression is --show_progression; values,
+  and fields of a configuration, stay as they are."""
+  joined, rest = argv[:1], iter(argv[1:])
+  for argument in rest:
+    if argument == "--":
+      return [*joined, argument, *rest]
+    found = re.match(r"--?([a-zA-Z][\w-]*)(=|\Z)", argument)
+    name = found[1].replace("-", "_") if found else ""
+    if name in flags.FLAGS:
+      values = [argument[found.end() :]] if found[2] else [] if flags.FLAGS[name].boolean else [*islice(rest, 1)]
+      argument = "=".join([f"--{name}", *values])
+    elif name.startswith("no") and name[2:] in flags.FLAGS:
+      argument = f"--{name}{argument[found.end(1) :]}"
+    joined.append(argument)
+  return joined
+
+
 def _with_config_file(argv: list[str]) -> list[str]:
   """The arguments with the file's path as the value of --config."""
-  argv = list(argv)
-  for i, argument in enumerate(argv):
-    if re.match(r"--?config=", argument):
-      flag, value = argument.split("=", 1)
-      argv[i] = f"{flag}={config_file(value)}"
-    elif argument in ("-config", "--config") and i + 1 < len(argv):
-      argv[i + 1] = config_file(argv[i + 1])
-  return argv
+  is_config = lambda argument: argument.startswith("--config=")
+  return [f"--config={config_file(a.removeprefix('--config='))}" if is_config(a) else a for a in argv]
 
 
 def _field_error(error: Exception, argv: list[str]) -> str:
@@ -179,9 +242,15 @@ def _guard(body: Callable):
   try:
     return body()
   except UserError as error:
-    where = f"process {jax.process_index()}: " if _joined() else ""
-    print(f"evo_jax: {where}{error}", file=sys.stderr)
+    _complain(str(error))
     sys.exit(1)
+
+
+def _complain(message: str) -> None:
+  """Prints one line on stderr, whatever the names and values that the message has."""
+  who = f"evo_jax: process {jax.process_index()}" if _joined() else "evo_jax"
+  line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+  print(f"{who}: {line}", file=sys.stderr)
 
 
 def _joined() -> bool:

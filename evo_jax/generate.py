@@ -7,10 +7,14 @@
   flow      windows of tokens, in --steps passes each, along any path (--path)
   adaptive  a sliding window: tokens that are certain, or far enough from others that jump in the same pass, jump ahead;
             --threshold, in bits with the default path, goes from 0 (autoregression) to one pass for all
-  verify    exactly autoregression's distribution in fewer passes: windows draft tokens, the next pass verifies them
+  verify    autoregression's distribution in fewer passes: windows draft tokens, the next pass verifies them
 
-A text ends where the model ends the document, before a --stop string, or after --max_tokens tokens. From Python:
-`evo_jax.decoding.sampler`.
+In float32 adaptive with --threshold=0, and verify with --greedy, give the tokens that ar gives; in bfloat16 rounding,
+which depends on how many tokens a pass reads, decides between nearly equal ones (experiments/README.md).
+
+A text ends where the model ends the document, before a --stop string, or after --max_tokens tokens: 200, or what the
+context leaves. In --infill a --stop string ends what is written into a gap; what is given is kept. Prompts and texts
+are UTF-8; a model of bytes also takes arguments and lines that are not. From Python: `evo_jax.decoding.sampler`.
 """
 
 import dataclasses
@@ -22,12 +26,15 @@ import jax
 
 from evo_jax import cli
 from evo_jax.decoding.progress import Generation
-from evo_jax.decoding.prompts import read_prompts
-from evo_jax.decoding.sampler import Sampler
-from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling
+from evo_jax.decoding.prompt_files import read_prompt_files
+from evo_jax.decoding.prompts import readable
+from evo_jax.decoding.sampler import OnText, Sampler
+from evo_jax.decoding.settings import DEFAULT_PATH, DEFAULT_TOKENS, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
 from evo_jax.run import load_run
+
+_MOST_TEXTS = 1_000_000
 
 
 def main() -> None:
@@ -39,28 +46,40 @@ def main() -> None:
     check_trace_file(args.trace)
   cli.join_processes()
   mesh = cli.make_mesh()
-  if jax.process_count() > 1 and args.prompts == "-":
+  if jax.process_count() > 1 and "-" in args.prompts:
     raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
   sampler = Sampler(load_run(args.workdir, args.step, mesh), sampling)
   writes = jax.process_index() == 0
   streams = writes and len(prompts) * args.num == 1 and not args.json and not args.infill
-  if streams:
-    print(prompts[0], end="", flush=True)
-  on_text = (lambda _, piece: print(piece, end="", flush=True)) if streams else None
+  on_text = _stream(prompts[0]) if streams else None  # prints the prompt, too, once it has been accepted
   traces = [] if args.trace else None
   generations = sampler(prompts, args.num, args.seed, bool(args.infill), on_text, traces)
   if not writes:
     return
   if streams:
-    print()
+    print("" if generations[0].text else readable(prompts[0]))
   elif args.json:
-    print(json.dumps([dataclasses.asdict(generation) for generation in generations], indent=2))
+    generations_json = [dataclasses.asdict(g) | {"prompt": readable(g.prompt)} for g in generations]
+    print(json.dumps(generations_json, indent=2))
   else:
     for i, generation in enumerate(generations):
-      print(("-" * 20 + "\n" if i else "") + ("" if args.infill else generation.prompt) + generation.text)
+      text = generation.text if args.infill else readable(generation.prompt) + generation.text
+      print(("-" * 20 + "\n" if i else "") + text)
+  sys.stdout.flush()
   if traces:
     write_trace(traces[0], args.trace)
   print(_summary(generations, sampler.compile_seconds), file=sys.stderr)
+
+
+def _stream(prompt: str) -> OnText:
+  """What prints a text as it comes, with the prompt before its first piece."""
+  printed = []
+
+  def on_text(_, piece):
+    print("" if printed else readable(prompt), piece, sep="", end="", flush=True)
+    printed.append(piece)
+
+  return on_text
 
 
 def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:
@@ -69,14 +88,14 @@ def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:
     raise UserError(f"--num={args.num}: is not positive")
   if not 0 <= args.seed < 2**32:
     raise UserError(f"--seed={args.seed}: is not in [0, 2^32)")
-  prompts = args.infill or args.prompt + (read_prompts(args.prompts) if args.prompts else [])
   if args.infill and (args.prompt or args.prompts):
     raise UserError("--infill: is a text of its own, and goes without --prompt and --prompts")
   if args.infill and sampling.mode not in DEFAULT_PATH:
     raise UserError(f"--infill: needs --mode=flow or --mode=adaptive; {sampling.mode} sees no text behind a gap")
-  if args.prompts and not prompts:
-    raise UserError(f"--prompts={args.prompts}: has no prompts")
-  return prompts or [""]
+  prompts = args.infill or args.prompt + read_prompt_files(args.prompts) or [""]
+  if len(prompts) * args.num > _MOST_TEXTS:
+    raise UserError(f"--num={args.num}: is more than {_MOST_TEXTS} texts, which are held in memory until they are done")
+  return prompts
 
 
 def _summary(generations: list[Generation], compile_seconds: float) -> str:
@@ -92,7 +111,8 @@ def _summary(generations: list[Generation], compile_seconds: float) -> str:
 def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "A run's work directory.")
   flags.DEFINE_multi_string("prompt", [], "Beginning of a text; may be given several times.")
-  flags.DEFINE_string("prompts", "", "File of prompts, one per line, or .jsonl; - is standard input.")
+  prompts = "File of prompts, one per line, or .jsonl, both also .gz and .xz; - is standard input. May be given again."
+  flags.DEFINE_multi_string("prompts", [], prompts)
   infill = (
     "A text whose gaps [...] ([...12]: 12 tokens) are filled; the rest stays as it is. May be given several times."
   )
@@ -111,14 +131,16 @@ def define_flags() -> None:
 def _define_sampling_flags(default: Sampling) -> None:
   """Flags with the names and defaults of `Sampling`'s fields."""
   flags.DEFINE_enum("mode", default.mode, MODES, "Decoding mode.")
-  flags.DEFINE_integer("max_tokens", default.max_tokens, "Tokens of each text at most.")
+  max_tokens = f"Tokens of each text at most; default: {DEFAULT_TOKENS}, or what the context leaves."
+  flags.DEFINE_integer("max_tokens", default.max_tokens, max_tokens)
   flags.DEFINE_float("temperature", default.temperature, "Divides the logits; below 1 draws are sharper.")
   flags.DEFINE_integer("top_k", default.top_k, "Only the k most probable tokens are drawn; 0: all.")
   flags.DEFINE_float(
     "top_p", default.top_p, "Only the most probable tokens whose probabilities add up to this are drawn."
   )
   flags.DEFINE_bool("greedy", default.greedy, "Always the most probable token.")
-  flags.DEFINE_multi_string("stop", list(default.stop), "A string that ends a text; may be given several times.")
+  stop = "What is written ends before this string; may be given several times: before the one that is complete first."
+  flags.DEFINE_multi_string("stop", list(default.stop), stop)
   flags.DEFINE_integer("steps", default.steps, "Mode flow: passes per window.")
   path = (
     "Mode flow: diagonal (default), rolling, random or learned, in --steps passes, or any path that evaluate knows, as "

@@ -2,8 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 
-from conftest import assert_refused, call, run, train_flags
+from conftest import ROOT, assert_refused, call, environment, run, train_flags
 import pytest
 
 from evo_jax import config as config_lib
@@ -67,6 +69,48 @@ def test_generate_takes_prompts_from_files_and_writes_json_and_traces(trained, t
     "evo_jax.generate", f"--workdir={trained}", "--infill=the [...3] of", "--mode=flow", "--steps=2", "--window=4"
   )
   assert re.fullmatch(r"the .* of\n", filled.stdout, re.S)
+
+
+def test_generate_takes_text_as_it_is(trained):
+  """Flags' names are normalized, values are not, whatever they look like; a model of bytes takes bytes that are no
+  UTF-8, which JSON shows as U+FFFD; lines end at line ends alone."""
+  spaced = ("--dry-run is", "--", "--flagfile=no", "--config=x", "-a-b", "", "caf\udcc3", "x\u2028\x85\x0c\0")
+  flags = [flag for text in spaced for flag in ("--prompt", text)] + ["-prompt=--a-b=c-d", "--prompts=-", "--nojson"]
+  done = succeed(
+    "evo_jax.generate", f"--workdir={trained}", *flags, "--max-tokens=2", "--json", input="a\u2028b\r\n\nc"
+  )
+  prompts = [g["prompt"] for g in json.loads(done.stdout)]
+  assert prompts == [*(text.replace("\udcc3", "\ufffd") for text in spaced), "--a-b=c-d", "a\u2028b", "", "c"]
+
+
+def test_generate_fills_the_context(trained):
+  """Without --max_tokens, whatever the prompt's length."""
+  flags = ("--prompt=the river", f"--prompt={'a' * 31}", "--endless", "--json", "--top_k=20")
+  done = succeed("evo_jax.generate", f"--workdir={trained}", *flags)
+  assert [len(g["tokens"]) for g in json.loads(done.stdout)] == [23, 1]
+
+
+@pytest.mark.parametrize(
+  "redirect, body, status, out, err",
+  [
+    (">/dev/full", "print('a')", 1, "", "evo_jax: standard output: cannot be written: No space left on device\n"),
+    ("| head -c 3", "[print('ab', flush=True) for _ in range(99999)]", 141, "ab\n", ""),
+    ("", "exec('raise KeyboardInterrupt')", 130, "", ""),
+    ("", "print('é \\udcc3 \\u4e16')", 0, r"\\xe9 \\udcc3 \\u4e16" + "\n", ""),
+    (">&- 2>&- <&-", "(print('a'), sys.stderr.write('b'), sys.stdin and 1 / 0)", 0, "", ""),
+  ],
+)
+def test_output_that_cannot_be_written(redirect, body, status, out, err):
+  """A full disk is one line; a reader that has left is none, as for other tools; a terminal that shows only ASCII
+  gets escapes; closed streams are no fault."""
+  program = f"import sys; from evo_jax import cli; cli.run(lambda: {body})"
+  command = f'set -o pipefail; "$0" -c "$1" {redirect}'
+  environ = environment() | {"PYTHONIOENCODING": "ascii"}
+  done = subprocess.run(
+    ["bash", "-c", command, sys.executable, program], capture_output=True, text=True, check=False, cwd=ROOT, env=environ
+  )
+  assert done.returncode == status and re.fullmatch(out, done.stdout), done
+  assert re.fullmatch(err, done.stderr), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +215,27 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", "--trace=/no/such/t.html"), "--trace=/no/such/t.html: there is no folder"),
     ("generate", ("--workdir=RUN", "--infill=a [...] b"), "--infill: needs --mode=flow or --mode=adaptive"),
     ("generate", ("--workdir=RUN", "--prompts=/no/such"), "--prompts=/no/such: cannot be read"),
+    ("generate", ("--workdir=RUN", "--prompts=-", "--prompts=-"), "--prompts=-: standard input can be read only once"),
+    ("generate", ("--workdir=RUN", "--prompts=-"), "--prompts=-: has no prompts"),
+    ("generate", ("--workdir=RUN", f"--prompt={32 * 'a'}"), "its 32 tokens leave no room for another in the context"),
+    ("generate", ("--workdir=RUN", "--mode=flow", "--infill=a[...0]"), "[...0] has no token to fill"),
+    ("generate", ("--workdir=RUN", "--mode=flow", "--infill=a[...999999999999]"), "do not fit the context of 32"),
+    ("generate", ("--workdir=RUN", "--prompt=\ud800"), "is not valid Unicode"),
+    ("generate", ("--workdir=RUN", "--temperature=nan"), "--temperature=nan: is not a finite number"),
+    ("generate", ("--workdir=RUN", "--stop="), "--stop: is empty"),
+    ("generate", ("--workdir=RUN", f"--num={2**63}"), "is more than 1000000 texts"),
+    ("generate", ("--workdir=RUN", f"--seed={2**32}"), "--seed=4294967296: is not in [0, 2^32)"),
+    ("generate", ("--workdir=RUN", f"--step={2**63}"), "holds no checkpoint of step 9223372036854775808"),
+    ("generate", ("--workdir=/no\nsuch",), r"--workdir=/no\nsuch: is no folder"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),
     ("evaluate", ("--workdir=RUN", "--show_progression"), "the model has a shared clock"),
     ("main", ("--config=configs/tiny.py", "stray"), "unexpected argument 'stray'"),
   ],
 )
 def test_bad_input_is_one_line(trained, module, flags, message):
-  assert_refused(call(f"evo_jax.{module}", *(f.replace("RUN", str(trained)) for f in flags)), message)
+  done = call(f"evo_jax.{module}", *(f.replace("RUN", str(trained)) for f in flags))
+  assert_refused(done, message)
+  assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

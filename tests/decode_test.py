@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from evo_jax import config as config_lib
-from evo_jax.decoding import modes, settings, speculative
+from evo_jax.decoding import modes, settings, speculative, steps
 from evo_jax.decoding.logits import LogitsProcessor, make_processor
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
@@ -293,7 +293,7 @@ def test_the_begin_token_is_the_tokenizers():
   for g in found:
     text = [7, *r.tokenizer.encode(g.prompt).tolist(), *g.tokens]
     likely = np.asarray(logits(jnp.asarray([text + [0] * (16 - len(text))]))[0]).copy()
-    likely[:, 3] = -np.inf
+    likely[:, [0, 3, 7]] = -np.inf
     assert likely.argmax(axis=-1)[len(text) - 7 : len(text) - 1].tolist() == g.tokens and len(g.tokens) == 6
 
 
@@ -307,6 +307,43 @@ def test_logits_are_processed_as_the_settings_say():
   np.testing.assert_allclose(p(top_p=0.71), [50 / 85, 20 / 85, 15 / 85, 0, 0], rtol=1e-5)
   np.testing.assert_allclose(p(suppressed=(0,)), [0, 0.4, 0.3, 0.2, 0.1], rtol=1e-5)
   np.testing.assert_allclose(p(suppressed=(0, 4), greedy=True), [0, 1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-30, 1e-6, 1e6, 1e30, 1e39, 1e300])
+def test_extreme_temperatures_reach_their_limits(temperature):
+  """The most probable tokens, equally often; or all tokens equally often, and no other row. Top-k keeps its order."""
+  logits = jnp.asarray([0.5, 90.0, -90.0, 90.0, 89.9999, 200.0, -1e9, 1e9])  # of which the last three are no text
+  p = lambda **fields: np.exp(make_processor(Sampling(temperature=temperature, **fields), (5,), 6)(logits))
+  all_alike = np.array([1, 1, 1, 1, 1, 0, 0, 0]) / 5
+  np.testing.assert_allclose(p(), [0, 0.5, 0, 0.5, 0, 0, 0, 0] if temperature < 1 else all_alike, atol=1e-3)
+  np.testing.assert_allclose(p(top_k=2), [0, 0.5, 0, 0.5, 0, 0, 0, 0], atol=1e-3)
+  for top_k in (7, 8, 2**31, 2**63):
+    np.testing.assert_array_equal(p(top_k=top_k), p())
+  np.testing.assert_allclose(p(top_p=0.9999999999), p(), atol=1e-30)
+  np.testing.assert_allclose(p(greedy=True), np.eye(8)[1])
+
+
+@pytest.mark.parametrize("top_p", [1e-320, 1e-40, 1e-10])
+def test_the_smallest_nucleus_is_the_most_probable_token(top_p):
+  found = np.exp(make_processor(Sampling(top_p=top_p))(jnp.log(jnp.asarray([0.2, 0.5, 0.3]))))
+  np.testing.assert_allclose(found, [0, 1, 0])
+
+
+@pytest.mark.parametrize("fields", slow_but(MODES[::2], MODES[0]), ids=name)
+def test_only_text_and_what_ends_it_is_drawn(fields):
+  """At any temperature, in any mode: neither rows beyond the vocabulary, of which this network has four, nor the begin
+  token, and in a gap no special token at all."""
+  r = dataclasses.replace(run(), tokenizer=Letters(20, begin_id=7, end_ids=(3, 5)))
+  assert r.model.rows == 24
+  write = Sampler(
+    r, Sampling(max_tokens=14, temperature=1e9, **{k: v for k, v in fields.items() if k[:2] != "te"}), one_device()
+  )
+  tokens = [token for g in write([""], num=64) for token in g.tokens]
+  assert set(tokens) == set(range(20)) - {0, 3, 5, 7}
+  if fields["mode"] in ("flow", "adaptive"):
+    found = write(["b[...9]b"], num=64, infill=True)
+    assert {token for g in found for token in g.tokens} == set(range(20)) - {0, 3, 5, 7}
+    assert all(len(g.tokens) == 9 and len(g.text) == 11 for g in found)
 
 
 @pytest.mark.parametrize("fields", (dict(mode="flow", steps=3), dict(mode="adaptive", threshold=1.0)), ids=name)
@@ -325,11 +362,33 @@ def test_infilling_keeps_the_text_around_its_gaps(fields):
 
 
 def test_stop_strings_end_texts_before_themselves():
-  write = sampler(max_tokens=20, mode="ar", endless=True)
-  text = write(["a"], seed=3)[0].text
-  stop = text[7:9]
-  cut = sampler(max_tokens=20, mode="ar", endless=True, stop=(stop,))(["a"], seed=3)[0]
-  assert cut.text == text[: text.index(stop)] and len(cut.tokens) == len(cut.text)
+  """The one that is complete first ends the text, also where the host sees several at once, since it looks after every
+  eighth pass; a trace has it look after each."""
+  whole = sampler(max_tokens=20, mode="ar", endless=True)(["a"], seed=3)[0].text
+  stop = ("a" * 99, whole[1:7], whole[9:], whole[3:5], whole[2:5])
+  write = sampler(max_tokens=20, mode="ar", endless=True, stop=stop)
+  end = next(n for n in range(21) if any(whole[:n].endswith(s) for s in stop))
+  length = end - max(len(s) for s in stop if whole[:end].endswith(s))
+  found = [write(["a"], seed=3)[0], write(["a"], seed=3, traces=[])[0]]
+  assert [(g.text, len(g.tokens), len(g.settled)) for g in found] == [(whole[:length], length, length)] * 2
+
+
+@pytest.mark.parametrize("fields", slow_but([MODES[1], MODES[6]], MODES[6]), ids=name)
+def test_a_stop_string_ends_what_fills_a_gap(fields):
+  """Given text is neither searched nor cut, and later gaps are filled."""
+  text = "e[...5]e[...4][...2]es"
+  plain, cut = (
+    sampler(max_tokens=8, stop=stop, **fields)([text], num=8, seed=1, infill=True) for stop in ((), ("e", "s", "qr"))
+  )
+  fills = [(g.text[1:6], g.text[7:13]) for g in plain]
+  assert [g.text for g in plain] == [f"e{a}e{b}es" for a, b in fills]
+  ends = lambda fill: fill[
+    : min((n for n in (fill.find("e"), fill.find("s"), fill.find("qr")) if n >= 0), default=None)
+  ]
+  assert [g.text for g in cut] == [f"e{ends(a)}e{ends(b)}es" for a, b in fills]
+  assert any(ends(a) != a for a, _ in fills) and any(ends(b) != b and ends(b) for _, b in fills)
+  for g, (a, b) in zip(cut, fills):
+    assert g.tokens == [ord(c) - 96 for c in ends(a) + ends(b)] and len(g.settled) == len(g.tokens)
 
 
 # All of these take more passes than lie between two looks of the host.
@@ -339,6 +398,23 @@ def test_text_streams_as_it_is_committed(fields):
   write = sampler(max_tokens=20, endless=True, **fields)
   found = write(["a", "bc"], on_text=lambda i, piece: pieces[i].append(piece))
   assert ["".join(pieces[i]) for i in (0, 1)] == [g.text for g in found] and len(pieces[0]) > 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_diverged_is_refused(value):
+  params = dict(run().params)
+  params["final_norm"] = params["final_norm"].at[3].set(value)
+  with pytest.raises(UserError, match="parameters of step 0 are not all finite"):
+    Sampler(dataclasses.replace(run(), params=params), Sampling(), one_device())
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused(monkeypatch):
+  def step(device, batch):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+  monkeypatch.setitem(steps.STEPS, "ar", step)
+  with pytest.raises(UserError, match="--batch_size=64: .* do not fit the device's memory"):
+    sampler(max_tokens=14, mode="ar")(["a"])
 
 
 def test_calls_of_similar_shape_share_compiled_code(monkeypatch):
@@ -381,7 +457,27 @@ def test_a_mesh_gives_the_same_texts():
     (dict(window=64), "--window=64: is more than the context"),
     (dict(stepper="rk4"), "--stepper=rk4"),
     (dict(draft=99), "--draft=99"),
-    (dict(stop=("",)), "--stop"),
+    (dict(stop=("",)), "--stop: is empty"),
+    (dict(stop=("a", "\udcc3")), "is not valid UTF-8"),
+    (dict(stop="ab"), "--stop: 'ab' is one string"),
+    *(
+      ({flag: value}, f"--{flag}={value}: is not a finite number")
+      for flag in ("temperature", "top_p", "threshold")
+      for value in (float("nan"), float("inf"))
+    ),
+    *(
+      ({flag: value}, f"--{flag}={value}: is not positive")
+      for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size")
+      for value in (0, -(2**63))
+    ),
+    (dict(steps=2**63), "--steps=9223372036854775808: is more than 65536"),
+    (dict(draft_passes=6), "--draft_passes=6: is more than --draft and one"),
+    (dict(window=2**31), "--window=2147483648: is more than the context"),
+    (dict(mode="flow", grid="nan"), "--grid=nan"),
+    (dict(mode="flow", grid="0.9,nan,0.1"), "--grid=0.9,nan,0.1"),
+    (dict(mode="flow", path="diagonal:" + 5000 * "9"), "needs a number of passes from 1 to 65536"),
+    (dict(mode="flow", path="certain:٣"), "needs a number of tokens per pass from 1 to 65536"),
+    (dict(mode="flow", path="entropy:nan"), "needs a threshold from 0 to 64"),
   ],
   ids=lambda x: str(x)[:40],
 )

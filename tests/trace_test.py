@@ -21,14 +21,14 @@ def example(passes=5, tokens=6):
   event = np.where(i == k, trace_lib.JUMP, trace_lib.NONE).astype(np.int8)
   event[2, 2], event[3, 5] = trace_lib.CORRECTION, trace_lib.DRAFT
   pieces = [["" if np.isnan(t) else PIECES[j % 6] for j, t in enumerate(row)] for row in time]
-  return trace_lib.Trace("say <b>", "flow & more", time, pieces, event)
+  return trace_lib.Trace("say <b>", "é <i>", "flow & more", time, pieces, event)
 
 
 def test_the_page_holds_the_trace(tmp_path):
   trace = example()
   trace_lib.write_trace(trace, str(tmp_path / "t.html"))
   page = (tmp_path / "t.html").read_text()
-  assert "flow &amp; more" in page and "say &lt;b&gt;" in page
+  assert "flow &amp; more" in page and "say &lt;b&gt;</b>é &lt;i&gt;</pre>" in page
   assert page.count("</script>") == 2  # those of the page itself
   assert not re.search(r"https?://", page) and "@@" not in page
   data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
@@ -55,8 +55,8 @@ def test_unusual_text_and_empty_text_are_drawn(tmp_path):
   """Dollar signs start no formula, half a character does not stop the page, and a text may have ended at once."""
   trace = example()
   dollars = [["$x_$" if piece else "" for piece in row] for row in trace.pieces]
-  unusual = trace_lib.Trace("half \udcff", "ar", trace.time, dollars, trace.event)
-  empty = trace_lib.Trace("", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
+  unusual = trace_lib.Trace("half \udcff", "", "ar", trace.time, dollars, trace.event)
+  empty = trace_lib.Trace("", "", "ar", np.zeros((1, 0)), [[]], np.zeros((1, 0), np.int8))
   for i, trace in enumerate((unusual, empty)):
     for suffix in ("html", "png"):
       trace_lib.write_trace(trace, str(tmp_path / f"{i}.{suffix}"))
@@ -66,13 +66,32 @@ def test_unusual_text_and_empty_text_are_drawn(tmp_path):
 def test_bad_files_are_refused_and_nothing_is_left(tmp_path):
   (tmp_path / "old.html").write_text("old")
   (tmp_path / "d.html").mkdir()
+  (tmp_path / "link.PNG").symlink_to(tmp_path / "no" / "t.png")
   for path, problem in (
     (tmp_path / "t.pdf", "neither in .html nor in .png"),
     (tmp_path / "no" / "t.html", "no folder"),
+    (tmp_path / "link.PNG", "no folder"),
     (tmp_path / "d.html", "is a folder"),
   ):
     with pytest.raises(UserError, match=f"--trace={re.escape(str(path))}: .*{problem}"):
       trace_lib.check_trace_file(str(path))
   trace_lib.check_trace_file(str(tmp_path / "old.html"))
   trace_lib.check_trace_file(str(tmp_path / "new.html"))
-  assert (tmp_path / "old.html").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["d.html", "old.html"]
+  assert (tmp_path / "old.html").read_text() == "old" and sorted(os.listdir(tmp_path)) == [
+    "d.html",
+    "link.PNG",
+    "old.html",
+  ]
+
+
+@pytest.mark.parametrize("suffix", ["HTML", "PNG"])
+def test_what_cannot_be_shown_is_drawn_without_a_word(tmp_path, recwarn, suffix):
+  """Characters that no font has, controls, ends of lines; also where the file's name is in capitals."""
+  trace = example()
+  odd = [
+    [["\x00", "\x1b[", "\u2028", "世", "\U0001f600", "\r\x85"][i] if piece else "" for i, piece in enumerate(row)]
+    for row in trace.pieces
+  ]
+  file = tmp_path / f"t.{suffix}"
+  trace_lib.write_trace(trace_lib.Trace("世\0", "\x1b", "ar", trace.time, odd, trace.event), str(file))
+  assert file.stat().st_size > 1_000 and not recwarn.list

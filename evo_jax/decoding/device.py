@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.decoding.state import DecodingState
+from evo_jax.errors import UserError
 from evo_jax.network import evo
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
@@ -18,6 +19,7 @@ class DeviceModel:
   """A model laid out over a mesh for decoding, and programs over it, each compiled once, before its first run."""
 
   def __init__(self, run: Run, mesh: jax.sharding.Mesh):
+    """Raises UserError where a parameter is no number, as after training that diverged: no text would mean anything."""
     self.mesh = mesh
     self.compile_seconds = 0.0
     self._replicated = sharding.replicated(mesh)
@@ -26,6 +28,8 @@ class DeviceModel:
     boxed = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
     shardings = sharding.shardings(mesh, boxed)
     self._params = jax.jit(evo.unstack_layers, out_shardings=shardings)(run.params)
+    if not _all_finite(self._params):
+      raise UserError(f"the parameters of step {run.step} are not all finite numbers: training diverged before it")
     self._statistics = jax.jit(lambda s: s, out_shardings=self._replicated)(run.statistics)
     self._replicate = jax.jit(lambda x: x, out_shardings=self._replicated)
     self._compiled = {}
@@ -76,3 +80,8 @@ class DeviceModel:
   def to_host(self, value: Any) -> Any:
     """The value with numpy arrays, also where other processes hold parts of it. Copies, since states are donated."""
     return jax.tree.map(np.array, self._replicate(value) if jax.process_count() > 1 else value)
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))

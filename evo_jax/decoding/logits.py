@@ -8,13 +8,15 @@ import numpy as np
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import KEY_TOKEN, DecodingState, is_any_of
 
+_HUGE = 1e25  # float32 holds its reciprocal, and quotients by both of what logits differ by
+
 
 @flax.struct.dataclass
 class LogitsProcessor:
   """Turns logits into the distribution that tokens are drawn from: greedy; or temperature, then top-k, then top-p.
 
-  temperature, top_p: float32 scalars. greedy, top_k (0: all), use_top_p: static. suppressed: ids that are ruled out
-  (static).
+  temperature, top_p: float32 scalars, inside the range of `make_processor`. greedy, top_k (0: all), use_top_p: static.
+  suppressed: ids that are ruled out (static). vocab_size: rows from this one on are no token (static; None: all are).
   """
 
   temperature: jax.Array
@@ -23,16 +25,21 @@ class LogitsProcessor:
   top_k: int = flax.struct.field(pytree_node=False, default=0)
   use_top_p: bool = flax.struct.field(pytree_node=False, default=False)
   suppressed: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  vocab_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
   def __call__(self, logits: jax.Array) -> jax.Array:
     """Log-probabilities (..., V) in nats, -inf where a token is ruled out."""
     vocabulary = jnp.arange(logits.shape[-1])
-    if self.suppressed:
-      logits = jnp.where(is_any_of(vocabulary, self.suppressed), -jnp.inf, logits)
+    if self.suppressed or self.vocab_size is not None:
+      ruled_out = is_any_of(vocabulary, self.suppressed)
+      if self.vocab_size is not None:
+        ruled_out |= vocabulary >= self.vocab_size
+      logits = jnp.where(ruled_out, -jnp.inf, logits)
     if self.greedy:
       best = jnp.argmax(logits, axis=-1, keepdims=True)
       return jnp.where(vocabulary == best, 0.0, -jnp.inf)
-    logits = logits / self.temperature
+    # The greatest is 0 first, so that nothing overflows, and at high temperatures the order of the others is kept.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
     if self.top_k and self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
       logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -46,15 +53,22 @@ class LogitsProcessor:
     return jax.nn.log_softmax(logits, axis=-1)
 
 
-def make_processor(sampling: Sampling, suppressed: tuple[int, ...] = ()) -> LogitsProcessor:
-  """The processor that the settings describe; `suppressed` ids are ruled out."""
+def make_processor(
+  sampling: Sampling, suppressed: tuple[int, ...] = (), vocab_size: int | None = None
+) -> LogitsProcessor:
+  """The processor that the settings describe; `suppressed` ids, and rows from `vocab_size` on, are ruled out.
+
+  Temperatures and top_p that float32 cannot divide by or tell from 0 are moved to where the distribution has long
+  reached its limit: the most probable tokens, or all tokens alike.
+  """
   return LogitsProcessor(
-    temperature=np.float32(sampling.temperature),
-    top_p=np.float32(sampling.top_p),
+    temperature=np.float32(np.clip(sampling.temperature, 1.0 / _HUGE, _HUGE)),
+    top_p=np.float32(max(sampling.top_p, 1.0 / _HUGE)),
     greedy=sampling.greedy,
     top_k=sampling.top_k,
     use_top_p=sampling.top_p < 1.0,
     suppressed=suppressed,
+    vocab_size=vocab_size,
   )
 
 

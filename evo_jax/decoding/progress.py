@@ -1,6 +1,8 @@
 """What the host sees of a text while it is decoded: snapshots, streamed text, the finished generation."""
 
+import bisect
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +11,17 @@ from evo_jax.data.tokenizers import Tokenizer
 from evo_jax.decoding.prompts import Request
 from evo_jax.decoding.state import DecodingState
 
+_INVALID = "\ufffd"  # what bytes that are not UTF-8 are decoded to
+_CHARACTER = 4  # bytes that a character has at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
   """A finished text.
 
-  text: what was written; after infilling, the whole text with its gaps filled. tokens: ids of what was written.
-  settled: number of the pass that committed each of them. seconds: until this text was done, without compilation.
+  text: what was written; after infilling, the whole text with its gaps filled. tokens: ids of what was written, which
+  decode to the text. settled: number of the pass that committed each of them. seconds: until this text was done,
+  without compilation.
   """
 
   prompt: str
@@ -58,47 +64,84 @@ def written_tokens(request: Request, row: Snapshot, end_ids: tuple[int, ...]) ->
   return tokens[: next((i for i, token in enumerate(tokens) if token in end_ids), len(tokens))]
 
 
-class Progress:
-  """Follows one text: what may be streamed, and whether it is done, by the model or by a stop string."""
+def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
+  """Where the first stop string begins; None: there is none.
 
-  def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...]):
-    self._request, self._tokenizer, self._stop = request, tokenizer, stop
+  The first is the one that is complete first, of several the longest: it is found as soon as the text has it, so that
+  nothing depends on how often the text is looked at.
+  """
+  found = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
+  return min(found)[1] if found else None
+
+
+class Progress:
+  """Follows one text: what may be streamed, whether it is done, by the model or by a stop string, and what it is then.
+
+  A text ends before the first stop string in what was written, and without the first bytes of a character that is not
+  complete. In infilling each gap does, and what is given follows it at once.
+  """
+
+  def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...], infill: bool = False):
+    self._request, self._tokenizer, self._stop, self._infill = request, tokenizer, stop, infill
     self._streamed = ""
-    self._stop_at: int | None = None  # where the text has a stop string
     self.seconds: float | None = None  # until it was done
 
   def _decode(self, tokens: list[int]) -> str:
     return self._tokenizer.decode(np.array(tokens, np.int64))
 
   def update(self, row: Snapshot, seconds: float) -> str:
-    """Text that is new since the last update and final."""
+    """Text that is new since the last update and final; of a text with gaps, nothing."""
     if self.seconds is not None:
       return ""
-    text = self._decode(written_tokens(self._request, row, self._tokenizer.end_ids))
-    stops = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-    if stops:
-      self._stop_at = min(stops)
-    if stops or row.done:
-      text, self.seconds = text[: self._stop_at], max(seconds, 1e-9)
-    else:  # the first bytes of a character, and what may be the beginning of a stop string, wait
-      text = text.rstrip("\ufffd")
-      text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
-    new = text[len(self._streamed) :] if text.startswith(self._streamed) else ""
+    if self._infill:
+      self.seconds = max(seconds, 1e-9) if row.done else None
+      return ""
+    # Without the first bytes of a character at its end; what may be the beginning of a stop string waits.
+    text = self._decode(written_tokens(self._request, row, self._tokenizer.end_ids)).rstrip(_INVALID)
+    if row.done or find_stop(text, self._stop) is not None:
+      text, self.seconds = self._written(row)[0], max(seconds, 1e-9)
+    else:
+      text = text[: max(0, len(text) - max(map(len, self._stop), default=1) + 1)]
+    new = text[len(self._streamed) :]
     self._streamed += new
     return new
 
-  def generation(self, row: Snapshot, infill: bool) -> Generation:
+  def generation(self, row: Snapshot) -> Generation:
     """The finished text."""
-    request = self._request
-    if infill:
-      text = self._decode(row.tokens[1 : len(request.tokens) + 1].tolist())
-      positions = request.gaps
+    text, tokens, committed = self._filled(row) if self._infill else self._written(row)
+    return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds)
+
+  def _written(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
+    """Text, tokens and their passes behind the prompt."""
+    tokens, begin = written_tokens(self._request, row, self._tokenizer.end_ids), self._request.prompt_end
+    tokens, committed = self._cut(tokens, row.committed_pass[begin : begin + len(tokens)].tolist())
+    return self._decode(tokens), tokens, committed
+
+  def _filled(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
+    """The whole text, and the gaps' tokens and their passes."""
+    whole, filled, committed = [], [], []
+    for gap, run in itertools.groupby(enumerate(self._request.tokens, 1), lambda item: item[1] is None):
+      positions = [position for position, _ in run]
       tokens = row.tokens[positions].tolist()
-    else:
-      tokens = written_tokens(request, row, self._tokenizer.end_ids)
-      text = self._decode(tokens)[: self._stop_at]
-      if self._stop_at is not None:  # the fewest tokens that have the text before the stop string
-        tokens = next(tokens[:n] for n in range(len(tokens) + 1) if len(self._decode(tokens[:n])) >= self._stop_at)
-      positions = [request.prompt_end + i for i in range(len(tokens))]
-    committed = row.committed_pass[positions].tolist()
-    return Generation(request.prompt, text, tokens, committed, int(row.passes), self.seconds)
+      if gap:
+        tokens, passes = self._cut(tokens, row.committed_pass[positions].tolist())
+        filled, committed = filled + tokens, committed + passes
+      whole += tokens
+    return self._decode(whole), filled, committed
+
+  def _cut(self, tokens: list[int], committed: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens, and their passes, before the first stop string, without half a character at the end."""
+    text = self._decode(tokens)
+    stop = find_stop(text, self._stop)
+    if stop is not None:
+      text, length = text[:stop], lambda n: len(self._decode(tokens[:n]))
+      n = bisect.bisect_right(range(len(tokens) + 1), stop + _CHARACTER, key=length) - 1
+      while not text.startswith(self._decode(tokens[:n])):
+        n -= 1
+      # A token that has text on both sides of the cut is replaced by those of the text before it.
+      rest = self._tokenizer.encode(text[length(n) :]).tolist()
+      tokens, committed = tokens[:n] + rest, committed[:n] + committed[n : n + 1] * len(rest)
+    for n in range(len(tokens), max(len(tokens) - _CHARACTER, -1), -1):
+      if not self._decode(tokens[:n]).endswith(_INVALID):
+        return tokens[:n], committed[:n]
+    return tokens, committed  # more bytes that are no text than half a character has

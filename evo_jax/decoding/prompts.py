@@ -1,19 +1,18 @@
-"""Prompts: prompt files, encoding, gaps to be infilled, and the padded buffers of a batch."""
+"""Prompts: encoding, gaps to be infilled, and the padded buffers of a batch."""
 
 import dataclasses
-import json
 import re
-import sys
 from typing import NamedTuple
 import zlib
 
 import numpy as np
 
 from evo_jax.data.tokenizers import Tokenizer
-from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.settings import DEFAULT_TOKENS, Sampling
 from evo_jax.errors import UserError
 
-_GAP = re.compile(r"\[\.\.\.(\d*)\]")
+_GAP = re.compile(r"\[\.\.\.([0-9]*)\]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SIZE_MULTIPLE = 32  # sizes of buffers are rounded up, so that texts of similar length share compiled code
 
 
@@ -63,7 +62,7 @@ def make_requests(
     if infill:
       tokens, room = encode_with_gaps(prompt, tokenizer, sampling.gap, context), 0
     else:
-      tokens, room = encode(prompt, tokenizer, sampling.max_tokens, context), sampling.max_tokens
+      tokens, room = encode(prompt, tokenizer, sampling.max_tokens, context)
     digest = zlib.crc32(repr(tokens).encode())
     for _ in range(num):
       repetition = repetitions.get(digest, 0)
@@ -72,37 +71,64 @@ def make_requests(
   return requests
 
 
-def encode(prompt: str, tokenizer: Tokenizer, max_tokens: int, context: int) -> list[int]:
-  """The prompt's ids. Raises UserError."""
-  what = f"prompt {_shortened(prompt)}"
-  _check_encodable(prompt, tokenizer, what)
-  tokens = tokenizer.encode(prompt).tolist()
-  if len(tokens) + max_tokens > context:
+def encode(prompt: str, tokenizer: Tokenizer, max_tokens: int | None, context: int) -> tuple[list[int], int]:
+  """The prompt's ids, and how many tokens may follow: max_tokens; None: DEFAULT_TOKENS, or what the context leaves.
+
+  Raises UserError where they do not fit the context.
+  """
+  what = f"prompt {shortened(prompt)}"
+  tokens = _to_ids(prompt, tokenizer, what)
+  room = context - len(tokens)
+  if max_tokens is not None and max_tokens > room:
     raise UserError(f"{what}: its {len(tokens)} tokens and {max_tokens} more do not fit the context of {context}")
-  return tokens
+  if room < 1:
+    raise UserError(f"{what}: its {len(tokens)} tokens leave no room for another in the context of {context}")
+  return tokens, min(room, DEFAULT_TOKENS if max_tokens is None else max_tokens)
 
 
 def encode_with_gaps(text: str, tokenizer: Tokenizer, gap: int, context: int) -> list[int | None]:
   """The text's ids, None in its gaps: n tokens for `[...n]`, `gap` for `[...]`. Raises UserError."""
-  what = f"--infill {_shortened(text)}"
-  _check_encodable(_GAP.sub("", text), tokenizer, what)
+  what = f"--infill {shortened(text)}"
   tokens = []
   for i, piece in enumerate(_GAP.split(text)):  # text, number, text, number, ..., text
-    tokens += [None] * int(piece or gap) if i % 2 else tokenizer.encode(piece).tolist()
+    if i % 2 == 0:
+      tokens += _to_ids(piece, tokenizer, what)
+      continue
+    size = gap if not piece else int(piece) if len(piece) < 10 else 10**9
+    if not size:
+      raise UserError(f"{what}: [...{piece}] has no token to fill; a gap has one or more")
+    tokens += [None] * min(size, context + 1)
+    if len(tokens) > context:
+      break
+  if len(tokens) > context:
+    raise UserError(f"{what}: its tokens, with those of the gaps, do not fit the context of {context}")
   if None not in tokens:
     raise UserError(f"{what}: has no gap to fill; mark one by [...], or by [...12] for 12 tokens")
-  if len(tokens) > context:
-    raise UserError(f"{what}: its {len(tokens)} tokens with the gaps do not fit the context of {context}")
   return tokens
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+  """The text as a message shows it: its beginning, quoted, in one line."""
   return repr(text if len(text) < 40 else text[:36] + "...")
 
 
-def _check_encodable(text: str, tokenizer: Tokenizer, what: str) -> None:
+def readable(text: str) -> str:
+  """The text with U+FFFD in place of lone surrogates, for which there is no UTF-8."""
+  return _SURROGATE.sub("\ufffd", text)
+
+
+def _to_ids(text: str, tokenizer: Tokenizer, what: str) -> list[int]:
+  """The ids of a text. Bytes that are not UTF-8, which Python reads as lone surrogates (surrogateescape), are kept by
+  a tokenizer of raw bytes. Raises UserError for what the tokenizer would not give back."""
+  if surrogates := _SURROGATE.findall(text):
+    if not tokenizer.binary:
+      raise UserError(f"{what}: is not valid UTF-8, which the tokenizer, {tokenizer.identity}, needs")
+    if any(c < "\udc80" or c > "\udcff" for c in surrogates):
+      raise UserError(f"{what}: is not valid Unicode: it has half a surrogate pair")
+    return tokenizer.encode(text.encode(errors="surrogateescape")).tolist()
   if lost := tokenizer.lost(text):
     raise UserError(f"{what}: the tokenizer, {tokenizer.identity}, has no {lost[0]!r}")
+  return tokenizer.encode(text).tolist()
 
 
 def pack(requests: list[Request], begin_id: int, row_multiple: int, room: int) -> tuple[Buffers, int]:
@@ -130,30 +156,3 @@ def pack(requests: list[Request], begin_id: int, row_multiple: int, room: int) -
 
 def _round_up(value: int, multiple: int) -> int:
   return -(-value // multiple) * multiple
-
-
-def read_prompts(name: str) -> list[str]:
-  """The prompts of a file, one per line; of a .jsonl file, each line a string or an object with "prompt" or "text"; of
-  "-", standard input, one per line. Raises UserError that names file and line."""
-  try:
-    if name == "-":
-      lines = sys.stdin.read().splitlines()
-    else:
-      with open(name, encoding="utf-8") as file:
-        lines = file.read().splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--prompts={name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-  if not name.endswith(".jsonl"):
-    return lines
-  return [_parse_line(name, i, line) for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse_line(name: str, number: int, line: str) -> str:
-  try:
-    value = json.loads(line)
-  except ValueError as error:
-    raise UserError(f"--prompts={name}: line {number} is not JSON ({error})") from error
-  value = value.get("prompt", value.get("text")) if isinstance(value, dict) else value
-  if not isinstance(value, str):
-    raise UserError(f'--prompts={name}: line {number} is neither a string nor an object with "prompt" or "text"')
-  return value

@@ -36,8 +36,11 @@ class TraceRecorder:
       # A round of passes that only draft, then one that verifies: the first commit nothing.
       self._snapshots += [self._snapshots[-1]] * (new_passes - 1) + [row]
 
-  def trace(self, sampling: Sampling) -> Trace:
-    """All passes, over the positions from the first that was not given to the last that was written."""
+  def trace(self, sampling: Sampling, text: str) -> Trace:
+    """All passes, over the positions from the first that was not given to the last that was written.
+
+    text: what `Generation` has.
+    """
     begin, last = self._request.prompt_end, self._snapshots[-1]
     positions = begin + np.arange(len(written_tokens(self._request, last, self._tokenizer.end_ids)))
     passes, before = [], [""] * len(positions)
@@ -45,8 +48,10 @@ class TraceRecorder:
       passes.append(self._pass(old, new, positions, before))
       before = passes[-1].pieces
     shape = (len(passes), len(positions))
+    prompt = self._tokenizer.decode(np.array(self._request.tokens[: begin - 1], np.int64))
     return Trace(
-      prompt=self._tokenizer.decode(np.array(self._request.tokens[: begin - 1], np.int64)),
+      prompt=prompt,
+      text=text.removeprefix(prompt) if self._request.gaps else text,
       mode=_describe(sampling),
       time=np.array([p.time for p in passes], float).reshape(shape),
       pieces=[p.pieces for p in passes],

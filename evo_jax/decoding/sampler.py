@@ -6,15 +6,17 @@
   print(generations[0].text)
 
 The modes are described in `evo_jax.generate`, the command. A text ends at a token of the tokenizer's `end_ids`, before
-a stop string, or after `max_tokens` tokens.
+a stop string, after `max_tokens` tokens, or where the context is full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import time
 
 import jax
 import numpy as np
 
+from evo_jax.data.tokenizers import Tokenizer, special_ids
 from evo_jax.decoding import modes, settings, steps
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.logits import make_processor
@@ -26,6 +28,7 @@ from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import DecodingState, Draft, prefill, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
+from evo_jax.errors import UserError
 from evo_jax.flow import policies
 from evo_jax.run import Run
 
@@ -63,13 +66,14 @@ class Sampler:
   ) -> list[Generation]:
     """`num` texts for each prompt in turn; with `infill`, prompts whose gaps `[...]` (`[...12]`: 12 tokens) are filled.
 
-    A text depends on its prompt, its number among those with the same prompt, and the seed; not on other prompts.
+    A text depends on its prompt, its number among those with the same prompt, and the seed; not on other prompts, but
+    for rounding (see `state`).
 
     Args:
       on_text: is called with a text's number and a piece of it that is new and final, from left to right.
       traces: a list to which the first text's trace is added.
 
-    Raises UserError for a prompt that is too long or cannot be encoded.
+    Raises UserError for a prompt that is too long or cannot be encoded, and for a batch that the memory does not hold.
     """
     run, size = self.run, self.sampling.batch_size
     requests = make_requests(prompts, num, infill, self.sampling, run.tokenizer, run.config.model.context)
@@ -77,7 +81,7 @@ class Sampler:
     if traces is None:
       order.sort(key=lambda i: len(requests[i].tokens))  # similar lengths share a batch
     generations: list[Generation | None] = [None] * len(requests)
-    with jax.set_mesh(self._device.mesh):
+    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={size}"):
       for start in range(0, len(order), size):
         part = order[start : start + size]
         tell = on_text and (lambda i, piece, part=part: on_text(part[i], piece))
@@ -93,7 +97,7 @@ class Sampler:
     start, compiled_before = time.perf_counter(), self.compile_seconds
     sampling, tokenizer = self.sampling, self.run.tokenizer
     batch = self._start(requests, seed, infill, traces is not None)
-    progress = [Progress(request, tokenizer, sampling.stop) for request in requests]
+    progress = [Progress(request, tokenizer, sampling.stop, infill) for request in requests]
     recorder = TraceRecorder(requests[0], tokenizer) if traces is not None else None
     while True:
       snapshot = self._device.to_host(Snapshot.select(batch.state))
@@ -103,14 +107,15 @@ class Sampler:
       for i, text in enumerate(progress):
         piece = text.update(snapshot.row(i), seconds)
         batch.stopped[i] = text.seconds is not None
-        if on_text and piece and not infill:
+        if on_text and piece:
           on_text(i, piece)
       if all(text.seconds is not None for text in progress):
         break
       steps.STEPS[sampling.mode](self._device, batch)
+    generations = [text.generation(snapshot.row(i)) for i, text in enumerate(progress)]
     if recorder:
-      traces.append(recorder.trace(sampling))
-    return [text.generation(snapshot.row(i), infill) for i, text in enumerate(progress)]
+      traces.append(recorder.trace(sampling, generations[0].text))
+    return generations
 
   def _start(self, requests: list[Request], seed: int, infill: bool, traced: bool) -> RunningBatch:
     """Reads the prompts of a batch."""
@@ -140,8 +145,7 @@ class Sampler:
       return with_latents(state, net.codes(), prior, schedule.size)
 
     state: DecodingState = device.run(("start", traced, prefix), program, buffers, np.uint32(seed))
-    # A filled gap does not end the text.
-    processor = make_processor(sampling, tokenizer.end_ids if sampling.endless or infill else ())
+    processor = make_processor(sampling, _suppressed(tokenizer, sampling.endless, infill), tokenizer.vocab_size)
     return RunningBatch(sampling, schedule, processor, state, np.zeros(state.done.shape, bool), infill)
 
   def _room(self) -> int:
@@ -149,6 +153,24 @@ class Sampler:
     if self._schedule is None:
       return 2 * self.sampling.draft + 4
     return 2 * self._schedule.size + modes.uncached_slots(self._schedule.size)
+
+
+@contextlib.contextmanager
+def _out_of_memory_as(flag: str) -> Iterator[None]:
+  """Raises UserError that names the flag where the device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error
+
+
+def _suppressed(tokenizer: Tokenizer, endless: bool, infill: bool) -> tuple[int, ...]:
+  """Special ids that may not be written: all but those that end a text or a turn; in a gap, which ends neither, all."""
+  may_end = () if endless else tokenizer.end_ids
+  written = () if infill else (*may_end, *tokenizer.turn_end_ids)
+  return tuple(i for i in special_ids(tokenizer) if i not in written)
 
 
 def _make_schedule(run: Run, sampling: Sampling) -> WindowSchedule | None:

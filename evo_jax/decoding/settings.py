@@ -1,6 +1,8 @@
 """Sampling parameters: how texts are generated, checked against the model."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from evo_jax.flow.warp import Warp
 MODES = ("ar", "flow", "adaptive", "verify")
 DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}  # of the modes that decode windows along a path
 MAX_DRAFT = 16
+DEFAULT_TOKENS = 200  # of a text at most, where `Sampling.max_tokens` is None
 _GRIDS = ("time", "precision")
 STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
 _THRESHOLD_PATHS = ("spread", "entropy", "confidence", "maturity")  # whose number is Sampling.threshold
@@ -24,12 +27,12 @@ class Sampling:
   """Sampling parameters. The flags of `evo_jax.generate` have the same names."""
 
   mode: str = "ar"
-  max_tokens: int = 200  # of each text; not of infilling, where each gap has its size
+  max_tokens: int | None = None  # of each text; None: 200, or what the context leaves. Gaps have sizes of their own
   temperature: float = 1.0
   top_k: int = 0  # 0: all
   top_p: float = 1.0
   greedy: bool = False
-  stop: tuple[str, ...] = ()  # a text ends before the first of these strings
+  stop: tuple[str, ...] = ()  # what is written ends before the first of these strings; given text is not searched
   steps: int = 8  # flow: passes per window
   path: str = ""  # flow: diagonal, or any that evaluation knows; adaptive: spread, entropy, confidence or maturity
   grid: str = "time"  # flow: steps even in time, in log-precision, or t after each pass, as 0.8,0.5,0.2
@@ -39,7 +42,7 @@ class Sampling:
   draft: int = 4  # verify: drafted tokens per pass at most; each text drafts as many as are often accepted
   draft_passes: int = 1  # verify: passes per round; with 1, a pass verifies and drafts
   gap: int = 16  # infilling: tokens of a gap without a number
-  endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens tokens
+  endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens (but for half a character)
   batch_size: int = 64  # texts that are decoded at once
 
 
@@ -52,7 +55,7 @@ def default_window(sampling: Sampling, config: config_lib.Config) -> int:
   size = config.window.size
   if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
     return size
-  return min(max(sampling.max_tokens, size), 4 * size, config.model.context)
+  return min(max(sampling.max_tokens or DEFAULT_TOKENS, size), 4 * size, config.model.context)
 
 
 def check_sampling(sampling: Sampling, config: config_lib.Config) -> str | None:
@@ -78,14 +81,29 @@ def _check_ranges(sampling: Sampling) -> None:
   s = sampling
   _require(s, s.mode in MODES, "mode", f"is not one of {', '.join(MODES)}")
   for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size"):
-    _require(s, getattr(s, flag) >= 1, flag, "is not positive")
+    _require(s, getattr(s, flag) is None or getattr(s, flag) >= 1, flag, "is not positive")
+  for flag in ("temperature", "top_p", "threshold"):
+    _require(s, math.isfinite(getattr(s, flag)), flag, "is not a finite number")
   _require(s, s.temperature > 0, "temperature", "is not positive; for the most probable tokens use --greedy")
   _require(s, s.top_k >= 0, "top_k", "is negative")
   _require(s, 0 < s.top_p <= 1, "top_p", "is not in (0, 1]")
   _require(s, s.window >= 0, "window", "is negative")
+  _require(s, s.steps <= schedules.MOST, "steps", f"is more than {schedules.MOST}")
   _require(s, s.draft <= MAX_DRAFT, "draft", f"is more than {MAX_DRAFT}: a pass has a window for every drafted token")
+  problem = "is more than --draft and one: each pass but the last drafts a token or more"
+  _require(s, s.draft_passes <= s.draft + 1, "draft_passes", problem)
   _require(s, s.stepper in steppers.STEPPERS, "stepper", f"is not one of {', '.join(steppers.STEPPERS)}")
-  _require(s, all(s.stop), "stop", "is empty")
+  _check_stop(s.stop)
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+  if isinstance(stop, str):
+    raise UserError(f"--stop: {stop!r} is one string; a tuple of strings is wanted")
+  for string in stop:
+    if not string:
+      raise UserError("--stop: is empty")
+    if re.search("[\ud800-\udfff]", string):
+      raise UserError(f"--stop={string}: is not valid UTF-8, as the text that it is looked for in")
 
 
 def _check_model(sampling: Sampling, config: config_lib.Config) -> None:
@@ -133,7 +151,7 @@ def _grid_times(sampling: Sampling) -> list[float] | None:
     times = [float(t) for t in sampling.grid.split(",")]
   except ValueError:
     times = []
-  if not times or any(a <= b for a, b in zip([1.0] + times, times + [0.0])):
+  if not times or not all(a > b for a, b in zip([1.0] + times, times + [0.0])):
     raise UserError(
       f"--grid={sampling.grid}: is neither {' nor '.join(_GRIDS)}, nor times that fall from 1 to 0, as 0.8,0.5,0.2"
     )

@@ -1,8 +1,9 @@
 """The decoding mode verify: speculative decoding, in which windows draft tokens and a clean pass verifies them.
 
 Speculative rejection sampling (Leviathan et al., "Fast inference from transformers via speculative decoding", 2023;
-Chen et al., "Accelerating large language model decoding with speculative sampling", 2023): texts have exactly
-autoregression's distribution, whatever the draft's quality.
+Chen et al., "Accelerating large language model decoding with speculative sampling", 2023): texts have
+autoregression's distribution, whatever the draft's quality, as the verifying pass computes it: to rounding, which
+depends on how many slots a pass has. Greedy texts are greedy autoregression's in float32, in bfloat16 nearly all.
 
 Letters in names: N windows of a pass, T drafted tokens; the others as in `state`.
 """

@@ -3,7 +3,8 @@
 A pass reads *uncached* tokens, committed ones whose keys and values are not in the cache yet, and beside them the slots
 of windows, which see the uncached tokens before their anchor: a finished window enters the cache in the same pass that
 begins the next one. What happens to a row depends on that row alone, and its draws on its own key, so a text is the
-same alone and in any batch.
+same alone and in any batch: in float32, where rounding, which depends on how many slots and rows a pass has, is smaller
+than what separates tokens. In bfloat16 it now and then is not (`experiments/precision.py`).
 
 Letters in names: B rows of the batch, C positions of the buffers, R slots for uncached tokens, T tokens of a window,
 S window slots of a pass, P positions of the prefill, D width, V vocabulary, M code elements.

@@ -3,9 +3,11 @@
 import dataclasses
 import html
 import importlib.util
+import io
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 
@@ -22,13 +24,15 @@ _PICTURE_TOKENS, _PICTURE_PASSES = 64, 64
 class Trace:
   """How one text was decoded, in K passes over T written tokens.
 
-  prompt: the text before. mode: the mode and its setting, for the title. time: (K, T) float, t of each token after each
-  pass; NaN where a token was not in play yet. pieces: K lists of T strings, the committed or the most probable token;
-  "" where not in play. event: (K, T) int8: JUMP, committed by this pass; CORRECTION, committed by this pass as another
-  token than was most probable or drafted before; DRAFT, drafted by this pass; NONE.
+  prompt: the text before. text: what follows it in the end. mode: the mode and its setting, for the title. time: (K, T)
+  float, t of each token after each pass; NaN where a token was not in play yet. pieces: K lists of T strings, the
+  committed or the most probable token; "" where not in play. event: (K, T) int8: JUMP, committed by this pass;
+  CORRECTION, committed by this pass as another token than was most probable or drafted before; DRAFT, drafted by this
+  pass; NONE.
   """
 
   prompt: str
+  text: str
   mode: str
   time: np.ndarray
   pieces: list[list[str]]
@@ -39,17 +43,12 @@ class Trace:
     """(K,) tokens that each pass committed."""
     return ((self.event == JUMP) | (self.event == CORRECTION)).sum(axis=1)
 
-  @property
-  def text(self) -> str:
-    """What was written."""
-    return "".join(self.pieces[-1]) if self.pieces else ""
-
 
 def check_trace_file(path: str) -> None:
   """Raises UserError where `write_trace` could not write; changes nothing."""
   problem = None
-  folder = os.path.dirname(path) or "."
-  if not path.endswith((".html", ".png")):
+  folder = os.path.dirname(os.path.realpath(path))  # a link may lead into another one
+  if not path.lower().endswith((".html", ".png")):
     problem = "ends neither in .html nor in .png"
   elif not os.path.isdir(folder):
     problem = f"there is no folder {folder}"
@@ -57,7 +56,7 @@ def check_trace_file(path: str) -> None:
     problem = "is a folder"
   elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
     problem = "cannot be written: permission denied"
-  elif path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+  elif path.lower().endswith(".png") and importlib.util.find_spec("matplotlib") is None:
     problem = "needs matplotlib: pip install 'evo_jax[plot]'"
   if problem:
     raise UserError(f"--trace={path}: {problem}")
@@ -66,12 +65,18 @@ def check_trace_file(path: str) -> None:
 def write_trace(trace: Trace, path: str) -> None:
   """Writes the page or the picture, by the file's name. Raises UserError as `check_trace_file`, or if writing fails."""
   check_trace_file(path)
+  # Drawn first: a file that is there is not lost to an error.
+  if path.lower().endswith(".html"):
+    content = render_page(trace).encode(errors="replace")
+  else:
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", UserWarning)  # of characters that the font does not have, and of empty axes
+      _picture(trace).savefig(picture, dpi=110)
+    content = picture.getvalue()
   try:
-    if path.endswith(".html"):
-      with open(path, "w", encoding="utf-8", errors="replace") as file:
-        file.write(render_page(trace))
-    else:
-      _picture(trace).savefig(path, dpi=110)
+    with open(path, "wb") as file:
+      file.write(content)
   except OSError as error:
     raise UserError(f"--trace={path}: cannot be written: {error.strerror or error}") from error
 
@@ -143,7 +148,7 @@ def _draw_pieces(axes, time: np.ndarray, pieces: list[list[str]], event: np.ndar
     axes.text(
       i,
       k,
-      "".join(_VISIBLE.get(c, c) for c in pieces[k][i])[:letters],
+      "".join(_VISIBLE.get(c, c if c.isprintable() else "\ufffd") for c in pieces[k][i])[:letters],
       parse_math=False,
       ha="center",
       va="center",

@@ -33,6 +33,7 @@ LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "
 _FORMS = "ar, staircase, " + ", ".join(
   [f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] + [f"{n}:threshold" for n in LIMITS]
 )
+MOST = 65_536  # passes of a window, or tokens of a pass, that a path's name can ask for
 END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
 
 
@@ -89,10 +90,12 @@ def parse_path(path: str) -> tuple[str, float]:
     if not 0.0 <= number <= LIMITS[name]:
       raise UserError(f"path {path!r}: needs a threshold from 0 to {LIMITS[name]:g}, as in {name}:0.5")
     return name, number
-  if not re.fullmatch(r"[1-9]\d*", text):
+  number = int(text) if re.fullmatch(r"[1-9][0-9]{0,9}", text) else MOST + 1
+  if number > MOST:
     what = "passes" if name in _PASSES else "tokens per pass"
-    raise UserError(f"path {path!r}: needs a number of {what}, as in {name}:{16 if name in _PASSES else 2}")
-  return name, int(text)
+    example = f"{name}:{16 if name in _PASSES else 2}"
+    raise UserError(f"path {path!r}: needs a number of {what} from 1 to {MOST}, as in {example}")
+  return name, number
 
 
 def time_grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None = None) -> jax.Array:
