@@ -34,7 +34,7 @@ from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import DEFAULT_PATH, DEFAULT_TOKENS, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
-from evo_jax.run import load_run
+from evo_jax.run import Run, load_run
 
 _MOST_TEXTS = 1_000_000
 
@@ -52,7 +52,7 @@ def main() -> None:
     raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
   run = load_run(args.workdir, args.step, mesh)
   if args.chat:
-    run = dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer, args.system))
+    run = _in_conversation(run, args.system)
   sampler = Sampler(run, sampling)
   writes = jax.process_index() == 0
   streams = writes and len(prompts) * args.num == 1 and not args.json and not args.infill
@@ -74,6 +74,14 @@ def main() -> None:
   if traces:
     write_trace(traces[0], args.trace)
   print(_summary(generations, sampler.compile_seconds), file=sys.stderr)
+
+
+def _in_conversation(run: Run, system: str) -> Run:
+  """The model, to which a prompt is what a user says. Raises UserError where the tokenizer has no usable template."""
+  try:
+    return dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer, system))
+  except UserError as error:
+    raise UserError(f"--chat: {error}") from error
 
 
 def _stream(prompt: str) -> OnText:
