@@ -3,18 +3,23 @@
 `tokenizer_files/make.py` made the tokenizers beside it, and with transformers `reference.json` of each.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import sys
 
-from conftest import call, train_flags
+from conftest import assert_refused, call, train_flags
 import numpy as np
 import pytest
 
 from evo_jax.data import tokenizers
-from evo_jax.data.chat import ChatTemplate
+from evo_jax.data.chat import ChatTemplate, ChatTokenizer
 from evo_jax.data.huggingface import HuggingFace
+from evo_jax.decoding.progress import Progress, Snapshot
+from evo_jax.decoding.prompts import Request, encode_with_gaps
+from evo_jax.decoding.sampler import Sampler
+from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
 from evo_jax.pretrained.gguf_file import open_gguf
 from evo_jax.run import load_run
@@ -343,3 +348,44 @@ def test_commands_use_a_runs_tokenizer(workdir):
   assert done.returncode == 0, done.stderr
   (generation,) = json.loads(done.stdout)
   assert generation["prompt"] == "caf\xe9 <|im_end|>" and len(generation["tokens"]) <= 3
+  question = ("--chat", "--prompt=hi", "--max_tokens=2", "--greedy")
+  done = call("evo_jax.generate", f"--workdir={workdir}", *question, "--json")
+  assert done.returncode == 0, done.stderr
+  (generation,) = json.loads(done.stdout)
+  assert generation["prompt"] == "hi"
+  shown = call("evo_jax.generate", f"--workdir={workdir}", *question)
+  assert shown.stdout == generation["text"] + "\n"  # the answer alone
+  conversation = load_run(str(workdir))
+  chat = ChatTokenizer(conversation.tokenizer)
+  write = Sampler(dataclasses.replace(conversation, tokenizer=chat), Sampling(max_tokens=2, greedy=True))
+  assert write(["hi"])[0].tokens == generation["tokens"]
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (("--chat",), "--chat: needs a --prompt"),
+    (("--chat", "--infill=a [...]", "--mode=flow"), "--chat: needs a --prompt"),
+    (("--system=Be brief.", "--prompt=a"), "--system: is of a conversation"),
+  ],
+)
+def test_flags_of_conversations_go_together(flags, message):
+  assert_refused(call("evo_jax.generate", "--workdir=nowhere", *flags), message)
+
+
+def test_a_continuation_follows_its_prompt(tmp_path):
+  """Where a tokenizer puts a space in front of text, written words keep theirs, and what surrounds a gap gets none."""
+  tokenizer = load("llama2")
+  assert encode_with_gaps("the [...2]river", tokenizer, 1, 32) == [
+    *tokenizer.encode("the "),
+    None,
+    None,
+    *tokenizers.continuing(tokenizer).encode("river"),
+  ]
+  prompt, written = tokenizer.encode("the"), tokenizers.continuing(tokenizer).encode(" river runs")
+  tokens = np.array([tokenizer.begin_id, *prompt, *written])
+  length = len(tokens)
+  for stop, text in (((), " river runs"), ((" runs",), " river")):
+    row = Snapshot(tokens, length, True, length, np.arange(length))
+    progress = Progress(Request("the", tuple(prompt.tolist()), length, 0, 0), tokenizer, stop)
+    assert progress.update(row, 1.0) == text and progress.generation(row).text == text
