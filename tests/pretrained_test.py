@@ -628,6 +628,8 @@ def test_windows_of_another_model_are_refused(imported, tmp_path):
   flags = (f"--source={imported('smollm2')[0]}", f"--workdir={tmp_path / 'run'}")
   message = "evo.safetensors: blocks.w_time: has the shape (2, 16, 6, 32), not (2, 16, 6, 48); it is of another model"
   assert_refused(call("evo_jax.convert", *flags, f"--windows={windows}"), message)
+  save_file({"codes": np.zeros(3)}, windows, {"evo_config": '{"model": {"depth": 3}}'})
+  assert_refused(call("evo_jax.convert", *flags, f"--windows={windows}"), "config.model.depth: no such field")
   save_file({"codes": np.zeros(3)}, windows)
   assert_refused(call("evo_jax.convert", *flags, f"--windows={windows}"), "has no configuration of an Evo model")
 

@@ -4,6 +4,7 @@ Parameters that no transformers checkpoint has (codes, time conditioning, clocks
 (`statistics.`), and in the header the configuration. Tables have as many rows as the checkpoint's.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ class EvoFile:
     self._handle = open_tensors(path)
     try:
       values = json.loads((self._handle.metadata() or {})["evo_config"])
-    except (KeyError, ValueError) as error:
+      self.config = config_lib.from_dict(values)
+    except UserError as error:
+      raise UserError(f"{path}: {error}; was it written by another version?") from error
+    except (KeyError, ValueError, TypeError) as error:
       raise UserError(f"{path}: has no configuration of an Evo model in its header") from error
-    self.config = config_lib.from_dict(values)
 
   def read(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """The arrays `abstract` by their names. Raises UserError where the file has others, or of other shapes."""
@@ -50,6 +53,13 @@ class EvoFile:
     if not fits:
       raise UserError(f"{self.path}: {name}: has the shape {value.shape}, not {want.shape}; it is of another model")
     return value.astype(want.dtype)
+
+
+def describe_config(config: config_lib.Config) -> dict[str, str]:
+  """The header's entry, without the names of folders of this machine."""
+  default = config_lib.Data()
+  data = dataclasses.replace(config.data, path=default.path, weights=default.weights, tokenizer_path="")
+  return {"evo_config": json.dumps(config_lib.to_dict(dataclasses.replace(config, data=data)))}
 
 
 def flatten(own_params: dict[tuple[str, ...], Any], statistics: Any) -> dict[str, Any]:

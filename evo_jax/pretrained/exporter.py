@@ -3,7 +3,6 @@ whole Evo model again."""
 
 from collections.abc import Iterator
 import functools
-import json
 import os
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from evo_jax import config as config_lib
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
@@ -60,7 +58,7 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
       kinds |= {name: (shard, value.dtype.name, value.nbytes) for name, value in values.items()}
       _save(values, place / _shard_name(shard), {"format": "pt"})
     own = _own_tensors(run, {part.path for part in parts}, rows)
-    _save(own, place / evo_file.NAME, {"evo_config": json.dumps(config_lib.to_dict(run.config))})
+    _save(own, place / evo_file.NAME, evo_file.describe_config(run.config))
     dtypes = {kind for _, kind, _ in kinds.values()}
     staging.on_first_process(lambda: _name_shards(place, kinds))
     staging.on_first_process(lambda: _write_small_files(run, saved, record, config, dtypes, place))
@@ -176,7 +174,7 @@ def _card(run: Run, record: dict[str, Any] | None, config: dict[str, Any]) -> st
   model = run.config.model
   count = evo_lib.count_parameters(model, run.tokenizer.vocab_size)
   origin = "trained from nothing" if record is None else f"from `{record['source']}`, whose licence holds"
-  trained = f", trained for {run.step:,} steps on `{run.config.data.path}`" if run.step else ""
+  trained = f", trained for {run.step:,} steps" if run.step else ""
   return f"""---
 library_name: transformers
 pipeline_tag: text-generation
