@@ -3,6 +3,7 @@
 The models in tests/pretrained/ and their references are made by make_references.py beside them.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -30,7 +31,7 @@ from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
 from evo_jax.network.transformer import rms_norm
 from evo_jax.parallel import sharding
-from evo_jax.pretrained import exporter, importer, source, tokenizer_json
+from evo_jax.pretrained import architectures, exporter, importer, source, tokenizer_json
 from evo_jax.run import Run, load_run
 
 REFERENCES = pathlib.Path(ROOT) / "tests" / "pretrained"
@@ -371,6 +372,43 @@ def test_a_model_that_was_trained_here_goes_out_and_comes_back(trained, tmp_path
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config["architectures"] == ["LlamaForCausalLM"] and config["vocab_size"] == 257
   assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+
+
+@pytest.mark.parametrize(
+  "fields, name",
+  [
+    ({}, "LlamaForCausalLM"),
+    ({"tie_embeddings": True, "head_dim": 48, "context_limit": 512, "norm_epsilon": 1e-6}, "LlamaForCausalLM"),
+    ({"rope_scaling": "llama3", "rope_factor": 32.0, "rope_original_context": 64}, "LlamaForCausalLM"),
+    ({"rope_scaling": "linear", "rope_factor": 2.0, "rope_base": 5e5}, "LlamaForCausalLM"),
+    ({"qkv_bias": True}, "Qwen2ForCausalLM"),
+    ({"qk_norm": True, "head_dim": 48}, "Qwen3ForCausalLM"),
+  ],
+)
+def test_a_description_is_read_as_it_was_meant(fields, name):
+  model = config_lib.Model(**fields)
+  described = architectures.describe_model(model, "float32", 300)
+  assert described["architectures"] == [name]
+  read = architectures.read_model(described, "config.json")
+  expected = {field: getattr(model, field) for field in read}
+  given = {"vocab_size": 300, "context_limit": model.position_limit, "norm_casts_first": True}
+  if model.rope_scaling == "linear":
+    given["rope_original_context"] = read["rope_original_context"]
+  assert read == expected | given
+
+
+def test_what_no_architecture_has_is_not_exported(trained, tmp_path):
+  for fields, message in (
+    ({"qk_norm": True, "qkv_bias": True}, "config.model.qkv_bias: no architecture that can be exported has it beside"),
+    ({"qkv_bias": True, "head_dim": 48}, "config.model.head_dim: no architecture that can be exported has it beside"),
+  ):
+    with pytest.raises(UserError, match=message):
+      architectures.describe_model(config_lib.Model(**fields), "float32", 300)
+  run = load_run(str(trained), mesh=one_device())
+  alone = dataclasses.replace(run.config, loss=dataclasses.replace(run.config.loss, ar_weight=0.0))
+  with pytest.raises(UserError, match="nothing trained what would be exported"):
+    exporter.export_run(dataclasses.replace(run, config=alone), str(trained), str(tmp_path / "out"))
+  assert os.listdir(tmp_path) == []
 
 
 TEXTS = ("The sun, at 7:05 - naïve “quotes”\tand\n\n  spaces 0123", "", " leading", "ünïcödé \u0000 \U0001f600")

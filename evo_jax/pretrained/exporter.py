@@ -46,6 +46,8 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
   parts = tensors.parts(run.config.model, rows)
   names = {part.name for part in parts}
   stored = {} if record is None else {name: kind for name, kind in record["dtypes"].items() if name in names}
+  if run.config.loss.ar_weight == 0:
+    raise UserError(f"{workdir}: config.loss.ar_weight is 0: nothing trained what would be exported")
   if record is None:
     config = architectures.describe_model(run.config.model, dtype or run.config.model.param_dtype, rows)
   else:
