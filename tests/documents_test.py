@@ -18,6 +18,11 @@ from evo_jax.data import files as files_lib
 from evo_jax.errors import UserError
 
 
+def gzipped(content):
+  """The same at any time: tests are named after their inputs."""
+  return gzip.compress(content, mtime=0)
+
+
 def write(path, content=b"some text"):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -38,10 +43,6 @@ def read(path, binary=False, strict=False):
   return [text for reader in readers for text in reader], [reader.report for reader in readers if reader.report]
 
 
-def zipped(content):
-  return gzip.compress(content)
-
-
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 
@@ -49,15 +50,15 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
   "name, content, texts",
   [
     ("a.txt", "plain é", ["plain é"]),
-    ("a.TXT.GZ", zipped(b"a") + zipped(b"b"), ["ab"]),  # two members
+    ("a.TXT.GZ", gzipped(b"a") + gzipped(b"b"), ["ab"]),  # two members
     ("a", b"no suffix", ["no suffix"]),
     ("notes.md.bz2", bz2.compress(b"a") + bz2.compress(b"b"), ["ab"]),
     ("A.JSONL", LINES, ["one", "two"]),
-    ("c4.json.gz", zipped(LINES), ["one", "two"]),
+    ("c4.json.gz", gzipped(LINES), ["one", "two"]),
     ("c4.Json", LINES[:16], ["one"]),
     ("a.ndjson.xz", lzma.compress(LINES), ["one", "two"]),
     ("a.jsonl.lzma", lzma.compress(LINES, lzma.FORMAT_ALONE), ["one", "two"]),
-    ("a.jsonl.bz2.gz", zipped(bz2.compress(LINES)), ["one", "two"]),
+    ("a.jsonl.bz2.gz", gzipped(bz2.compress(LINES)), ["one", "two"]),
     ("crlf.jsonl", LINES.replace(b"\n", b"\r\n"), ["one", "two"]),
     ("cr.jsonl", LINES.replace(b"\n", b"\r"), ["one", "two"]),
     ("blank.jsonl", b"\n  \n" + LINES + b'\n{"text": ""}\n', ["one", "two"]),
@@ -67,7 +68,7 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
     ("mark.txt", codecs.BOM_UTF8 + b"text", ["text"]),
     ("mark.jsonl", codecs.BOM_UTF8 + LINES + codecs.BOM_UTF8 + LINES, ["one", "two"] * 2),
     ("one.txt", b"x", ["x"]),
-    ("padded.txt.gz", zipped(b"text") + bytes(512), ["text"]),  # as tapes and some tools pad
+    ("padded.txt.gz", gzipped(b"text") + bytes(512), ["text"]),  # as tapes and some tools pad
   ],
 )
 def test_formats_are_recognized_by_name(tmp_path, name, content, texts):
@@ -104,13 +105,13 @@ BAD = {
   "mark.txt": (codecs.BOM_UTF8, "is empty"),
   "blank.jsonl": (b"\n\n", "is empty"),
   "none.jsonl": (b'{"text": ""}\n', "no line has text"),
-  "cut.txt.gz": (gzip.compress(b"some text " * 100)[:25], "is cut off"),
+  "cut.txt.gz": (gzipped(b"some text " * 100)[:25], "is cut off"),
   "cut.txt.xz": (lzma.compress(b"some text " * 100)[:60], "is cut off"),
   "cut.txt.bz2": (bz2.compress(b"some text " * 100)[:40], "is cut off"),
   "no.txt.gz": (b"this is no gzip", "the compressed data is damaged"),
   "no.txt.xz": (b"this is no xz", "the compressed data is damaged"),
   "no.txt.bz2": (b"this is no bzip2", "the compressed data is damaged"),
-  "garbage.txt.gz": (gzip.compress(b"text") + b"garbage", "the compressed data is damaged"),
+  "garbage.txt.gz": (gzipped(b"text") + b"garbage", "the compressed data is damaged"),
   "latin.txt": ("é".encode("latin-1") + b" abc", r"is not UTF-8 text \(byte 0\)"),
   "utf16.txt": ("text".encode("utf-16"), "is UTF-16 text"),
   "utf32.txt": ("text".encode("utf-32"), "is UTF-32 text"),
@@ -129,13 +130,13 @@ BAD = {
   "a.zip": (b"any", r"\.zip files cannot be read"),
   "a.tar.gz": (b"any", r"\.tar files cannot be read"),
   "A.PARQUET": (b"any", r"\.parquet files cannot be read"),
-  "gzip.txt": (gzip.compress(b"text"), r"is not text, but holds gzip data \(name it \.gz\)"),
-  "twice.txt.gz": (gzip.compress(gzip.compress(b"text")), "holds gzip data"),
+  "gzip.txt": (gzipped(b"text"), r"is not text, but holds gzip data \(name it \.gz\)"),
+  "twice.txt.gz": (gzipped(gzipped(b"text")), "holds gzip data"),
   "xz.txt": (lzma.compress(b"text"), "holds xz data"),
   "bz2.jsonl": (bz2.compress(b"text"), "holds bzip2 data"),
   "zstd.txt": (b"\x28\xb5\x2f\xfd and more", "holds zstd data"),
   "zip.txt": (b"PK\x03\x04 and more", "holds a zip archive"),
-  "tar.gz": (gzip.compress(tarred("a")), "holds a tar archive"),
+  "tar.gz": (gzipped(tarred("a")), "holds a tar archive"),
 }
 
 
