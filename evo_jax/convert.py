@@ -104,7 +104,10 @@ if __name__ == "__main__":
   flags.DEFINE_enum("dtype", "float32", dtypes, "Of computation.")
   flags.DEFINE_enum("param_dtype", None, dtypes, "Of the parameters; default: as stored.")
   flags.DEFINE_integer(
-    "context", 0, "Tokens of a sequence in evaluation and training; 0: 1024, or as many as the model takes."
+    "context",
+    0,
+    "Tokens of a sequence in evaluation and training; 0: 1024, or as many as the model takes.",
+    lower_bound=0,
   )
   flags.DEFINE_list("ignore", [], "Unknown fields of config.json that change no result.")
   flags.DEFINE_string("export", "", "The folder to write, which must be empty or not there.")

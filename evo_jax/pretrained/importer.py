@@ -128,7 +128,10 @@ def make_config(source: Source, options: Options, windows: EvoFile | None = None
   values["model"] |= fields | {"context": context, "dtype": options.dtype, "param_dtype": options.param_dtype or own}
   if windows is None:
     values["window"]["size"] = int(np.gcd(context, values["window"]["size"]))
-  return config_lib.from_dict(values)
+  try:
+    return config_lib.from_dict(values)
+  except UserError as error:
+    raise UserError(f"{source.description}: config.json: {error}") from error
 
 
 def _stored_dtype(source: Source, name: str) -> str:
@@ -141,15 +144,18 @@ def _stored_dtype(source: Source, name: str) -> str:
 def check_tensors(source: Source, model: config_lib.Model) -> list[str]:
   """The tensors that mean nothing for this model. Raises UserError for one that is missing, surplus or of another
   shape, and for an output table that is not the input's though the configuration says so."""
+  names = set(source.names())
+  last = f"model.layers.{model.layers - 1}.input_layernorm.weight"
+  if last not in names:  # asked first: a damaged file may speak of a billion layers
+    raise UserError(f"{source.description}: {last}: is missing")
   expected = {part.name: part for part in tensors.parts(model, model.vocab_size)}
-  names = source.names()
   for name, part in expected.items():
     if name not in names:
       raise UserError(f"{source.description}: {name}: is missing")
     if source.shape(name) != part.shape:
       raise UserError(f"{source.description}: {name}: has the shape {source.shape(name)}, not {part.shape}")
   left_out = []
-  for name in sorted(set(names) - set(expected)):
+  for name in sorted(names - set(expected)):
     if name == "lm_head.weight":  # written though it is tied
       if not np.array_equal(source.read(name), source.read("model.embed_tokens.weight")):
         raise UserError(
