@@ -126,6 +126,7 @@ def make_config(source: Source, options: Options, windows: EvoFile | None = None
   if context > limit:
     raise UserError(f"--context={context}: is more than the {limit} positions of the model")
   values["model"] |= fields | {"context": context, "dtype": options.dtype, "param_dtype": options.param_dtype or own}
+  values["optim"]["ema"] = 0.0  # there is no average beside the parameters
   if windows is None:
     values["window"]["size"] = int(np.gcd(context, values["window"]["size"]))
   try:

@@ -261,7 +261,8 @@ def check_resumable(
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):
-    begins = step == 0 and field == "optim.ema"  # an average of an imported model begins as its parameters
+    # Before the first step there may be no average yet, which then begins as the parameters.
+    begins = step == 0 and field == "optim.ema" and before == 0
     if (pin == "contents" and not begins) or (pin and step > 0):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
