@@ -19,10 +19,11 @@ from evo_jax.errors import UserError
 REMAT_POLICIES = ("none", "full", "dots")
 REMAT_NAMES = ("qkv", "attention", "gate", "up")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 PROGRESSIONS = ("shared", "learned")
 TRACKERS = ("tensorboard", "wandb")
-TOKENIZERS = ("bytes", "chars27", "sentencepiece")
+TOKENIZERS = ("bytes", "chars27", "sentencepiece", "huggingface")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
 JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
@@ -87,18 +88,30 @@ class Model(Section):
   heads: int = pinned(4)
   kv_heads: int = pinned(4)  # fewer than heads: grouped-query attention
   hidden: int = pinned(384)  # SwiGLU's inner width
-  context: int = ordering(256)  # tokens of a sequence
+  head_dim: int = pinned(0)  # elements of a head; 0: width / heads
+  context: int = ordering(256)  # tokens of a sequence in training and evaluation
+  context_limit: int = pinned(0)  # positions that generation and evaluation may use; 0: as many as context
   vocab_size: int = pinned(0)  # rows of the vocabulary tables; 0: as many as the tokenizer has tokens
   vocab_multiple: int = pinned(8)  # the rows are rounded up to a multiple of this, so that they divide over a mesh
   code_dim: int = pinned(32)  # M: elements of a token's code
   time_dim: int = pinned(16)  # rank of the time conditioning
+  qkv_bias: bool = pinned(False)  # queries, keys and values have biases, as in Qwen2.5
+  qk_norm: bool = pinned(False)  # RMSNorm of each head's query and key, as in Qwen3
   rope_base: float = pinned(10_000.0)
+  # none | linear (all frequencies divided by rope_factor) | llama3 (wavelengths longer than rope_original_context /
+  # rope_low_factor divided, shorter than rope_original_context / rope_high_factor kept, between them a mixture)
+  rope_scaling: str = pinned("none")
+  rope_factor: float = pinned(8.0)
+  rope_low_factor: float = pinned(1.0)
+  rope_high_factor: float = pinned(4.0)
+  rope_original_context: int = pinned(8192)
   norm_epsilon: float = pinned(1e-5)
+  norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = False  # no attention across document boundaries
   progression: str = pinned("shared")  # shared: one clock for all tokens of a window | learned: one inferred per token
   dtype: str = "float32"  # of computation
-  param_dtype: str = "float32"  # of parameters; bfloat16 only for those that are read and not trained
+  param_dtype: str = "float32"  # of parameters; others only for those that are read and not trained
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
   attention_block: int = 0  # xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   # What the backward pass recomputes: none (nothing) | full (whole layers) | dots (all but matrix products) |
@@ -106,20 +119,46 @@ class Model(Section):
   remat: str = "none"
   unroll: int = 1  # layers per iteration of the scan over layers
 
+  @property
+  def head_size(self) -> int:
+    """E: elements of a head."""
+    return self.head_dim or self.width // self.heads
+
+  @property
+  def position_limit(self) -> int:
+    """Positions that a text may take."""
+    return self.context_limit or self.context
+
   def check(self) -> None:
     self.require_positive("layers", "width", "heads", "kv_heads", "hidden", "context")
     self.require_positive("vocab_multiple", "code_dim", "time_dim", "unroll")
-    self.require_not_negative("vocab_size", "attention_block")
+    self.require_not_negative("vocab_size", "attention_block", "head_dim", "context_limit")
     self.require_above_zero("norm_epsilon")
-    self.require(self.rope_base >= 1, "rope_base", "is less than 1")
-    self.require(self.width % self.heads == 0, "width", f"does not divide into {self.heads} heads")
-    self.require(self.width // self.heads % 2 == 0, "width", "makes heads of odd size; rotary positions need even")
+    if self.head_dim:
+      self.require(self.head_dim % 2 == 0, "head_dim", "is odd; rotary positions need even")
+    else:
+      self.require(self.width % self.heads == 0, "width", f"does not divide into {self.heads} heads")
+      self.require(self.width // self.heads % 2 == 0, "width", "makes heads of odd size; rotary positions need even")
     self.require(self.heads % self.kv_heads == 0, "kv_heads", f"does not divide model.heads = {self.heads}")
+    problem = f"is more than model.context_limit = {self.context_limit}"
+    self.require(self.context <= self.position_limit, "context", problem)
+    self._check_rope()
     self.require_choice("dtype", DTYPES)
     self.require_choice("param_dtype", DTYPES)
     self.require_choice("attention", ATTENTIONS)
     self.require_choice("progression", PROGRESSIONS)
     self.require(self.attention != "cudnn" or self.dtype == "bfloat16", "attention", "needs model.dtype = bfloat16")
+    self._check_remat()
+
+  def _check_rope(self) -> None:
+    self.require_choice("rope_scaling", ROPE_SCALINGS)
+    self.require(self.rope_base >= 1, "rope_base", "is less than 1")
+    self.require_positive("rope_original_context")
+    self.require_above_zero("rope_factor", "rope_low_factor")
+    problem = f"is not more than model.rope_low_factor = {self.rope_low_factor}"
+    self.require(self.rope_high_factor > self.rope_low_factor, "rope_high_factor", problem)
+
+  def _check_remat(self) -> None:
     names = self.remat.removeprefix("save:").split(",") if self.remat.startswith("save:") else None
     self.require(
       set(names) <= set(REMAT_NAMES) if names else self.remat in REMAT_POLICIES,
@@ -234,7 +273,7 @@ class Optim(Section):
 
   def check(self) -> None:
     self.require_not_negative("learning_rate", "warmup", "weight_decay", "clip")
-    self.require_choice("moment_dtype", DTYPES)
+    self.require_choice("moment_dtype", ("float32", "bfloat16"))
     self.require_choice("schedule", ("cosine", "wsd"))
     self.require_above_zero("epsilon")
     self.require_share("final")
@@ -255,8 +294,8 @@ class Data(Section):
   test: str = ""  # the same for testing
   valid_share: float = 0.05  # of text files' documents, held out by a hash of their content
   test_share: float = 0.05
-  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece
-  tokenizer_path: str = ""  # folder of a trained SentencePiece model
+  tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece | huggingface
+  tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
   batch_size: int = ordering(16)  # sequences per step, over all processes
   seed: int = ordering(0)
   strict: bool = False  # whether a document that cannot be used is an error, instead of skipped and reported
@@ -413,6 +452,7 @@ class Config:
       "param_dtype",
       "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
     )
+    self.model.require(self.model.dtype != "float16", "dtype", "cannot be trained in: gradients vanish in it")
 
   def _check_windows(self) -> None:
     model, window, paths = self.model, self.window, self.paths

@@ -19,9 +19,9 @@ Paths, over windows of the training size (or --window), each after the text befo
   spread:h      the leftmost, all of less than h bits, and others that are far enough apart
   error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
-Text is cut into consecutive sequences of the model's context, each without what came before it; the remainder at the
-end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals of two lengths are
-among the paths, the path gap is printed too.
+Text is cut into consecutive sequences of the model's context, or of --length tokens, each without what came before it;
+the remainder at the end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals
+of two lengths are among the paths, the path gap is printed too.
 """
 
 import json
@@ -32,6 +32,7 @@ from absl import flags
 import jax
 
 from evo_jax import cli
+from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
@@ -52,15 +53,14 @@ def main() -> None:
   check_flags(args)
   cli.join_processes()
   run = run_lib.load_run(args.workdir, args.step, cli.make_mesh())
-  window = args.window or run.config.window.size
-  if run.config.model.context % window:
-    raise UserError(f"--window={args.window}: does not divide the context of {run.config.model.context}")
-  batch, source = read_text(args, run, 1 if args.show_progression else args.sequences)
+  length, window = args.length or run.config.model.context, args.window or run.config.window.size
+  check_lengths(args, run.config.model, length, window)
+  batch, source = read_text(args, run, length, 1 if args.show_progression else args.sequences)
   if args.show_progression:
     result, text = show_progression(run, batch, window, args.passes)
   else:
     result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
-    tokens = f"{run.config.model.context}" if batch.counted is None else f"up to {batch.counted[:, 1:].sum(1).max()}"
+    tokens = f"{length}" if batch.counted is None else f"up to {batch.counted[:, 1:].sum(1).max()}"
     text = f"{source}: {len(batch.tokens)} sequences of {tokens} tokens, windows of {window}, step {run.step}\n{text}"
   if jax.process_index():
     return
@@ -86,15 +86,25 @@ def default_paths(run: run_lib.Run) -> tuple[str, ...]:
 
 def check_flags(args: flags.FlagValues) -> None:
   """Raises UserError for flags that are impossible whatever the run is."""
-  for name in ("sequences", "window"):
+  for name in ("sequences", "window", "length"):
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
   if args.json:
     cli.check_output("json", args.json)
 
 
-def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Batch, str]:
-  """The sequences to measure, at most `count` (0: all), and what to call them."""
+def check_lengths(args: flags.FlagValues, model: config_lib.Model, length: int, window: int) -> None:
+  """Raises UserError for sequences that the model cannot read, and for windows that do not divide them."""
+  if length > model.position_limit:
+    raise UserError(f"--length={length}: is more than the {model.position_limit} tokens that the model can read")
+  if length % window and args.length:
+    raise UserError(f"--length={length}: is no multiple of the window, {window} tokens")
+  if length % window:
+    raise UserError(f"--window={window}: does not divide the context of {length}")
+
+
+def read_text(args: flags.FlagValues, run: run_lib.Run, length: int, count: int) -> tuple[Batch, str]:
+  """The sequences of `length` tokens to measure, at most `count` (0: all), and what to call them."""
   split = args.split
   if args.data:
     corpora = corpora_lib.load_text(args.data, "--data", run.config.data, run.tokenizer)
@@ -103,14 +113,14 @@ def read_text(args: flags.FlagValues, run: run_lib.Run, count: int) -> tuple[Bat
     corpora = corpora_lib.load_corpora(run.config.data, run.tokenizer)
     source = f"{formats.shown(run.config.data.path)} ({split})"
     trained_on = checkpoint.read_config(checkpoint.resolve_workdir(args.workdir))["text"]
-    if [corpus.fingerprint for corpus in corpora] != trained_on and jax.process_index() == 0:
+    changed = trained_on is not None and [corpus.fingerprint for corpus in corpora] != trained_on
+    if changed and jax.process_index() == 0:
       print(
         f"evo_jax: the text of {run.config.data.path!r} has changed since training: "
         "held-out documents may have been trained on",
         file=sys.stderr,
       )
-  model = run.config.model
-  return batches_lib.held_out(corpora, split, model.context, count, model.isolate_documents), source
+  return batches_lib.held_out(corpora, split, length, count, run.config.model.isolate_documents), source
 
 
 def measure(
@@ -144,6 +154,7 @@ if __name__ == "__main__":
   flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run, or of a prepared folder.")
   flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")
   flags.DEFINE_integer("window", 0, "Tokens of a window; 0: as in training.")
+  flags.DEFINE_integer("length", 0, "Tokens of a sequence; 0: as in training.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")
   flags.DEFINE_integer("seed", 0, "Seed of the latents' noise.")
   flags.DEFINE_bool("show_progression", False, "Print the tokens of a passage with the times inferred for them.")

@@ -2,6 +2,7 @@
 
   python -m evo_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...] --mode=ar|flow|adaptive|verify [--num=N]
   python -m evo_jax.generate --workdir=DIR --infill='It was [...] in the morning.' --mode=adaptive
+  python -m evo_jax.generate --workdir=DIR --chat --prompt='What is a river?' [--system='Be brief.']
 
   ar        one token per pass
   flow      windows of tokens, in --steps passes each, along any path (--path)
@@ -25,6 +26,7 @@ from absl import flags
 import jax
 
 from evo_jax import cli
+from evo_jax.data.chat import ChatTokenizer
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.prompt_files import read_prompt_files
 from evo_jax.decoding.prompts import readable
@@ -32,7 +34,7 @@ from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import DEFAULT_PATH, DEFAULT_TOKENS, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
-from evo_jax.run import load_run
+from evo_jax.run import Run, load_run
 
 _MOST_TEXTS = 1_000_000
 
@@ -48,27 +50,38 @@ def main() -> None:
   mesh = cli.make_mesh()
   if jax.process_count() > 1 and "-" in args.prompts:
     raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
-  sampler = Sampler(load_run(args.workdir, args.step, mesh), sampling)
+  run = load_run(args.workdir, args.step, mesh)
+  if args.chat:
+    run = _in_conversation(run, args.system)
+  sampler = Sampler(run, sampling)
   writes = jax.process_index() == 0
   streams = writes and len(prompts) * args.num == 1 and not args.json and not args.infill
-  on_text = _stream(prompts[0]) if streams else None  # prints the prompt, too, once it has been accepted
+  shown = lambda prompt: "" if args.infill or args.chat else readable(prompt)
+  on_text = _stream(shown(prompts[0])) if streams else None  # prints the prompt, too, once it has been accepted
   traces = [] if args.trace else None
   generations = sampler(prompts, args.num, args.seed, bool(args.infill), on_text, traces)
   if not writes:
     return
   if streams:
-    print("" if generations[0].text else readable(prompts[0]))
+    print("" if generations[0].text else shown(prompts[0]))
   elif args.json:
     generations_json = [dataclasses.asdict(g) | {"prompt": readable(g.prompt)} for g in generations]
     print(json.dumps(generations_json, indent=2))
   else:
     for i, generation in enumerate(generations):
-      text = generation.text if args.infill else readable(generation.prompt) + generation.text
-      print(("-" * 20 + "\n" if i else "") + text)
+      print(("-" * 20 + "\n" if i else "") + shown(generation.prompt) + generation.text)
   sys.stdout.flush()
   if traces:
     write_trace(traces[0], args.trace)
   print(_summary(generations, sampler.compile_seconds), file=sys.stderr)
+
+
+def _in_conversation(run: Run, system: str) -> Run:
+  """The model, to which a prompt is what a user says. Raises UserError where the tokenizer has no usable template."""
+  try:
+    return dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer, system))
+  except UserError as error:
+    raise UserError(f"--chat: {error}") from error
 
 
 def _stream(prompt: str) -> OnText:
@@ -76,7 +89,7 @@ def _stream(prompt: str) -> OnText:
   printed = []
 
   def on_text(_, piece):
-    print("" if printed else readable(prompt), piece, sep="", end="", flush=True)
+    print("" if printed else prompt, piece, sep="", end="", flush=True)
     printed.append(piece)
 
   return on_text
@@ -90,6 +103,10 @@ def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:
     raise UserError(f"--seed={args.seed}: is not in [0, 2^32)")
   if args.infill and (args.prompt or args.prompts):
     raise UserError("--infill: is a text of its own, and goes without --prompt and --prompts")
+  if args.chat and not (args.prompt or args.prompts):
+    raise UserError("--chat: needs a --prompt, which is what the user says; it goes without --infill")
+  if args.system and not args.chat:
+    raise UserError("--system: is of a conversation, which --chat makes of a prompt")
   if args.infill and sampling.mode not in DEFAULT_PATH:
     raise UserError(f"--infill: needs --mode=flow or --mode=adaptive; {sampling.mode} sees no text behind a gap")
   prompts = args.infill or args.prompt + read_prompt_files(args.prompts) or [""]
@@ -117,6 +134,9 @@ def define_flags() -> None:
     "A text whose gaps [...] ([...12]: 12 tokens) are filled; the rest stays as it is. May be given several times."
   )
   flags.DEFINE_multi_string("infill", [], infill)
+  chat = "Wrap each prompt into a conversation by the tokenizer's chat template; what is written is the answer."
+  flags.DEFINE_bool("chat", False, chat)
+  flags.DEFINE_string("system", "", "With --chat: the system message; default: none, or the template's own.")
   flags.DEFINE_integer("num", 1, "Texts for each prompt.")
   flags.DEFINE_integer("seed", 0, "Seed of all draws.")
   columns = "prompt, text, tokens, settled (the pass that committed each token), passes, seconds"

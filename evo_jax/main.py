@@ -77,12 +77,18 @@ def final_samples(run: run_lib.Run, mesh: jax.sharding.Mesh) -> str:
   return "\n".join(parts)
 
 
+def default_workdir(file: str) -> str:
+  """Where a configuration's run lives: in runs/, under its name; or beside the file, if that is a work directory."""
+  folder = Path(file).parent
+  return str(folder) if (folder / "config.json").exists() else f"runs/{Path(file).stem}"
+
+
 def main() -> None:
   args = flags.FLAGS
   config, file = cli.read_config()
   cli.join_processes()
   with _ended_by_sigterm():
-    train(config, f"runs/{Path(file).stem}" if args.workdir is None else args.workdir)
+    train(config, default_workdir(file) if args.workdir is None else args.workdir)
 
 
 @contextlib.contextmanager
@@ -103,6 +109,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 if __name__ == "__main__":
   cli.define_config()
-  flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/ and the configuration's name.")
+  flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default: runs/ and the configuration's name, or its work directory."
+  )
   cli.define_processes()
   cli.run(main)

@@ -41,7 +41,7 @@ class Plain(nn.Module):
   @nn.compact
   def __call__(self, tokens):
     c = self.config
-    H, K, E = c.heads, c.kv_heads, c.width // c.heads
+    H, K, E = c.heads, c.kv_heads, c.head_size
     dense = functools.partial(nn.Dense, use_bias=False, dtype=c.dtype)
     angle = jnp.arange(tokens.shape[1])[:, None, None] * c.rope_base ** (-jnp.arange(E // 2) / (E // 2))
 

@@ -80,8 +80,11 @@ def test_blocks_change_nothing(causal):
   close(run(64), run(0), (q, *past))
 
 
+FREQUENCY = 100.0 ** (-np.arange(E // 2, dtype=np.float32) / (E // 2))
+
+
 def test_turning_by_a_product_is_turning_by_halves():
-  x, where = draw(0, 2, K, G, 3, 5, E), rotary.rotary_angles(jnp.arange(15).reshape(3, 5) * 7, E, 100.0)
+  x, where = draw(0, 2, K, G, 3, 5, E), rotary.rotary_angles(jnp.arange(15).reshape(3, 5) * 7, FREQUENCY)
   by_product, by_halves = lambda x: rotary.apply_rotary_by_product(x, *where), lambda x: rotary.apply_rotary(x, where)
   close(by_product, by_halves, (x,))
   x = x.astype(jnp.bfloat16)  # which the product loses nothing of

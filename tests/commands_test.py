@@ -214,6 +214,8 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", "--mode=adaptive", "--threshold=-1"), "--threshold=-1.0: is not in [0, 64]"),
     ("generate", ("--workdir=RUN", "--trace=/no/such/t.html"), "--trace=/no/such/t.html: there is no folder"),
     ("generate", ("--workdir=RUN", "--infill=a [...] b"), "--infill: needs --mode=flow or --mode=adaptive"),
+    ("generate", ("--workdir=RUN", "--chat", "--prompt=a"), "--chat: the tokenizer, bytes, has no chat template"),
+    ("generate", ("--workdir=RUN", "--chat", "--prompts=-"), "--prompts=-: has no prompts"),
     ("generate", ("--workdir=RUN", "--prompts=/no/such"), "--prompts=/no/such: cannot be read"),
     ("generate", ("--workdir=RUN", "--prompts=-", "--prompts=-"), "--prompts=-: standard input can be read only once"),
     ("generate", ("--workdir=RUN", "--prompts=-"), "--prompts=-: has no prompts"),

@@ -178,7 +178,20 @@ def pytest_addoption(parser):
 
 
 # Files that take minutes, the longest first.
-_LONG = ("processes", "decode", "commands", "step", "train", "model", "sample", "mesh", "hlo", "colab", "objective")
+_LONG = (
+  "processes",
+  "decode",
+  "commands",
+  "step",
+  "train",
+  "pretrained",
+  "model",
+  "sample",
+  "mesh",
+  "hlo",
+  "colab",
+  "objective",
+)
 
 
 def pytest_collection_modifyitems(config, items):

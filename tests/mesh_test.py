@@ -16,7 +16,16 @@ from evo_jax import run as run_lib
 from evo_jax.parallel import sharding
 from evo_jax.training import metrics as metrics_lib
 
-STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "model.kv_heads": 2, "eval.samples": 0, "eval.paths": ("ar",)}
+STEPS = {
+  "train.steps": 6,
+  "train.checkpoint_every": 3,
+  "model.kv_heads": 2,
+  "model.head_dim": 24,  # not width / heads
+  "model.qkv_bias": True,
+  "model.qk_norm": True,
+  "eval.samples": 0,
+  "eval.paths": ("ar",),
+}
 MESHES = {"one": None, "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 

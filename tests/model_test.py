@@ -162,6 +162,7 @@ def test_decoding_continues_the_clean_stream(small, tokens):
     {},
     pytest.param({"model__isolate_documents": True}, marks=pytest.mark.slow),
     pytest.param({"model__remat": "full", "model__attention_block": 8}, marks=pytest.mark.slow),
+    pytest.param({"model__remat": "save:qkv", "model__qk_norm": True, "model__qkv_bias": True}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -310,6 +311,7 @@ COUNTS = {
   "evo150m": 156_612_352,
   "evo1b": 1_258_232_832,
   "evo8b": 8_030_261_248 + 768 * 2 * 4096 + 129_024 * 128 + 32 * (64 * 6 * 4096) + 16 * 64 + 64 * 64,
+  "llama3_8b": 8_030_261_248 + 128_256 * 32 + 32 * (16 * 6 * 4096) + 16 * 16 + 16 * 16,
 }
 
 

@@ -15,7 +15,9 @@ from evo_jax.errors import UserError
 def test_a_name_finds_the_shipped_file_and_a_path_stays():
   assert pathlib.Path(cli.config_file("tiny")).samefile(pathlib.Path(ROOT) / "configs" / "tiny.py")
   assert cli.config_file("dir/own.py") == "dir/own.py" and cli.config_file("own.py") == "own.py"
-  with pytest.raises(UserError, match="--config=tyni: is not one of evo150m, evo1b, evo8b, tiny, and not the path"):
+  with pytest.raises(
+    UserError, match="--config=tyni: is not one of evo150m, evo1b, evo8b, llama3_8b, tiny, and not the path"
+  ):
     cli.config_file("tyni")
 
 

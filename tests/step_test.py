@@ -196,7 +196,7 @@ def test_windows_can_start_later():
   "changes",
   [
     dict(window__count=0),
-    dict(window__count=2),
+    dict(window__count=2, model__head_dim=96),
     dict(DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure")),
   ],
   ids=["AR", "Evo", "masked diffusion"],

@@ -1,6 +1,6 @@
-"""Tokenizers: UTF-8 bytes, 27 characters, SentencePiece.
+"""Tokenizers: UTF-8 bytes, 27 characters, SentencePiece; Hugging Face's are in `huggingface`.
 
-All three have one special id, 0: it begins a sequence, separates documents and ends a text.
+The three here have one special id, 0: it begins a sequence, separates documents and ends a text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +15,8 @@ from etils import epath
 import numpy as np
 import sentencepiece
 
+from evo_jax.data.huggingface import HuggingFace
+from evo_jax.data.token_ids import before_end
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -51,6 +53,11 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
   return sorted({tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids})
 
 
+def continuing(tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer for what continues a text. It differs where a tokenizer puts a space in front of text."""
+  return getattr(tokenizer, "continuing", tokenizer)
+
+
 class Bytes:
   """UTF-8 bytes: byte b is token b + 1."""
 
@@ -70,7 +77,7 @@ class Bytes:
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id; bytes that are not UTF-8 become U+FFFD."""
-    tokens = _checked(tokens, self)
+    tokens = before_end(tokens, self.end_ids, self.vocab_size)
     return (tokens - 1).astype(np.uint8).tobytes().decode(errors="replace")
 
   def lost(self, text: str) -> str:
@@ -109,7 +116,7 @@ class Chars27:
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
     alphabet = np.frombuffer(b"? abcdefghijklmnopqrstuvwxyz", np.uint8)
-    return alphabet[_checked(tokens, self)].tobytes().decode()
+    return alphabet[before_end(tokens, self.end_ids, self.vocab_size)].tobytes().decode()
 
   def lost(self, text: str) -> str:
     """The characters that are neither letters (of either case) nor white space."""
@@ -169,7 +176,7 @@ class SentencePiece:
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
-    return self._processor.DecodeIds(_checked(tokens, self).tolist())
+    return self._processor.DecodeIds(before_end(tokens, self.end_ids, self.vocab_size).tolist())
 
   def lost(self, text: str) -> str:
     """Nothing: characters without a piece fall back to bytes."""
@@ -188,6 +195,11 @@ class SentencePiece:
     """The model."""
     return {MODEL_FILE: self.proto}
 
+  def pieces(self) -> list[tuple[str, float]]:
+    """Text and score of each piece."""
+    ids = range(self.vocab_size)
+    return [(self._processor.IdToPiece(i), self._processor.GetScore(i)) for i in ids]
+
   def _piece_length(self, i: int) -> int:
     if self._processor.IsControl(i):
       return 0
@@ -198,28 +210,18 @@ class SentencePiece:
 
 def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
   """The tokenizer of a configuration's data.tokenizer and data.tokenizer_path. Raises UserError."""
-  if name != "sentencepiece":
+  if name in ("bytes", "chars27"):
     return {"bytes": Bytes, "chars27": Chars27}[name]()
   if not folder:
-    raise UserError("config.data.tokenizer_path: is empty; sentencepiece needs the folder that evo_jax.tokenizer wrote")
-  return SentencePiece(folder)
+    holds = {"sentencepiece": "that evo_jax.tokenizer wrote", "huggingface": "that holds tokenizer.json"}[name]
+    raise UserError(f"config.data.tokenizer_path: is empty; {name} needs the folder {holds}")
+  return {"sentencepiece": SentencePiece, "huggingface": HuggingFace}[name](folder)
 
 
 def _one_each(tokenizer: Tokenizer) -> np.ndarray:
   lengths = np.ones(tokenizer.vocab_size, np.int64)
   lengths[special_ids(tokenizer)] = 0
   return lengths
-
-
-def _checked(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """The tokens before the first end id, as int64. Raises UserError where one is outside the vocabulary."""
-  tokens = np.asarray(tokens, np.int64)
-  end = np.flatnonzero(np.isin(tokens, tokenizer.end_ids))
-  tokens = tokens[: end[0]] if end.size else tokens
-  if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-    outside = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)][0]
-    raise UserError(f"token {outside} is outside the vocabulary of {tokenizer.vocab_size}")
-  return tokens
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str, seed: int = 0) -> SentencePiece:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evo_jax.data.tokenizers import Tokenizer
+from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding.prompts import Request
 from evo_jax.decoding.state import DecodingState
 
@@ -82,7 +82,8 @@ class Progress:
   """
 
   def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...], infill: bool = False):
-    self._request, self._tokenizer, self._stop, self._infill = request, tokenizer, stop, infill
+    self._request, self._stop, self._infill, self._whole = request, stop, infill, tokenizer
+    self._tokenizer = tokenizer if request.prompt_end == 1 and not infill else continuing(tokenizer)
     self._streamed = ""
     self.seconds: float | None = None  # until it was done
 
@@ -127,7 +128,7 @@ class Progress:
         tokens, passes = self._cut(tokens, row.committed_pass[positions].tolist())
         filled, committed = filled + tokens, committed + passes
       whole += tokens
-    return self._decode(whole), filled, committed
+    return self._whole.decode(np.array(whole, np.int64)), filled, committed
 
   def _cut(self, tokens: list[int], committed: list[int]) -> tuple[list[int], list[int]]:
     """The tokens, and their passes, before the first stop string, without half a character at the end."""

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from evo_jax.data.tokenizers import Tokenizer
+from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding.settings import DEFAULT_TOKENS, Sampling
 from evo_jax.errors import UserError
 
@@ -92,7 +92,7 @@ def encode_with_gaps(text: str, tokenizer: Tokenizer, gap: int, context: int) ->
   tokens = []
   for i, piece in enumerate(_GAP.split(text)):  # text, number, text, number, ..., text
     if i % 2 == 0:
-      tokens += _to_ids(piece, tokenizer, what)
+      tokens += _to_ids(piece, tokenizer if i == 0 else continuing(tokenizer), what)
       continue
     size = gap if not piece else int(piece) if len(piece) < 10 else 10**9
     if not size:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evo_jax.data.tokenizers import Tokenizer
+from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding.progress import Snapshot, written_tokens
 from evo_jax.decoding.prompts import Request
 from evo_jax.decoding.settings import DEFAULT_PATH, STEPS_PATHS, Sampling
@@ -69,7 +69,7 @@ class TraceRecorder:
       drafted = (index >= 0) & (index < new.draft_pending) & ~known
       shown = np.where(drafted, new.draft_tokens[np.clip(index, 0, len(new.draft_tokens) - 1)], shown)
     in_play = known | drafted | (new.top_tokens[positions] >= 0)
-    decode = lambda token: self._tokenizer.decode(np.array([token], np.int64))
+    decode = lambda token: continuing(self._tokenizer).decode(np.array([token], np.int64))
     pieces = [decode(token) if shows else "" for token, shows in zip(shown.tolist(), in_play)]
     committed = known & ~was_known
     changed = np.array([bool(a) and a != b for a, b in zip(before, pieces)], bool)

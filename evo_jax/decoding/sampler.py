@@ -76,7 +76,7 @@ class Sampler:
     Raises UserError for a prompt that is too long or cannot be encoded, and for a batch that the memory does not hold.
     """
     run, size = self.run, self.sampling.batch_size
-    requests = make_requests(prompts, num, infill, self.sampling, run.tokenizer, run.config.model.context)
+    requests = make_requests(prompts, num, infill, self.sampling, run.tokenizer, run.config.model.position_limit)
     order = list(range(len(requests)))
     if traces is None:
       order.sort(key=lambda i: len(requests[i].tokens))  # similar lengths share a batch

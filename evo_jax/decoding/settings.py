@@ -55,7 +55,7 @@ def default_window(sampling: Sampling, config: config_lib.Config) -> int:
   size = config.window.size
   if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
     return size
-  return min(max(sampling.max_tokens or DEFAULT_TOKENS, size), 4 * size, config.model.context)
+  return min(max(sampling.max_tokens or DEFAULT_TOKENS, size), 4 * size, config.model.position_limit)
 
 
 def check_sampling(sampling: Sampling, config: config_lib.Config) -> str | None:
@@ -108,7 +108,7 @@ def _check_stop(stop: tuple[str, ...]) -> None:
 
 def _check_model(sampling: Sampling, config: config_lib.Config) -> None:
   """Checks what depends on the model."""
-  context, size = config.model.context, config.window.size
+  context, size = config.model.position_limit, config.window.size
   _require(sampling, sampling.window <= context, "window", f"is more than the context of {context}")
   if config.diffusion_alone:
     problem = "the model is of diffusion alone (loss.ar_weight = 0): --mode=flow"

@@ -185,7 +185,7 @@ class Evo(nn.Module):
     return Stream(self._angles(anchor_BxN[..., None] + jnp.arange(S)), visibility, time)
 
   def _angles(self, positions: jax.Array) -> rotary.Angles:
-    return rotary.rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_base)
+    return rotary.rotary_angles(positions, rotary.frequencies(self.config))
 
   def _layers(self, x_BxTxD, past, streams, write=None):
     """The new x, and the clean stream's keys and values by layer; see `Block`."""
@@ -212,7 +212,7 @@ class Evo(nn.Module):
     return vocabulary.log_probs(chunk, self.table_layout, beliefs, tokens, self._head(), self._bias())
 
   def _final_norm(self, hidden: jax.Array) -> jax.Array:
-    return rms_norm(hidden, self.final_norm.astype(jnp.float32), self.config.norm_epsilon)
+    return rms_norm(hidden, self.final_norm, self.config.norm_epsilon, self.config.norm_casts_first)
 
   def _head(self) -> jax.Array:
     return self._constrained(self.embedding_VxD if self.head_VxD is None else self.head_VxD)

@@ -40,7 +40,7 @@ def forward_pass(model: config_lib.Model, vocab_rows: int, tokens: int, keys: fl
 
   windows: True for positions of windows, which also need soft inputs and time conditioning.
   """
-  D, E = model.width, model.width // model.heads
+  D, E = model.width, model.head_size
   block = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.hidden
   if windows:
     block += 6 * D * model.time_dim

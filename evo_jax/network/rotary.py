@@ -1,16 +1,46 @@
-"""Rotary position embedding (Su et al., 2021), first half of a head against the second half, as in Llama."""
+"""Rotary position embedding (Su et al., 2021), first half of a head against the second half, as in Llama.
+
+With the scalings by which models were trained further on longer texts: "linear" (position interpolation, Chen et al.,
+2023) and that of Llama 3.1 ("The Llama 3 Herd of Models", 2024).
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evo_jax import config as config_lib
+
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
-def rotary_angles(positions: jax.Array, size: int, base: float) -> Angles:
-  """Cosine and sine (B, 1, 1, N, S, E / 2) float32 by which `apply_rotary` rotates heads of `size` = E elements at
-  positions (B, N, S), or (N, S) or (S,) where they are the same for all."""
-  frequency = base ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
+def frequencies(config: config_lib.Model) -> np.ndarray:
+  """(E / 2,) float32: radians per position of each pair of a head's elements.
+
+  Computed on the host, in the reference's order of operations, since accelerators' powers are approximate, and at the
+  last position of a long text an error of a frequency is multiplied by thousands.
+  """
+  size = config.head_size
+  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+  frequency = np.float32(1.0) / np.float32(config.rope_base) ** exponent
+  if config.rope_scaling == "linear":
+    return frequency / np.float32(config.rope_factor)
+  return _llama3_frequencies(config, frequency) if config.rope_scaling == "llama3" else frequency
+
+
+def _llama3_frequencies(config: config_lib.Model, frequency: np.ndarray) -> np.ndarray:
+  """Long wavelengths are stretched by the factor, short ones kept, and between the two limits the share that is kept
+  grows linearly with the number of turns within the original context."""
+  turns = np.float32(config.rope_original_context) / (np.float32(2 * math.pi) / frequency)
+  low, high = np.float32(config.rope_low_factor), np.float32(config.rope_high_factor)
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return (1 - kept) * (frequency / np.float32(config.rope_factor)) + kept * frequency
+
+
+def rotary_angles(positions: jax.Array, frequency: np.ndarray) -> Angles:
+  """Cosine and sine (B, 1, 1, N, S, E / 2) float32 by which `apply_rotary` rotates heads of E elements at positions
+  (B, N, S), or (N, S) or (S,) where they are the same for all. frequency: `frequencies`."""
   positions = positions.reshape((1,) * (3 - positions.ndim) + positions.shape)  # B N S
   angle = positions[:, None, None, ..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)

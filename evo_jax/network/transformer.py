@@ -71,11 +71,16 @@ class CacheWrite:
   count: int = flax.struct.field(pytree_node=False)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-  """RMSNorm over the last axis, computed in float32; the result has x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, casts_first: bool = False) -> jax.Array:
+  """RMSNorm over the last axis, computed in float32; the result has x's dtype.
+
+  casts_first: the scale multiplies what was cast to x's dtype before, as in transformers.
+  """
   wide = x.astype(jnp.float32)
   wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
-  return (wide * scale).astype(x.dtype)
+  if casts_first:
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+  return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def linear(x: jax.Array, weight: jax.Array, inputs: int = 1, flatten: bool = True) -> jax.Array:
@@ -107,7 +112,7 @@ class Block(nn.Module):
 
   def setup(self):
     c = self.config
-    D, H, K, E, F = c.width, c.heads, c.kv_heads, c.width // c.heads, c.hidden
+    D, H, K, E, F = c.width, c.heads, c.kv_heads, c.head_size, c.hidden
     J = H // K + 2
 
     def param(name, init, shape, axes):
@@ -116,14 +121,18 @@ class Block(nn.Module):
     def weight(name, shape, axes, fan_in, scale=1.0):
       return param(name, nn.initializers.truncated_normal(scale * fan_in**-0.5), shape, axes)
 
-    def norm(name):
-      return param(name, nn.initializers.ones, (D,), ("norm",))
+    def norm(name, size=D):
+      return param(name, nn.initializers.ones, (size,), ("norm",))
 
     out = (2 * c.layers) ** -0.5  # keeps the residual stream's variance from growing with depth (GPT-2)
     self.attention_norm = norm("attention_norm")
     # Products with the same input are one: each shard of heads has its own queries, key and value side by side.
     self.w_qkv_DxKxJxE = weight("w_qkv", (D, K, J, E), ("embed", "kv_heads", None, "head_dim"), D)
-    self.w_o_HxExD = weight("w_o", (H, E, D), ("heads", "head_dim", "embed"), D, out)
+    if c.qkv_bias:
+      self.b_qkv_KxJxE = param("b_qkv", nn.initializers.zeros, (K, J, E), ("kv_heads", None, "head_dim"))
+    if c.qk_norm:
+      self.q_norm, self.k_norm = norm("q_norm", E), norm("k_norm", E)
+    self.w_o_HxExD = weight("w_o", (H, E, D), ("heads", "head_dim", "embed"), H * E, out)
     self.mlp_norm = norm("mlp_norm")
     self.w_gate_DxF = weight("w_gate", (D, F), ("embed", "mlp"), D)
     self.w_up_DxF = weight("w_up", (D, F), ("embed", "mlp"), D)
@@ -165,7 +174,7 @@ class Block(nn.Module):
     ]
 
   def _normed(self, x, norm, modulation, first):
-    x = rms_norm(x, norm.astype(jnp.float32), self.config.norm_epsilon)
+    x = rms_norm(x, norm, self.config.norm_epsilon, self.config.norm_casts_first)
     return _add_to_slots(x, modulation, lambda x, parts: x * parts[first + 1] + parts[first])
 
   def _attention(self, h, past, streams, write):
@@ -197,12 +206,19 @@ class Block(nn.Module):
 
   def _project(self, h, angles):
     """Rotated queries and key (B, K, G + 1, T, E), and the value (B, K, T, E)."""
+    c = self.config
     qkv = self._linear(h, self.w_qkv_DxKxJxE)
+    if c.qkv_bias:
+      qkv = qkv + self.b_qkv_KxJxE.astype(qkv.dtype)
     qkv = self.layout.constrain(qkv, "batch", "slots", "kv_heads", None, "head_dim")
     # Heads to the front, so that attention's products are plain batches of matrix products.
     qkv_BxKxJxTxE = qkv.transpose(0, 2, 3, 1, 4)
-    qk = apply_rotary(qkv_BxKxJxTxE[:, :, :-1], angles, self.layout.rotates_by_product)
-    return checkpoint_name(qk, "qkv"), checkpoint_name(qkv_BxKxJxTxE[:, :, -1], "qkv")
+    qk, v = qkv_BxKxJxTxE[:, :, :-1], checkpoint_name(qkv_BxKxJxTxE[:, :, -1], "qkv")
+    if c.qk_norm:  # what the norm reads is kept for its gradient: norm and rotation are cheap to repeat
+      scale_JxE = jnp.stack([*[self.q_norm] * (c.heads // c.kv_heads), self.k_norm])
+      qk = rms_norm(checkpoint_name(qk, "qkv"), scale_JxE[:, None], c.norm_epsilon, c.norm_casts_first)
+      return apply_rotary(qk, angles, self.layout.rotates_by_product), v
+    return checkpoint_name(apply_rotary(qk, angles, self.layout.rotates_by_product), "qkv"), v
 
   def _mlp(self, h):
     gate, up = (

@@ -1,7 +1,7 @@
 """Work directories and their checkpoints (Orbax).
 
 A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,optimizer}`, `metrics.jsonl`, the final
-`table.json`, `table.txt` and `samples.txt`, `tokenizer/` where the tokenizer has a model, `damaged/` with what had to
+`table.json`, `table.txt` and `samples.txt`, `tokenizer/` where the tokenizer has files, `damaged/` with what had to
 be set aside, and `lease.json` while a run writes there. The position in the data is the step. Orbax writes a checkpoint
 into a temporary folder and renames it when it is complete, so that a killed run leaves no partial one; it restores onto
 any mesh, any number of processes, and other dtypes.
@@ -73,8 +73,16 @@ class CheckpointStore:
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
-    Raises UserError if they cannot be read: in all processes if in one.
+    Step 0 is an imported model: its average is the parameters themselves, and an optimizer it has not: none is among
+    the result. Raises UserError if they cannot be read: in all processes if in one.
     """
+    if step == 0:
+      average = abstract.get("ema")
+      items = self._restore(0, {name: item for name, item in abstract.items() if name not in ("ema", "optimizer")})
+      return items if average is None else items | {"ema": self._restore(0, {"params": average})["params"]}
+    return self._restore(step, abstract)
+
+  def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
     items, problem = {}, None
     try:
@@ -216,15 +224,18 @@ def write_config(
   config: config_lib.Config,
   tokenizer: tokenizers.Tokenizer,
   parameters: int,
-  fingerprints: list[str],
+  fingerprints: list[str] | None,
 ) -> None:
-  """Writes config.json, and the tokenizer's model beside it. Raises UserError if they cannot be written."""
-  if isinstance(tokenizer, tokenizers.SentencePiece):
+  """Writes config.json, and the tokenizer's files beside it. Raises UserError if they cannot be written.
+
+  fingerprints: of the text; None: of an imported model, which no text has trained yet.
+  """
+  for name, content in tokenizer.files().items():
     try:
       (workdir / "tokenizer").mkdir(exist_ok=True)
     except OSError as error:
       raise UserError(f"{workdir / 'tokenizer'}: cannot be made: {error.strerror or error}") from error
-    files.write_file(workdir / "tokenizer" / tokenizers.MODEL_FILE, tokenizer.proto)
+    files.write_file(workdir / "tokenizer" / name, content)
   values = {
     "config": config_lib.to_dict(config),
     "tokenizer": tokenizer.identity,
@@ -250,7 +261,10 @@ def check_resumable(
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):
-    if pin == "contents" or (pin and step > 0 and config_lib.differs_so_far(field, before, after, step)):
+    # Before the first step there may be no average yet, which then begins as the parameters.
+    begins = step == 0 and field == "optim.ema" and before == 0
+    made = step > 0 and config_lib.differs_so_far(field, before, after, step)
+    if (pin == "contents" and not begins) or (pin and made):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
         f"go on with that, or use another --workdir"

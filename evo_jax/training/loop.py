@@ -181,6 +181,8 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
   else:
     say(f"is finished: {done} steps")
+  if "optimizer" not in items:
+    items["optimizer"] = state_lib.init_optimizer(model, config, mesh, items["params"])
   step = jax.device_put(np.int32(done), sharding.replicated(mesh))
   return state_lib.TrainState(step=step, **{"ema": None, **items}), done
 

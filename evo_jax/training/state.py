@@ -80,6 +80,12 @@ def sharded_init(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.shardi
   return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
 
 
+def init_optimizer(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh, params: Any) -> Any:
+  """The optimizer's state before it trains parameters that are there already, sharded over a mesh."""
+  init = optim.make_optimizer(config.optim, config.train.steps).init
+  return jax.jit(init, out_shardings=state_shardings(model, config, mesh).optimizer)(params)
+
+
 def abstract_state(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """The state's shapes, dtypes and shardings."""
   boxed = jax.eval_shape(functools.partial(init_state, model, config))

@@ -1,0 +1,145 @@
+"""Chat templates: conversations as token ids, by the Jinja template that comes with a tokenizer.
+
+A template is a program from elsewhere: it runs in Jinja's sandbox and cannot change what it is given. It finds what
+Hugging Face's templates expect: messages, add_generation_prompt, bos_token and the other named tokens, raise_exception,
+strftime_now, `tojson` without escapes for HTML, and the tags `break`, `continue` and `generation`.
+
+Special tokens that the template writes become their ids; the same characters in a message are text. To tell them apart,
+each special token in a message is one character that occurs nowhere else while the template runs.
+"""
+
+from collections.abc import Mapping, Sequence
+import datetime
+import json
+from typing import Any
+
+import numpy as np
+
+from evo_jax.data.huggingface import HuggingFace
+from evo_jax.errors import UserError
+
+Message = Mapping[str, Any]  # "role", "content", and what else a template asks for
+
+_PRIVATE = range(0xF0000, 0x10FFFE)  # characters without a meaning, one of which a text rarely has
+
+
+class ChatTemplate:
+  """The chat template of a tokenizer."""
+
+  def __init__(self, tokenizer: Any):
+    """Raises UserError where the tokenizer has no template, or one that cannot be compiled."""
+    if not isinstance(tokenizer, HuggingFace) or not isinstance(tokenizer.chat_template, str):
+      raise UserError(f"the tokenizer, {tokenizer.identity}, has no chat template")
+    self._tokenizer = tokenizer
+    self._template = _compile(tokenizer.chat_template)
+
+  def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    """Ids of a conversation, the first of them at position 0: where a begin token belongs, the template writes it.
+
+    add_generation_prompt: whether the assistant's next message is begun. Raises UserError where the template refuses
+    the messages.
+    """
+    used = {*self._tokenizer.chat_template, *json.dumps(messages, ensure_ascii=False)}
+    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+    special = sorted(self._tokenizer.special, key=len, reverse=True)
+    hidden = dict(zip([*special, *sorted({token[0] for token in special} - {*special})], free))
+    text = self._render(_hide(messages, special, hidden), add_generation_prompt)
+    ids = self._tokenizer.encode_with_special(text, {character: original for original, character in hidden.items()})
+    if not ids:
+      raise UserError("the chat template makes nothing of these messages")
+    return ids
+
+  def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The text of a conversation, in which special tokens of template and messages look alike. Raises UserError."""
+    return self._render(messages, add_generation_prompt)
+
+  def _render(self, messages: Any, add_generation_prompt: bool) -> str:
+    variables = {**self._tokenizer.named, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    try:
+      return self._template.render(**variables, tools=None, documents=None)
+    except Exception as error:  # whatever a program may raise
+      reason = " ".join(str(error).split()) or type(error).__name__
+      raise UserError(f"the chat template refuses these messages: {reason}") from error
+
+
+class ChatTokenizer:
+  """A tokenizer to which a text is what a user says: `encode` gives the conversation up to the answer.
+
+  begin_id is the first token of the conversation, so that `encode` begins at position 1, as that of others does.
+  Everything else is the tokenizer's, also what `continuing` gives, for the answer.
+  """
+
+  def __init__(self, tokenizer: Any, system: str = ""):
+    """system: the system message; empty: none, or the template's own. Raises UserError as `ChatTemplate`."""
+    self._tokenizer, self._template, self._system = tokenizer, ChatTemplate(tokenizer), system
+    self.begin_id = self._conversation("Hello")[0]
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._tokenizer, name)
+
+  def encode(self, text: str) -> np.ndarray:
+    """(n,) ids of the conversation behind its first token. Raises UserError where the template refuses the text."""
+    begin, *ids = self._conversation(text)
+    if begin != self.begin_id:
+      raise UserError("the chat template does not begin every conversation with the same token")
+    return np.array(ids, np.uint32)
+
+  def _conversation(self, text: str) -> list[int]:
+    messages = [{"role": "system", "content": self._system}] if self._system else []
+    return self._template.encode([*messages, {"role": "user", "content": text}])
+
+
+def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:
+  """Messages, or a part of them, with a character for each special token.
+
+  A message may also end with the beginning of a special token that the text behind it would complete: of such a
+  beginning, the first character is replaced. special: the tokens, the longest first.
+  """
+  if isinstance(value, Mapping):
+    return {key: _hide(part, special, hidden) for key, part in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_hide(part, special, hidden) for part in value]
+  if not isinstance(value, str):
+    return value
+  for token in special:
+    value = value.replace(token, hidden[token])
+  characters, end = list(value), len(value.rstrip())  # the template may strip it
+  for i in range(max(0, end - len(special[0]) if special else end), end):
+    if any(token.startswith(value[i:end]) for token in special):
+      characters[i] = hidden[characters[i]]
+  return "".join(characters)
+
+
+def _compile(source: str):
+  """The template in a sandbox. Raises UserError."""
+  try:
+    import jinja2
+    from jinja2 import ext, sandbox
+  except ImportError as error:
+    raise UserError("chat templates need the package jinja2: pip install 'evo_jax[pretrained]'") from error
+
+  class Generation(ext.Extension):
+    """{% generation %}, which marks what the assistant wrote, as a block like any other."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+      next(parser.stream)
+      return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+  )
+  environment.filters["tojson"] = to_json
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  try:
+    return environment.from_string(source)
+  except jinja2.TemplateSyntaxError as error:
+    raise UserError(f"the chat template is no Jinja: {error.message} (line {error.lineno})") from error
