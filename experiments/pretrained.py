@@ -172,13 +172,13 @@ def load_alone(args: flags.FlagValues) -> None:
   print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
-def read_sequences(run: run_lib.Run, pattern: str, count: int, length: int) -> np.ndarray:
+def read_sequences(corpus: corpora_lib.Corpus, count: int, length: int) -> np.ndarray:
   """The first `count` sequences (count, length + 1) int32 of a text, each behind the begin token."""
-  stream = corpora_lib.all_text(pattern, run.tokenizer, "--text").tokens["test"]
-  if len(stream) < count * length:
-    raise UserError(f"--text={pattern}: has {len(stream)} tokens, fewer than {count * length}")
-  tokens = stream[: count * length].reshape(count, length).astype(np.int32)
-  return np.concatenate([np.full((count, 1), run.tokenizer.begin_id, np.int32), tokens], axis=1)
+  stream = corpus.streams["test"]
+  if stream.length < count * length:
+    raise UserError(f"--text: {corpus.name} has {stream.length} tokens, fewer than {count * length}")
+  tokens = stream.read(0, count * length).reshape(count, length).astype(np.int32)
+  return np.concatenate([np.full((count, 1), corpus.begin_id, np.int32), tokens], axis=1)
 
 
 def read_questions(path: str, count: int) -> list[str]:
@@ -198,11 +198,9 @@ def main() -> None:
     return
   loading = measure_loading(args)
   run, reference = run_lib.load_run(args.workdir), load_reference(args.source)
-  patterns = args.text.split(",")
-  texts = {
-    os.path.basename(pattern): read_sequences(run, pattern, args.tokens // len(patterns) // args.length, args.length)
-    for pattern in patterns
-  }
+  corpora = corpora_lib.load_text(args.text, "--text", run.config.data, run.tokenizer)
+  count = args.tokens // len(corpora) // args.length
+  texts = {os.path.basename(corpus.name): read_sequences(corpus, count, args.length) for corpus in corpora}
   questions = read_questions(args.conversations, args.questions)
   result = {
     "loading": loading,
