@@ -185,12 +185,8 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
     if not _joined():
       raise
     # Mostly a process that is gone, for which others would wait without end, at their exit too.
-    print(
-      f"evo_jax: process {jax.process_index()}: another process was lost "
-      f"({str(error).splitlines()[0][:200]}); start the same command again",
-      file=sys.stderr,
-      flush=True,
-    )
+    _complain(f"another process was lost ({str(error).splitlines()[0][:200]}); start the same command again")
+    sys.stderr.flush()
     os._exit(1)
   finally:
     storage.leaving.set()

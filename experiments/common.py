@@ -25,7 +25,6 @@ from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.parallel import sharding
 from evo_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,6 +78,17 @@ def pyplot():
   return plt
 
 
+def transformers():
+  """(torch, transformers), using all cores of this process. Raises UserError if they are not installed."""
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise missing_extra(error, "hf") from error
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  return torch, transformers
+
+
 class MeasuredRun:
   """A configuration that is trained in `workdir` and measured on paths, each once: what exists on disk is reused."""
 
@@ -129,8 +139,7 @@ class MeasuredRun:
         raise UserError(f"{self.workdir}: training was stopped; the same command continues")
     self._run = run_lib.load_run(str(self.workdir))
     self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
-    mesh = sharding.make_mesh(config_lib.Mesh())
-    self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, mesh)
+    self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, self._run.mesh)
 
 
 def time_steps(

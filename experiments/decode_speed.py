@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from evo_jax import cli
-from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
@@ -30,7 +29,6 @@ from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.parallel import sharding
 from experiments import common
 
 SETTINGS = {
@@ -68,7 +66,7 @@ class Scorer:
 
   def __init__(self, run: run_lib.Run):
     self._run = run
-    self._evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, sharding.make_mesh(config_lib.Mesh()))
+    self._evaluator = paths_lib.Evaluator(run.model, run.config, run.tokenizer, run.mesh)
 
   def bits_per_token(self, prompts: list[list[int]], texts: list[list[int]]) -> dict[str, float]:
     """The mean over all tokens of the texts, and its standard error over texts."""

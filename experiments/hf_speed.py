@@ -7,7 +7,6 @@ that changes of the machine's speed affect both alike; medians are compared. Tim
 """
 
 from collections.abc import Callable
-import os
 import statistics
 import time
 from typing import Any
@@ -68,12 +67,7 @@ def evo_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str]
 
 def transformers_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str], Any], str]:
   """The same by transformers, and the versions of the libraries. Raises UserError if they are not installed."""
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise common.missing_extra(error, "hf") from error
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch, transformers = common.transformers()
   c = config.model
   llama = transformers.LlamaConfig(
     vocab_size=c.vocab_size,

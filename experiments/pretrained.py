@@ -41,12 +41,7 @@ LIBRARIES = ("evo_jax", "transformers")
 
 def load_reference(source: str) -> Any:
   """The model of a GGUF file in transformers, in float32. Raises UserError where the library is missing."""
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise common.missing_extra(error, "hf") from error
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch, transformers = common.transformers()
   folder, name = os.path.split(os.path.abspath(source))
   load = transformers.AutoModelForCausalLM.from_pretrained
   return load(folder, gguf_file=name, dtype=torch.float32).eval()
