@@ -88,14 +88,7 @@ def check_output(flag: str, file: str) -> None:
   nothing behind."""
   if "://" in file:
     return
-  path, problem = epath.Path(file).expanduser(), None
-  if path.is_dir():
-    problem = "is a folder"
-  elif not path.parent.is_dir():
-    problem = f"there is no folder {path.parent}"
-  elif not os.access(path if path.exists() else path.parent, os.W_OK):
-    problem = "cannot be written: Permission denied"
-  if problem:
+  if problem := storage.unwritable(os.path.expanduser(file)):
     raise UserError(f"--{flag}={file}: {problem}")
 
 

@@ -50,6 +50,18 @@ def reason(error: BaseException) -> str:
   return f"no answer for {SILENCE:.0f} s" if isinstance(error, FSTimeoutError) else " ".join(text.split())
 
 
+def unwritable(path: str) -> str | None:
+  """Why a local file could not be written, as far as that shows before; None: it can. Changes nothing."""
+  folder = os.path.dirname(os.path.realpath(path))  # a link may lead into another one
+  if not os.path.isdir(folder):
+    return f"there is no folder {folder}"
+  if os.path.isdir(path):
+    return "is a folder"
+  if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    return "cannot be written: permission denied"
+  return None
+
+
 class Folder:
   """A folder, given by its path or URL. Names of files are relative to it, with slashes.
 

@@ -6,11 +6,11 @@ import importlib.util
 import io
 import json
 import math
-import os
 import warnings
 
 import numpy as np
 
+from evo_jax.data import storage
 from evo_jax.decoding.trace_page import PAGE
 from evo_jax.errors import UserError
 
@@ -46,17 +46,10 @@ class Trace:
 
 def check_trace_file(path: str) -> None:
   """Raises UserError where `write_trace` could not write; changes nothing."""
-  problem = None
-  folder = os.path.dirname(os.path.realpath(path))  # a link may lead into another one
+  problem = storage.unwritable(path)
   if not path.lower().endswith((".html", ".png")):
     problem = "ends neither in .html nor in .png"
-  elif not os.path.isdir(folder):
-    problem = f"there is no folder {folder}"
-  elif os.path.isdir(path):
-    problem = "is a folder"
-  elif not os.access(path if os.path.exists(path) else folder, os.W_OK):
-    problem = "cannot be written: permission denied"
-  elif path.lower().endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+  elif not problem and path.lower().endswith(".png") and importlib.util.find_spec("matplotlib") is None:
     problem = "needs matplotlib: pip install 'evo_jax[plot]'"
   if problem:
     raise UserError(f"--trace={path}: {problem}")
