@@ -1,5 +1,6 @@
 """The cache of text files as prepared data sets, shared by the processes of a machine."""
 
+from collections.abc import Mapping
 import contextlib
 import fcntl
 import hashlib
@@ -19,14 +20,14 @@ _VERSION = 3  # to be raised when the same text would give other tokens
 _LARGE = 1 << 26  # bytes of files; more are tokenized by several processes
 
 
-def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str) -> str:
+def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str, fields: Mapping[str, str]) -> str:
   """The folder with what a job gives, prepared now or before.
 
   It stands in $XDG_CACHE_HOME/evo_jax/tokens or ~/.cache/evo_jax/tokens, or, with one line on stderr, in memory where
   that cannot be used. It is made again where files are missing or cut off. Of several processes one prepares, and the
-  others wait. Raises UserError as `preparation.prepare` does.
+  others wait. fields: as for `make_plan`. Raises UserError as `preparation.prepare` does.
   """
-  plan = make_plan(job, tokenizer.binary, str(_root()))
+  plan = make_plan(job, tokenizer.binary, str(_root()), fields)
   digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {tokenizer_name} {tokenizer.identity}".encode())
   for group in plan.groups:
     digest.update(os.fsencode("\n".join([group.name, group.rule, *group.versions()])))

@@ -88,7 +88,9 @@ def _load(
   text = ",".join(pattern for pattern, prepared in zip(patterns, is_prepared) if not prepared)
   held_out, inputs = [], []
   if text or not patterns:
-    held_out, inputs = _from_text({**named, field: text}, shares, config, tokenizer)
+    count = is_prepared.count(False)
+    corpora = _from_text({**named, field: text}, shares, config, tokenizer)
+    held_out, inputs = corpora[:-count], corpora[-count:]
   elif given := next((name for name, value in named.items() if value), None):
     raise UserError(f"{given}: is for text files; {path} is prepared, and has its own held-out text")
   corpora = []
@@ -119,24 +121,17 @@ def _open(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.
 
 def _from_text(
   patterns: dict[str, str], shares: dict[str, float], config: config_lib.Data, tokenizer: tokenizers.Tokenizer
-) -> tuple[list[Corpus], list[Corpus]]:
-  """The corpora of text files: those of held-out files, and the others.
-
-  patterns: by field, held-out files first; looked up here, so that errors name the field.
-  """
-  seen, found = set(), []
+) -> list[Corpus]:
+  """The corpora of text files: those of held-out files, then the others. patterns: by field, held-out files first."""
   *named, (field, text) = patterns.items()
-  for name, value in named:
-    if value:
-      files.find_sources(value, name, seen)
-  found = files.find_sources(text, field, seen)
+  fields = dict(zip(("valid", "test"), (name for name, _ in named))) | {"train": field}
   job = Job(text, *(value for _, value in named), **shares, max_skipped=0.0 if config.strict else documents.BAD_SHARE)
-  folder = cache.prepared(job, tokenizer, config.tokenizer)
+  folder = cache.prepared(job, tokenizer, config.tokenizer, fields)
   corpora = _corpora(folder, shards.read_manifest(folder), config.strict, cache.open_cached)  # held-out text first
   if not named:  # all of it is in the one split
     whole = [dict.fromkeys(SPLITS, corpus.streams["train"]) for corpus in corpora]
     corpora = [dataclasses.replace(corpus, streams=streams) for corpus, streams in zip(corpora, whole)]
-  return corpora[: -len(found)], corpora[-len(found) :]
+  return corpora
 
 
 def _corpora(

@@ -1,5 +1,6 @@
 """The plan of a preparation: sources, which of their text is held out, and groups of files that hosts share."""
 
+from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import os
@@ -84,17 +85,17 @@ class Plan:
     return sorted(mine, key=lambda group: group.number)
 
 
-def make_plan(job: Job, binary: bool, output: str) -> Plan:
+def make_plan(job: Job, binary: bool, output: str, fields: Mapping[str, str] = _FLAGS) -> Plan:
   """What the files are, and how they are divided. Raises UserError where there are none, or some cannot be read.
 
-  What lies in the folder `output` is no input.
+  What lies in the folder `output` is no input. fields: that name the files of each split in errors.
   """
   names, groups, seen = [], [], set()
   for split, patterns in (("valid", job.valid), ("test", job.test), ("train", job.input)):
-    for name, files in files_lib.find_sources(patterns, _FLAGS[split], seen) if patterns or split == "train" else ():
+    for name, files in files_lib.find_sources(patterns, fields[split], seen) if patterns or split == "train" else ():
       files = [file for file in files if not _is_in(file, output)]
       if not files:
-        raise UserError(f"{_FLAGS[split]}: all files of {name} are in --output={output}")
+        raise UserError(f"{fields[split]}: all files of {name} are in --output={output}")
       rule = split
       if split == "train" and not job.valid and not job.test and job.valid_share + job.test_share:
         rule = "end" if _has_few(files, job.field, binary) else "hash"
