@@ -58,5 +58,9 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
   abstract = state_lib.abstract_items(model, config, mesh)
-  step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
+  wanted = {name: abstract[name] for name in (params_item, "statistics")}
+  step, items = checkpoint.read_checkpoint(folder, wanted, step)
+  if "statistics" not in items:  # of an imported model that is to have other windows, which no step has trained yet
+    items = state_lib.begin_windows(model, config, mesh, items["params"])
+    params_item = "params"
   return Run(config, tokenizer, model, items[params_item], items["statistics"], step)

@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -26,6 +27,7 @@ import orbax.checkpoint as ocp
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.network import evo as evo_lib
 from evo_jax.training import files
 
 args = ocp.args
@@ -74,19 +76,59 @@ class CheckpointStore:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
     Step 0 is an imported model: its average is the parameters themselves, and an optimizer it has not: none is among
-    the result. Raises UserError if they cannot be read: in all processes if in one.
+    the result. Where its windows are others than `abstract` has, the result is the other parameters alone: windows
+    are to begin anew (`state.begin_windows`). Raises UserError if they cannot be read: in all processes if in one.
     """
     if step == 0:
       average = abstract.get("ema")
+      params = abstract.get("params", average)
+      if not self._has_windows_of(params):
+        return {"params": self._restore_without_windows(params)}
       items = self._restore(0, {name: item for name, item in abstract.items() if name not in ("ema", "optimizer")})
       return items if average is None else items | {"ema": self._restore(0, {"params": average})["params"]}
     return self._restore(step, abstract)
 
+  def _has_windows_of(self, params: dict[str, Any]) -> bool:
+    """Whether the checkpoint of step 0 has windows' own parameters of the names and shapes that `params` has; True
+    where that cannot be read, which restoring will report."""
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(self.folder / "0" / "params").item_metadata.tree
+      shapes = lambda tree: {
+        path: tuple(leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(tree).items()
+        if evo_lib.is_of_windows(path)
+      }
+      return shapes(saved) == shapes(params)
+    except Exception:  # Orbax and TensorStore raise many kinds
+      return True
+
+  def _restore_without_windows(self, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of step 0 that are not windows' own."""
+    flat = traverse_util.flatten_dict(params)
+    base = traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if not evo_lib.is_of_windows(p)})
+    restore_args = ocp.checkpoint_utils.construct_restore_args(base)
+
+    def read():
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        partial = args.PyTreeRestore(base, restore_args=restore_args, partial_restore=True)
+        found = checkpointer.restore(self.folder / "0" / "params", args=partial)
+      for path, leaf in traverse_util.flatten_dict(found).items():
+        if not isinstance(leaf, jax.Array):  # what is not there is left as it was asked for
+          raise ValueError(f"it has no parameter {'/'.join(path)}")
+      return found
+
+    return self._all_or_none(0, read)
+
   def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
+    return self._all_or_none(step, lambda: dict(self._manager.restore(step, args=composite)))
+
+  def _all_or_none(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` gives. Raises UserError, in all processes if in one, where it fails."""
     items, problem = {}, None
     try:
-      items = dict(self._manager.restore(step, args=composite))
+      items = read()
     except Exception as error:  # Orbax and TensorStore raise many kinds, too
       problem = error
     if not _all_succeeded(problem is None):
@@ -261,10 +303,10 @@ def check_resumable(
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):
-    # Before the first step there may be no average yet, which then begins as the parameters.
-    begins = step == 0 and field == "optim.ema" and before == 0
+    # Before the first step there may be no average yet, which then begins as the parameters, and windows begin anew.
+    begins = step == 0 and (pin == "windows" or (field == "optim.ema" and before == 0))
     made = step > 0 and config_lib.differs_so_far(field, before, after, step)
-    if (pin == "contents" and not begins) or (pin and made):
+    if (pin in ("contents", "windows") and not begins) or (pin and made):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
         f"go on with that, or use another --workdir"

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import config as config_lib
@@ -177,6 +178,11 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   if checkpoints.latest() is None:
     return state_lib.sharded_init(model, config, mesh), 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
+  if "statistics" not in items:
+    say("windows begin anew: their parameters at step 0 are of other shapes")
+    items |= state_lib.begin_windows(model, config, mesh, items["params"])
+  if config.optim.ema and "ema" not in items:
+    items["ema"] = jax.tree.map(jnp.copy, items["params"])
   if done < config.train.steps:
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
   else:
