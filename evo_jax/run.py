@@ -11,7 +11,7 @@ from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
 
 
@@ -58,5 +58,7 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
   abstract = state_lib.abstract_items(model, config, mesh)
-  step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
-  return Run(config, tokenizer, model, items[params_item], items["statistics"], step)
+  wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
+  step, items = checkpoint.read_checkpoint(folder, wanted, step)
+  params = partition.merge(items[params_item], items.get("frozen", {}))
+  return Run(config, tokenizer, model, params, items["statistics"], step)

@@ -11,6 +11,7 @@ tables), K heads for keys and values, E elements of a head, M code elements, R r
 """
 
 import dataclasses
+import fnmatch
 import functools
 
 import flax.linen as nn
@@ -27,6 +28,8 @@ from evo_jax.parallel.sharding import Layout
 
 _FREQUENCIES = 16  # of the time's cosine features
 _TABLE = ("vocab", "embed")  # logical axes of the tables
+# Patterns of the names of windows' own parameters: the clean stream reads none of them.
+_OF_WINDOWS = ("window_*", "time_in", "time_out", "w_time", "codes", "clock_*")
 
 
 class Evo(nn.Module):
@@ -323,6 +326,11 @@ def unstack_layers(params: dict) -> dict:
   layers = jax.tree.leaves(params["blocks"])[0].shape[0]
   rest = {name: value for name, value in params.items() if name != "blocks"}
   return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)}
+
+
+def is_of_windows(path: tuple[str, ...]) -> bool:
+  """Whether a parameter, by its path, is windows' own: whatever it is, the clean stream computes the same."""
+  return any(fnmatch.fnmatchcase(name, pattern) for name in path for pattern in _OF_WINDOWS)
 
 
 @functools.lru_cache

@@ -184,9 +184,8 @@ def load_items(
   windows: EvoFile | None = None,
 ) -> dict[str, Any]:
   """Parameters and statistics, sharded over the mesh. One tensor of the source is in memory at a time."""
-  boxed = evo_lib.abstract_params(config.model, model.vocab_size)
-  shardings = traverse_util.flatten_dict(sharding.shardings(mesh, boxed))
-  shapes = traverse_util.flatten_dict(meta.unbox(boxed))
+  shapes = traverse_util.flatten_dict(state_lib.abstract_state(model, config, mesh).whole)
+  shardings = {path: shape.sharding for path, shape in shapes.items()}
   parts: dict[tuple[str, ...], list[tensors.Part]] = {}
   for part in tensors.parts(config.model, config.model.vocab_size):
     parts.setdefault(part.path, []).append(part)

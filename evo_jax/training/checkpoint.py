@@ -5,6 +5,10 @@ A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,o
 be set aside, and `lease.json` while a run writes there. The position in the data is the step. Orbax writes a checkpoint
 into a temporary folder and renames it when it is complete, so that a killed run leaves no partial one; it restores onto
 any mesh, any number of processes, and other dtypes.
+
+The checkpoint of step 0, of an imported model or of a run that does not train all parameters, has all of them in
+`params`, and no average or optimizer. Later ones have those that are trained; what is frozen stays where it is. It is
+never deleted.
 """
 
 from collections.abc import Callable
@@ -35,8 +39,13 @@ class CheckpointStore:
   """The checkpoints of one work directory. Saving runs in the background."""
 
   def __init__(self, workdir: epath.Path, keep: int | None):
-    """keep: how many checkpoints a save leaves; None: all. Raises UserError if the folder cannot be written."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    """keep: how many checkpoints a save leaves, not counting that of step 0 where it is older; None: all. Raises
+    UserError if the folder cannot be written."""
+    kept = None
+    if keep is not None:
+      policies = ocp.checkpoint_managers
+      kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps([0])])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=True, enable_async_checkpointing=True)
     self.folder = workdir / "checkpoints"
     if self.folder.exists() and not self.folder.is_dir():
       raise UserError(f"{self.folder}: is no folder")
@@ -73,20 +82,38 @@ class CheckpointStore:
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
-    Step 0 is an imported model: its average is the parameters themselves, and an optimizer it has not: none is among
-    the result. Raises UserError if they cannot be read: in all processes if in one.
+    `frozen`, if it is among them, is read from the parameters of step 0. At step 0 that is where all parameters are
+    read from: an average is the parameters themselves, and an optimizer there is not: none is among the result. Raises
+    UserError if they cannot be read: in all processes if in one.
     """
-    if step == 0:
-      average = abstract.get("ema")
-      items = self._restore(0, {name: item for name, item in abstract.items() if name not in ("ema", "optimizer")})
-      return items if average is None else items | {"ema": self._restore(0, {"params": average})["params"]}
-    return self._restore(step, abstract)
+    of_base = ("params", "ema", "frozen") if step == 0 else ("frozen",)
+    own = {name: item for name, item in abstract.items() if name not in (*of_base, *["optimizer"] * (step == 0))}
+    composite = args.Composite(**{name: args.StandardRestore(item) for name, item in own.items()})
+    items = self._all_or_none(step, lambda: dict(self._manager.restore(step, args=composite)))
+    return items | {name: self._restore_from_base(abstract[name]) for name in of_base if name in abstract}
 
-  def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
+  def _restore_from_base(self, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Some of the parameters of step 0."""
+    if 0 not in self.steps():
+      raise UserError(f"{self.folder / '0'}: is missing; the parameters that are not trained are there alone")
+
+    def read():
+      restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+      partial = args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(self.folder / "0" / "params", args=partial)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, jax.Array):  # what is not there is left as it was asked for
+          raise ValueError(f"it has no parameter {jax.tree_util.keystr(path, simple=True, separator='/')}")
+      return found
+
+    return self._all_or_none(0, read)
+
+  def _all_or_none(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` gives. Raises UserError, in all processes if in one, where it fails."""
     items, problem = {}, None
     try:
-      items = dict(self._manager.restore(step, args=composite))
+      items = read()
     except Exception as error:  # Orbax and TensorStore raise many kinds, too
       problem = error
     if not _all_succeeded(problem is None):

@@ -15,28 +15,42 @@ from evo_jax.errors import UserError
 from evo_jax.flow import statistics as statistics_lib
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
-from evo_jax.training import optim
+from evo_jax.training import optim, partition
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step changes. `ema` is None unless config.optim.ema."""
+  """All that a step changes, and the frozen parameters.
+
+  params: those that are trained, as are `ema`, their averages (None unless config.optim.ema), and the optimizer's.
+  frozen: the others, which no step changes; {}: there are none.
+  """
 
   step: jax.Array  # int32
   params: Any
   ema: Any
   optimizer: Any
   statistics: statistics_lib.Statistics
+  frozen: Any
+
+  @property
+  def whole(self) -> Any:
+    """All parameters, as the network takes them."""
+    return partition.merge(self.params, self.frozen)
 
   @property
   def averaged(self) -> Any:
-    """The parameters to evaluate: the averaged ones where an average is kept."""
-    return self.params if self.ema is None else self.ema
+    """All parameters, to evaluate: the averaged ones where an average is kept."""
+    return self.whole if self.ema is None else partition.merge(self.ema, self.frozen)
 
   def items(self) -> dict[str, Any]:
     """What a checkpoint holds, by item; the step is the checkpoint's own."""
     ema = {} if self.ema is None else {"ema": self.ema}
     return {"params": self.params, **ema, "statistics": self.statistics, "optimizer": self.optimizer}
+
+  def base_items(self) -> dict[str, Any]:
+    """What the checkpoint of step 0 holds: the frozen parameters, too, for those that follow."""
+    return {"params": self.whole, "statistics": self.statistics}
 
 
 def key_for(seed: int, purpose: str, step: jax.Array | int = 0) -> jax.Array:
@@ -62,11 +76,14 @@ def init_state(model: evo_lib.Evo, config: config_lib.Config) -> TrainState:
   seed = config.train.seed
   model = model.clone(layout=sharding.Layout())  # nothing of it depends on a mesh
   params = model.init(key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
-  optimizer = optim.make_optimizer(config.optim, config.train.steps).init(params)
   codes = model.apply({"params": params}, method=evo_lib.Evo.codes)
+  params, frozen = partition.split(params, config.train.trainable)
+  if frozen:
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  optimizer = optim.make_optimizer(config.optim, config.train.steps).init(params)
   statistics = statistics_lib.init_statistics(key_for(seed, "statistics"), codes, model.vocab_size, config.warp)
   ema = jax.tree.map(jnp.copy, params) if config.optim.ema else None
-  return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer, statistics)
+  return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer, statistics, frozen)
 
 
 def state_shardings(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
@@ -81,7 +98,7 @@ def sharded_init(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.shardi
 
 
 def init_optimizer(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh, params: Any) -> Any:
-  """The optimizer's state before it trains parameters that are there already, sharded over a mesh."""
+  """The optimizer's state before it trains these parameters, sharded over a mesh."""
   init = optim.make_optimizer(config.optim, config.train.steps).init
   return jax.jit(init, out_shardings=state_shardings(model, config, mesh).optimizer)(params)
 
@@ -94,8 +111,9 @@ def abstract_state(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.shar
 
 
 def abstract_items(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Shapes, dtypes and shardings of a checkpoint's items, to restore into."""
-  return abstract_state(model, config, mesh).items()
+  """Shapes, dtypes and shardings of a checkpoint's items, and of the frozen parameters, to restore into."""
+  state = abstract_state(model, config, mesh)
+  return state.items() | ({"frozen": state.frozen} if state.frozen else {})
 
 
 def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
