@@ -46,9 +46,15 @@ def of_windows(default):
   return dataclasses.field(default=default, metadata={"pinned": "windows", "key": lambda value: value})
 
 
-def ordering(default):
-  """A field that batches and random draws depend on: going on with another value is refused once a step was made."""
-  return dataclasses.field(default=default, metadata={"pinned": "order", "key": lambda value: value})
+def ordering(default, key=lambda value: value):
+  """A field that batches and random draws, or what later checkpoints hold, depend on: going on with another value is
+  refused once a step was made. key: as for `pinned`."""
+  return dataclasses.field(default=default, metadata={"pinned": "order", "key": key})
+
+
+def parts_of(value: str) -> list[str]:
+  """What stands between the commas."""
+  return [part.strip() for part in value.split(",")]
 
 
 class Section:
@@ -125,11 +131,9 @@ class Model(Section):
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = False  # no attention across document boundaries
-  progression: str = of_windows(
-    "shared"
-  )  # shared: one clock for all tokens of a window | learned: one inferred per token
+  progression: str = of_windows("shared")  # shared: one clock for a window's tokens | learned: one inferred per token
   dtype: str = "float32"  # of computation
-  param_dtype: str = "float32"  # of parameters; others only for those that are read and not trained
+  param_dtype: str = "float32"  # of parameters; those that are trained are float32 beside frozen ones of any dtype
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
   attention_block: int = 0  # xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   # What the backward pass recomputes: none (nothing) | full (whole layers) | dots (all but matrix products) |
@@ -385,23 +389,27 @@ class Train(Section):
 
   steps: int = 1000
   seed: int = ordering(0)
+  # What is trained, saved and averaged: all | windows (what the clean stream does not read: it stays bit for bit what
+  # it was) | patterns of paths, as in blocks/w_time,codes. The rest is frozen, as in the checkpoint of step 0.
+  trainable: str = ordering("all", key=lambda value: set(parts_of(value)))
   accumulate: int = 1  # microbatches per step
   log_every: int = 20
   log_to: str = ""  # beside metrics.jsonl: tensorboard (files in WORKDIR/tensorboard), wandb, or both, by a comma
   checkpoint_every: int = 250
-  checkpoints_kept: int = 2
+  checkpoints_kept: int = 2  # the last ones; that of step 0, if there is one, is always kept
   profile: str = ""  # START:STOP, the first and the last step of a trace, written to WORKDIR/profile
   eval_every: int = 250
 
   @property
   def trackers(self) -> list[str]:
     """The names in `log_to`."""
-    return [name.strip() for name in self.log_to.split(",") if name.strip()]
+    return [name for name in parts_of(self.log_to) if name]
 
   def check(self) -> None:
     self.require(set(self.trackers) <= set(TRACKERS), "log_to", f"is not of {', '.join(TRACKERS)}")
     self.require_positive("steps", "accumulate", "checkpoints_kept")
     self.require_not_negative("log_every", "checkpoint_every", "eval_every", "seed")
+    self.require(all(parts_of(self.trainable)), "trainable", "is not all, windows, or patterns between commas")
     if self.profile:
       ends = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
       self.require(bool(ends) and 1 <= int(ends[1]) <= int(ends[2]), "profile", "is not START:STOP, two steps")
@@ -489,7 +497,7 @@ class Config:
     """Raises UserError for a field that is of use only for reading a model."""
     self.optim.require(self.optim.learning_rate > 0, "learning_rate", "trains nothing")
     self.model.require(
-      self.model.param_dtype == "float32",
+      self.model.param_dtype == "float32" or self.train.trainable != "all",
       "param_dtype",
       "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
     )

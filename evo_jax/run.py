@@ -11,7 +11,7 @@ from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
 
 
@@ -58,9 +58,9 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
   abstract = state_lib.abstract_items(model, config, mesh)
-  wanted = {name: abstract[name] for name in (params_item, "statistics")}
+  wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
   step, items = checkpoint.read_checkpoint(folder, wanted, step)
   if "statistics" not in items:  # of an imported model that is to have other windows, which no step has trained yet
-    items = state_lib.begin_windows(model, config, mesh, items["params"])
-    params_item = "params"
-  return Run(config, tokenizer, model, items[params_item], items["statistics"], step)
+    items = state_lib.begin_windows(model, config, mesh, items)
+  params = partition.merge(items[params_item], items.get("frozen", {}))
+  return Run(config, tokenizer, model, params, items["statistics"], step)

@@ -19,7 +19,7 @@ from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.importer import read_record
 from evo_jax.pretrained.tokenizer_json import describe_tokenizer
 from evo_jax.run import Run
-from evo_jax.training import checkpoint, files
+from evo_jax.training import checkpoint, files, partition
 
 _INDEX = "model.safetensors.index.json"
 
@@ -46,7 +46,9 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
   parts = tensors.parts(run.config.model, rows)
   names = {part.name for part in parts}
   stored = {} if record is None else {name: kind for name, kind in record["dtypes"].items() if name in names}
-  if record is None and run.config.loss.ar_weight == 0:
+  trained, _ = partition.split(run.params, run.config.train.trainable)
+  came_in = record is not None and partition.leaves_clean_stream(trained)
+  if run.config.loss.ar_weight == 0 and not came_in:
     raise UserError(f"{workdir}: config.loss.ar_weight is 0: nothing trained what would be exported")
   if record is None:
     config = architectures.describe_model(run.config.model, dtype or run.config.model.param_dtype, rows)

@@ -1,7 +1,7 @@
 """Imports a pretrained model: a work directory at step 0, which evaluation, generation and training take.
 
 Known tokens compute exactly what the pretrained model does, since all that Evo adds vanishes at t = 0. What it adds
-begins as `training.state.begin_windows` makes it.
+begins as `training.state.init_windows` makes it.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 from flax import traverse_util
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,17 +180,17 @@ def load_items(
   windows: EvoFile | None = None,
 ) -> dict[str, Any]:
   """Parameters and statistics, sharded over the mesh. One tensor of the source is in memory at a time."""
-  boxed = evo_lib.abstract_params(config.model, model.vocab_size)
-  shardings = traverse_util.flatten_dict(sharding.shardings(mesh, boxed))
-  shapes = traverse_util.flatten_dict(meta.unbox(boxed))
+  shapes = traverse_util.flatten_dict(state_lib.abstract_state(model, config, mesh).whole)
+  shardings = {path: shape.sharding for path, shape in shapes.items()}
   parts: dict[tuple[str, ...], list[tensors.Part]] = {}
   for part in tensors.parts(config.model, config.model.vocab_size):
     parts.setdefault(part.path, []).append(part)
   params = {path: _load_parameter(source, parts[path], shapes[path], shardings[path]) for path in parts}
   if windows is None:
-    return state_lib.begin_windows(model, config, mesh, traverse_util.unflatten_dict(params))
+    params, statistics = state_lib.init_windows(model, config, mesh, traverse_util.unflatten_dict(params))
+    return {"params": params, "statistics": statistics}
   own = {path: shapes[path] for path in shapes if path not in parts}
-  abstract = jax.eval_shape(functools.partial(state_lib.begin_statistics, config, model.vocab_size), shapes[("codes",)])
+  abstract = jax.eval_shape(functools.partial(state_lib.init_statistics, config, model.vocab_size), shapes[("codes",)])
   loaded, statistics = evo_file.unflatten(windows.read(evo_file.flatten(own, abstract)), abstract)
   params |= {path: _put(value, shardings[path]) for path, value in loaded.items()}
   statistics = jax.tree.map(lambda x: _put(x, sharding.replicated(mesh)), statistics)
