@@ -118,6 +118,9 @@ def only(name):
   return {f"paths__{path}": float(path == name) for path in config_lib.TRAIN_PATHS if path != "learned"}
 
 
+DRAFTS = dict(
+  loss__ar_weight=0.0, loss__bound_windows=0, loss__distill=1.0, model__window_attention="informed", **only("parallel")
+)
 LEARNED = dict(model__progression="learned", paths__learned=1.0, loss__bound_windows=1)
 DIFFUSION = dict(loss__ar_weight=0.0, window__size=32, window__count=1)
 
@@ -198,8 +201,9 @@ def test_windows_can_start_later():
     dict(window__count=0),
     dict(window__count=2, model__head_dim=96),
     dict(DIFFUSION, loss__bound_windows=0, model__context=128, window__size=128, **only("erasure")),
+    dict(DRAFTS, train__trainable="windows", model__window_rank=64, model__window_head=512, window__count=8),
   ],
-  ids=["AR", "Evo", "masked diffusion"],
+  ids=["AR", "Evo", "masked diffusion", "drafts"],
 )
 def test_flops_by_formula_are_those_that_xla_counts(changes):
   """At a width where matrix products are nearly all there is."""

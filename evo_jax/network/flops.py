@@ -35,26 +35,40 @@ def peak_flops(device_kind: str) -> float | None:
   return next((value for name, value in PEAK.items() if device_kind.startswith(name)), None)
 
 
-def forward_pass(model: config_lib.Model, vocab_rows: int, tokens: int, keys: float, windows: bool) -> float:
+def forward_pass(
+  model: config_lib.Model, vocab_rows: int, tokens: int, keys: float, windows: bool, all_unknown: bool = False
+) -> float:
   """FLOPs of one forward pass over `tokens` positions, each of which attends to `keys` others, with the logits.
 
-  windows: True for positions of windows, which also need soft inputs and time conditioning.
+  windows: True for positions of windows, which also need soft inputs and time conditioning; all_unknown: which are the
+  same for all of them. Windows' own parameters are counted by `window_adapters`.
   """
   D, E = model.width, model.head_size
   block = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.hidden
-  if windows:
-    block += 6 * D * model.time_dim
   attention = 2 * keys * E * model.heads
   outside = vocab_rows * D
-  if windows:
+  if windows and not all_unknown:
+    block += 6 * D * model.time_dim
     outside += vocab_rows * (2 * model.code_dim + D)  # evidence for the input and for the belief, expected embedding
   return 2.0 * tokens * (model.layers * (block + attention) + outside)
 
 
-def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
-  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many.
+def window_adapters(model: config_lib.Model, tokens: int) -> float:
+  """FLOPs of what windows' own parameters (config.model.window_*) add to a forward pass over `tokens` positions."""
+  D, F, H, C = model.width, model.hidden, model.heads * model.head_size, model.window_candidates
+  qkv = H + 2 * model.kv_heads * model.head_size
+  block = model.window_rank * (5 * D + qkv + H + 3 * F) + model.window_twins * D * qkv
+  # The head, and the candidates' rows of the table for it, for the window's own belief and for the clean stream's.
+  head = 3 * D * model.window_head + 3 * C * D if model.window_head else 0
+  return 2.0 * tokens * (model.layers * block + head)
 
-  Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it.
+
+def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
+  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many; where windows alone are
+  trained (train.trainable = windows), one that takes as many in windows, and none in the clean stream.
+
+  Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it. Distillation
+  reads logits that the clean stream has.
 
   Args:
     config: the configuration.
@@ -65,12 +79,16 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True,
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
-  diffusion_alone = config.diffusion_alone and N > 0
+  diffusion_alone, frozen = config.diffusion_alone and N > 0, config.train.trainable == "windows"
   clean_keys = (L + 1) / 2 if visible else L
-  clean = 0.0 if diffusion_alone else 3.0 * forward_pass(model, vocab_rows, B * L, clean_keys, False)
+  clean_passes = 0.0 if diffusion_alone else 1.0 if frozen else 3.0
+  clean = clean_passes * forward_pass(model, vocab_rows, B * L, clean_keys, False)
+  slots = config.window_slots
   past_keys = 0 if diffusion_alone else (L - W) / 2 if visible else L  # anchors are spread evenly
-  window = forward_pass(model, vocab_rows, B * N * (W + 1), past_keys + W + 1, True)
-  return clean + window * (3.0 + config.loss.self_conditioning)
+  same = config.paths.all_unknown and slots < W
+  window = forward_pass(model, vocab_rows, B * N * slots, past_keys + slots, True, same)
+  again = config.loss.self_conditioning
+  return clean + window * ((2.0 if frozen else 3.0) + again) + window_adapters(model, B * N * slots) * (3.0 + again)
 
 
 def train_run(config: config_lib.Config, vocab_rows: int) -> float:
