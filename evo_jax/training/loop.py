@@ -89,6 +89,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
     parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
     fingerprints = [corpus.fingerprint for corpus in corpora]
     previous = checkpoint.check_resumable(folder, config, tokenizer, fingerprints)
+    if previous and any(pin == "windows" for *_, pin in config_lib.differences(previous, config)):
+      state_lib.check_begins_windows(model, config)
     if jax.process_index() == 0:
       checkpoint.write_config(folder, config, tokenizer, parameters, fingerprints)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -186,6 +188,7 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
   if "statistics" not in items:
     say("windows begin anew: step 0 has others")
+    state_lib.check_begins_windows(model, config)
     items = state_lib.begin_windows(model, config, mesh, items)
   if done < config.train.steps:
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
