@@ -57,10 +57,10 @@ def test_prompt_files(tmp_path, name, content, expected):
   file = tmp_path / name
   file.write_bytes(content if isinstance(content, bytes) else content.encode())
   if isinstance(expected, list):
-    assert prompt_files.read_prompts(str(file)) == expected
+    assert prompt_files.read_prompt_files([str(file)]) == expected
     return
   with pytest.raises(UserError) as error:
-    prompt_files.read_prompts(str(file))
+    prompt_files.read_prompt_files([str(file)])
   assert expected in str(error.value) and f"--prompts={file}: " in str(error.value)
 
 
@@ -71,7 +71,7 @@ def test_prompt_files_have_any_name(tmp_path):
     assert prompt_files.read_prompt_files([str(file), str(file)]) == ["a", "a"]
   for name, problem in ((str(tmp_path), "Is a directory"), (str(tmp_path / "no"), "No such file")):
     with pytest.raises(UserError, match=f"--prompts=.*: cannot be read: {problem}"):
-      prompt_files.read_prompts(name)
+      prompt_files.read_prompt_files([name])
   with pytest.raises(UserError, match="standard input can be read only once"):
     prompt_files.read_prompt_files(["-", "-"])
 
