@@ -73,12 +73,13 @@ class Conversations:
     if has_messages and MESSAGES not in line:
       raise BadLine(f"has no field '{MESSAGES}'")
     content = next(line[name] for name in (field, MESSAGES, "tokens") if name in line)
-    ids = self._own_ids(line["tokens"]) if own else self._encode(check_messages(content))
+    if not own:
+      check_messages(content)
     try:
       raw = content.encode() if isinstance(content, str) else json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can escape
       raise BadLine("has text that is not valid Unicode") from error
-    return raw, self._as_document(ids)
+    return raw, self._as_document(self._own_ids(line["tokens"]) if own else self._encode(content))
 
   @functools.cached_property
   def _template(self) -> ChatTemplate:
@@ -93,8 +94,6 @@ class Conversations:
       ids = np.array(self._template.encode(messages, add_generation_prompt=False), np.int64)
     except UserError as error:
       raise BadLine(f"has messages that cannot be used ({error})") from error
-    except UnicodeEncodeError as error:
-      raise BadLine("has text that is not valid Unicode") from error
     ends = np.flatnonzero(np.isin(ids, self._tokenizer.turn_end_ids))
     end = ends[-1] + 1 if len(ends) else len(ids)
     return ids if self._tokenizer.decode(ids[end:]).strip() else ids[:end]
