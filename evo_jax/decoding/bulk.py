@@ -38,6 +38,7 @@ from evo_jax.run import fingerprint
 PART = 4096  # texts of a file
 MANIFEST = "texts.json"
 _WORK = ".work"
+_NAMED = 20  # prompts that cannot be used, in one message
 _VERSION = 1
 
 Prompts = Callable[[], Iterable[tuple[str, Prompt]]]  # can be read again; each prompt with its place, for messages
@@ -116,14 +117,21 @@ def check_output(output: str) -> None:
 
 
 def _survey(sampler: Sampler, prompts: Prompts) -> _Survey:
-  """Reads all prompts once. Raises UserError for the first that cannot be used."""
+  """Reads all prompts once. Raises UserError that names those that cannot be used."""
   digest, tokens = hashlib.sha256(), array.array("I")
+  first, bad, places = None, 0, []
   for where, prompt in prompts():
     digest.update(json.dumps(prompt).encode() + b"\n")
     try:
       tokens.append(_request(sampler, prompt, 0).digest)
     except UserError as error:
-      raise UserError(f"{where}: {error}") from error
+      first, bad = first or UserError(f"{where}: {error}"), bad + 1
+      places += [where.rpartition(": ")[2]] if len(places) < _NAMED else []
+  if bad > 1:
+    more = ", ..." if bad > _NAMED else ""
+    raise UserError(f"{first}; {bad:,} prompts cannot be used, also {', '.join(places[1:])}{more}")
+  if first:
+    raise first
   if jax.process_count() > 1:
     mine = np.frombuffer(digest.digest(), np.uint8)
     if np.any(multihost_utils.process_allgather(mine) != mine):
