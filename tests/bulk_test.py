@@ -105,7 +105,6 @@ def test_what_is_complete_stays_and_other_texts_are_refused(trained, questions, 
     (f"--output={tmp_path}", "has p.jsonl, but no texts.json: give a new folder"),
     ("--output=/proc/none", "/proc/none/.writable: cannot be written"),
     ("--output=nope://x/y", "nope://x/y: cannot be opened"),
-    (f"--prompt={40 * 'a'}", "--prompt: prompt 'aaa"),
   ):
     assert_refused(generate(more), message)
   questions.write_text("".join(json.dumps(prompt) + "\n" for prompt in ["fine", "x" * 30, "", "y" * 40, "z" * 50]))
