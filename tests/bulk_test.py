@@ -73,7 +73,9 @@ def test_it_goes_on_after_a_kill_and_after_ctrl_c(trained, questions, tmp_path, 
   monkeypatch.setattr(bulk._Part, "add", add_and_interrupt)
   interrupted = call("evo_jax.generate", *flags, f"--output={killed}")
   assert_refused(interrupted, "interrupted; what is done is kept, and the same command goes on")
-  assert len(list(killed.glob(".work/00001-*"))) == 2
+  batches = [file.read_text().splitlines() for file in sorted(killed.glob(".work/00001-*"))]
+  places = [json.loads(line)["place"] for batch in batches for line in batch]
+  assert len(batches) == 2 and len(places) == len(set(places)) == 6  # what was done is not done again
   monkeypatch.setattr(bulk._Part, "add", add)
   (killed / ".00001.jsonl.0123").write_text('{"half of a')
   for output in (killed, whole):

@@ -111,7 +111,7 @@ def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:
     value = value.replace(token, hidden[token])
   characters, end = list(value), len(value.rstrip())  # the template may strip it
   for i in range(max(0, end - len(special[0]) if special else end), end):
-    if any(token.startswith(value[i:end]) for token in special):
+    if value[i] in hidden and any(token.startswith(value[i:end]) for token in special):
       characters[i] = hidden[characters[i]]
   return "".join(characters)
 
