@@ -84,12 +84,12 @@ def write_texts(
   folder = Folder(output)
   complete, done = _begin(folder, json.loads(json.dumps(asked)))
   totals = Totals(min(complete * PART, texts) + int(done.sum()), texts)
-  if totals.done == texts:
+  if complete * PART >= texts:
     return totals
   for number, part in enumerate(_parts(prompts(), num)):
     if number < complete:
       continue
-    requests = [_request(sampler, prompt, int(survey.ranks[i]) * num + sample) for i, sample, prompt in part]
+    requests = list(_requests(sampler, part, survey.ranks, num))
     work = _Part(folder, number)
     for batch in _batches(requests, sampler.sampling.batch_size, done):
       generations = sampler.decode([requests[place] for place in batch], seed)
@@ -123,7 +123,7 @@ def _survey(sampler: Sampler, prompts: Prompts) -> _Survey:
   for where, prompt in prompts():
     digest.update(json.dumps(prompt).encode() + b"\n")
     try:
-      tokens.append(_request(sampler, prompt, 0).digest)
+      tokens.append(_request(sampler, prompt).digest)
     except UserError as error:
       first, bad = first or UserError(f"{where}: {error}"), bad + 1
       places += [where.rpartition(": ")[2]] if len(places) < _NAMED else []
@@ -148,10 +148,17 @@ def _ranks(values: np.ndarray) -> np.ndarray:
   return ranks
 
 
-def _request(sampler: Sampler, prompt: Prompt, repetition: int) -> Request:
+def _request(sampler: Sampler, prompt: Prompt) -> Request:
   run = sampler.run
-  request = make_request(prompt, False, sampler.sampling, run.tokenizer, run.config.model.position_limit)
-  return dataclasses.replace(request, repetition=repetition)
+  return make_request(prompt, False, sampler.sampling, run.tokenizer, run.config.model.position_limit)
+
+
+def _requests(sampler: Sampler, part: list[tuple[int, int, Prompt]], ranks: np.ndarray, num: int) -> Iterator[Request]:
+  """The requests of a part, with the numbers that they have among all with the same tokens."""
+  for number, texts in itertools.groupby(part, key=lambda text: text[0]):
+    _, _, prompt = first = next(texts)
+    request, before = _request(sampler, prompt), int(ranks[number]) * num
+    yield from (dataclasses.replace(request, repetition=before + sample) for _, sample, _ in [first, *texts])
 
 
 def _parts(prompts: Iterable[tuple[str, Prompt]], num: int) -> Iterator[list[tuple[int, int, Prompt]]]:
