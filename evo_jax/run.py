@@ -39,11 +39,12 @@ class Run:
     return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
 
 
-def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Run:
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
   """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
 
   mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
-  default: all devices of all processes, each with a copy. Raises UserError where `workdir` holds no such checkpoint, it
+  default: all devices of all processes, each with a copy. exact: frozen parameters in float32, which holds what they
+  were saved in, whatever dtype the run used them in. Raises UserError where `workdir` holds no such checkpoint, it
   cannot be read, or its shapes do not divide the mesh.
   """
   folder = checkpoint.resolve_workdir(workdir)
@@ -57,7 +58,9 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
-  abstract = state_lib.abstract_items(model, config, mesh)
+  whole = exact and config.train.trainable != partition.ALL
+  dtypes = dataclasses.replace(config.model, param_dtype="float32" if whole else config.model.param_dtype)
+  abstract = state_lib.abstract_items(model.clone(config=dtypes), config, mesh)
   wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
   step, items = checkpoint.read_checkpoint(folder, wanted, step)
   params = partition.merge(items[params_item], items.get("frozen", {}))
