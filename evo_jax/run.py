@@ -63,5 +63,7 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   abstract = state_lib.abstract_items(model.clone(config=dtypes), config, mesh)
   wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
   step, items = checkpoint.read_checkpoint(folder, wanted, step)
+  if "statistics" not in items:  # of an imported model that is to have other windows, which no step has trained yet
+    items = state_lib.begin_windows(model, config, mesh, items)
   params = partition.merge(items[params_item], items.get("frozen", {}))
   return Run(config, tokenizer, model, params, items["statistics"], step)

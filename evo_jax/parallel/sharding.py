@@ -43,6 +43,7 @@ class ShardingRules:
   norm: Any = None
   code: Any = None
   time: Any = None
+  rank: Any = None
   # Activations.
   slots: Any = None
   width: Any = None

@@ -22,6 +22,7 @@ import sys
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -30,6 +31,7 @@ import orbax.checkpoint as ocp
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.network import evo as evo_lib
 from evo_jax.training import files
 
 args = ocp.args
@@ -83,17 +85,36 @@ class CheckpointStore:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
     `frozen`, if it is among them, is read from the parameters of step 0. At step 0 that is where all parameters are
-    read from: an average is the parameters themselves, and an optimizer there is not: none is among the result. Raises
-    UserError if they cannot be read: in all processes if in one.
+    read from: an average is the parameters themselves, and an optimizer there is not: none is among the result. Where
+    step 0 has other windows than `abstract`, the result is the parameters that are not windows' own alone: those are to
+    begin anew (`state.begin_windows`). Raises UserError if they cannot be read: in all processes if in one.
     """
     of_base = ("params", "ema", "frozen") if step == 0 else ("frozen",)
+    base = {name: abstract[name] for name in of_base if name in abstract}
+    if step == 0 and not self._has_windows_of(base):
+      return {name: self._restore_from_base(_without_windows(item)) for name, item in base.items()}
     own = {name: item for name, item in abstract.items() if name not in (*of_base, *["optimizer"] * (step == 0))}
     composite = args.Composite(**{name: args.StandardRestore(item) for name, item in own.items()})
     items = self._all_or_none(step, lambda: dict(self._manager.restore(step, args=composite)))
-    return items | {name: self._restore_from_base(abstract[name]) for name in of_base if name in abstract}
+    return items | {name: self._restore_from_base(item) for name, item in base.items()}
+
+  def _has_windows_of(self, items: dict[str, dict[str, Any]]) -> bool:
+    """Whether the parameters of step 0 have those of windows, by name and shape, that the `items` have; True where
+    that cannot be read, which restoring will report."""
+    shapes = lambda tree: {
+      path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree).items() if evo_lib.is_of_windows(path)
+    }
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(self.folder / "0" / "params").item_metadata.tree
+      return shapes(saved) == {path: shape for item in items.values() for path, shape in shapes(item).items()}
+    except Exception:  # Orbax and TensorStore raise many kinds
+      return True
 
   def _restore_from_base(self, abstract: dict[str, Any]) -> dict[str, Any]:
     """Some of the parameters of step 0."""
+    if not abstract:
+      return {}
     if 0 not in self.steps():
       raise UserError(f"{self.folder / '0'}: is missing; the parameters that are not trained are there alone")
 
@@ -167,6 +188,12 @@ class CheckpointStore:
     """A clause about the last checkpoint in the file system: after a failed save the manager counts that step too."""
     step = last_saved(self.folder.parent)
     return "none is saved" if step is None else f"the last whole one is of step {step}"
+
+
+def _without_windows(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that are not windows' own."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if not evo_lib.is_of_windows(p)})
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
@@ -288,10 +315,10 @@ def check_resumable(
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):
-    # Before the first step there may be no average yet, which then begins as the parameters.
-    begins = step == 0 and field == "optim.ema" and before == 0
+    # Before the first step there may be no average yet, which then begins as the parameters, and windows begin anew.
+    begins = step == 0 and (pin == "windows" or (field == "optim.ema" and before == 0))
     made = step > 0 and config_lib.differs_so_far(field, before, after, step)
-    if (pin == "contents" and not begins) or (pin and made):
+    if (pin in ("contents", "windows") and not begins) or (pin and made):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
         f"go on with that, or use another --workdir"

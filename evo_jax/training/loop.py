@@ -184,6 +184,9 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
       checkpoints.wait()
     return state, 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
+  if "statistics" not in items:
+    say("windows begin anew: step 0 has others")
+    items = state_lib.begin_windows(model, config, mesh, items)
   if done < config.train.steps:
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
   else:

@@ -97,8 +97,10 @@ def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: con
 
   def losses(params, batch, draw):
     net = local.bind({"params": partition.merge(params, frozen)})
-    learned = config.model.progression == "learned"
-    terms, measured, metrics = objective.training_loss(net, statistics, batch, draw, counts, config.loss, learned)
+    learned, clean_frozen = config.model.progression == "learned", partition.leaves_clean_stream(params)
+    terms, measured, metrics = objective.training_loss(
+      net, statistics, batch, draw, counts, config.loss, learned, clean_frozen
+    )
     return terms, (metrics, measured)
 
   gradient = _gradient_by_term(losses) if config.optim.separate_clip else _gradient_of_sum(losses)
