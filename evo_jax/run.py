@@ -15,7 +15,7 @@ from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
 
 
@@ -62,11 +62,12 @@ def _bit_sum(x: jax.Array) -> jax.Array:
   return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
-def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Run:
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
   """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
 
   mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
-  default: all devices of all processes, each with a copy. Raises UserError where `workdir` holds no such checkpoint, it
+  default: all devices of all processes, each with a copy. exact: frozen parameters in float32, which holds what they
+  were saved in, whatever dtype the run used them in. Raises UserError where `workdir` holds no such checkpoint, it
   cannot be read, or its shapes do not divide the mesh.
   """
   folder = checkpoint.resolve_workdir(workdir)
@@ -80,6 +81,12 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
-  abstract = state_lib.abstract_items(model, config, mesh)
-  step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
-  return Run(config, tokenizer, model, items[params_item], items["statistics"], step)
+  whole = exact and config.train.trainable != partition.ALL
+  dtypes = dataclasses.replace(config.model, param_dtype="float32" if whole else config.model.param_dtype)
+  abstract = state_lib.abstract_items(model.clone(config=dtypes), config, mesh)
+  wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
+  step, items = checkpoint.read_checkpoint(folder, wanted, step)
+  if "statistics" not in items:  # of an imported model that is to have other windows, which no step has trained yet
+    items = state_lib.begin_windows(model, config, mesh, items)
+  params = partition.merge(items[params_item], items.get("frozen", {}))
+  return Run(config, tokenizer, model, params, items["statistics"], step)
