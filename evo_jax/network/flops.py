@@ -51,8 +51,16 @@ def forward_pass(model: config_lib.Model, vocab_rows: int, tokens: int, keys: fl
   return 2.0 * tokens * (model.layers * (block + attention) + outside)
 
 
-def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
-  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many.
+def train_step(
+  config: config_lib.Config,
+  vocab_rows: int,
+  windows: bool = True,
+  visible: bool = False,
+  trained: float = 1.0,
+  clean_frozen: bool = False,
+) -> float:
+  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many; of a frozen parameter
+  there is no gradient, which is half of that.
 
   Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it.
 
@@ -62,15 +70,22 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True,
     windows: False for a step before the windows start.
     visible: count only the keys that the mask admits, on average, as for model FLOPs utilization (MFU); otherwise
       attention counts as if no block of a mask were skipped.
+    trained: the share of the parameters that are trained.
+    clean_frozen: whether nothing that the clean stream reads is trained: it then has a forward pass alone.
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
   diffusion_alone = config.diffusion_alone and N > 0
   clean_keys = (L + 1) / 2 if visible else L
-  clean = 0.0 if diffusion_alone else 3.0 * forward_pass(model, vocab_rows, B * L, clean_keys, False)
   past_keys = 0 if diffusion_alone else (L - W) / 2 if visible else L  # anchors are spread evenly
-  window = forward_pass(model, vocab_rows, B * N * (W + 1), past_keys + W + 1, True)
-  return clean + window * (3.0 + config.loss.self_conditioning)
+
+  def passes(tokens, keys, of_windows):
+    forward = forward_pass(model, vocab_rows, tokens, keys, of_windows)
+    return forward, 3.0 * forward - (1.0 - trained) * forward_pass(model, vocab_rows, tokens, 0, of_windows)
+
+  clean_forward, clean = (0.0, 0.0) if diffusion_alone else passes(B * L, clean_keys, False)
+  window_forward, window = passes(B * N * (W + 1), past_keys + W + 1, True)
+  return (clean_forward if clean_frozen else clean) + window + window_forward * config.loss.self_conditioning
 
 
 def train_run(config: config_lib.Config, vocab_rows: int) -> float:
