@@ -1,12 +1,16 @@
 """A finished or running model, loaded from its work directory for evaluation, generation and other readers."""
 
 import dataclasses
+import hashlib
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from evo_jax import config as config_lib
-from evo_jax.data import tokenizers
+from evo_jax.data import conversations, tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
@@ -37,6 +41,25 @@ class Run:
     if isinstance(leaf.sharding, jax.sharding.NamedSharding):
       return leaf.sharding.mesh
     return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
+
+
+def fingerprint(run: Run) -> str:
+  """Names what texts of a model depend on: its shape, tokenizer and values, whatever mesh these lie on."""
+  replicated = sharding.replicated(run.mesh)
+  leaves = jax.tree.leaves((run.params, run.statistics))
+  sums = jax.jit(lambda leaves: jnp.stack([*map(_bit_sum, leaves)]), out_shardings=replicated)(leaves)
+  identity = (run.tokenizer.identity, conversations.template_identity(run.tokenizer))
+  digest = hashlib.sha256(repr((run.config.model, run.config.window, identity)).encode())
+  digest.update(np.asarray(sums).astype("<u4").tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+  """() uint32, the sum of all elements' bits, each times an odd number of its own, modulo 2^32: exact in any order."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+  steps = [math.prod(x.shape[i + 1 :]) % 2**32 for i in range(x.ndim)]
+  place = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * np.uint32(step) for i, step in enumerate(steps))
+  return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
