@@ -63,9 +63,16 @@ def window_adapters(model: config_lib.Model, tokens: int) -> float:
   return 2.0 * tokens * (model.layers * block + head)
 
 
-def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
-  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many; where windows alone are
-  trained (train.trainable = windows), one that takes as many in windows, and none in the clean stream.
+def train_step(
+  config: config_lib.Config,
+  vocab_rows: int,
+  windows: bool = True,
+  visible: bool = False,
+  trained: float = 1.0,
+  clean_frozen: bool = False,
+) -> float:
+  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many; of a frozen parameter
+  there is no gradient, which is half of that.
 
   Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it. Distillation
   reads logits that the clean stream has.
@@ -76,19 +83,26 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True,
     windows: False for a step before the windows start.
     visible: count only the keys that the mask admits, on average, as for model FLOPs utilization (MFU); otherwise
       attention counts as if no block of a mask were skipped.
+    trained: the share of the parameters that are trained.
+    clean_frozen: whether nothing that the clean stream reads is trained: it then has a forward pass alone.
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
-  diffusion_alone, frozen = config.diffusion_alone and N > 0, config.train.trainable == "windows"
+  diffusion_alone = config.diffusion_alone and N > 0
   clean_keys = (L + 1) / 2 if visible else L
-  clean_passes = 0.0 if diffusion_alone else 1.0 if frozen else 3.0
-  clean = clean_passes * forward_pass(model, vocab_rows, B * L, clean_keys, False)
-  slots = config.window_slots
+  slots, again = config.window_slots, config.loss.self_conditioning
   past_keys = 0 if diffusion_alone else (L - W) / 2 if visible else L  # anchors are spread evenly
   same = config.paths.all_unknown and slots < W
-  window = forward_pass(model, vocab_rows, B * N * slots, past_keys + slots, True, same)
-  again = config.loss.self_conditioning
-  return clean + window * ((2.0 if frozen else 3.0) + again) + window_adapters(model, B * N * slots) * (3.0 + again)
+  trained = 0.0 if clean_frozen else trained  # what windows have of their own is counted by itself
+
+  def passes(tokens, keys, of_windows):
+    forward = forward_pass(model, vocab_rows, tokens, keys, of_windows, same)
+    return forward, 3.0 * forward - (1.0 - trained) * forward_pass(model, vocab_rows, tokens, 0, of_windows, same)
+
+  clean_forward, clean = (0.0, 0.0) if diffusion_alone else passes(B * L, clean_keys, False)
+  window_forward, window = passes(B * N * slots, past_keys + slots, True)
+  own = window_adapters(model, B * N * slots)
+  return (clean_forward if clean_frozen else clean) + window + 3.0 * own + again * (window_forward + own)
 
 
 def train_run(config: config_lib.Config, vocab_rows: int) -> float:
