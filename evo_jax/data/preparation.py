@@ -91,6 +91,8 @@ def _begin(folder: Folder, flags: dict[str, Any]) -> None:
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{folder.shown(name)}: is damaged; remove {folder.shown(WORK)}") from error
   else:
+    if earlier.get("version") != begun["version"]:
+      raise UserError(f"{folder.path}: was begun by another version of evo_jax; use another one, or remove it")
     _check_flags(folder, earlier, begun)
 
 
