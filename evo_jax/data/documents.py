@@ -127,16 +127,13 @@ def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
 def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
   for number, line in enumerate(block.content.splitlines(), block.first):
     if line := line.removeprefix(codecs.BOM_UTF8).strip():
-      document = _decode(line)
-      if not document.problem:
-        try:
-          document = Document(*json_lines.text_field(document.text, field))
-        except json_lines.BadLine as error:
-          document = Document(None, problem=str(error))
-      if document.problem:
-        yield document._replace(place=f"line {number} ")
-      elif document.raw:
-        yield document
+      try:
+        text, raw = json_lines.text_field(line, field)
+      except json_lines.BadLine as error:
+        yield Document(None, problem=str(error), place=f"line {number} ")
+      else:
+        if raw:
+          yield Document(text, raw)
 
 
 def _documents_of_rows(block: Block, field: str) -> Iterator[Document]:

@@ -1,23 +1,18 @@
-"""Documents to tokens: which split they belong to, long ones in parts, and the processes that do it side by side."""
+"""Documents to tokens: which split they belong to, and long ones in parts."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterable, Iterator
 import dataclasses
 import hashlib
 import itertools
-import multiprocessing
-from multiprocessing import connection
-import os
 import re
-import threading
-from typing import Any
 
 import numpy as np
 
 from evo_jax.data import shards
 from evo_jax.data.blocks import Block
-from evo_jax.data.documents import Tally, documents_of
+from evo_jax.data.documents import Document, Tally, documents_of
 from evo_jax.data.shards import SPLITS
+from evo_jax.data.token_ids import join_documents
 from evo_jax.data.tokenizers import Tokenizer
 
 PART = 1 << 20  # characters; longer documents are encoded in parts of at most so many
@@ -81,26 +76,36 @@ def digest_of(raw: bytes) -> bytes:
 
 def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozenset[int]) -> Encoded:
   """The documents of blocks that hold them whole. duplicates: numbers, among the good ones, of those to be left out."""
-  result, dtype, number = Encoded(), encoder.dtype, itertools.count()
-  separator = np.full(1, encoder.tokenizer.separator_id, dtype)
+  result, number, tokenizer = Encoded(), itertools.count(), encoder.tokenizer
+  documents = {split: [] for split in SPLITS}
   for block in blocks:
-    for document in documents_of(block, encoder.field, encoder.tokenizer.binary):
+    for document in documents_of(block, encoder.field, tokenizer.binary):
       result.tally.add(block.file, document)
       if document.problem:
         continue
       if next(number) in duplicates:
         result.duplicates += 1
-        continue
-      raw = document.raw
-      digest = digest_of(raw) if rule == "hash" else b""
-      tokens = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text)
-      for split, (a, b) in encoder.ranges(rule, digest, len(tokens)).items():
-        result.tokens[split] += [tokens[a:b], separator]
-        result.documents[split] += 1
-        result.text_bytes[split] += len(raw) * b // len(tokens) - len(raw) * a // len(tokens)
-  for split, parts in result.tokens.items():
-    result.tokens[split] = [np.concatenate(parts, dtype=dtype)] if parts else []
+      elif rule == "end":
+        _add_ranges(encoder, document, result)
+      else:
+        documents[encoder.split_of(digest_of(document.raw)) if rule == "hash" else rule].append(document)
+  for split, found in documents.items():
+    if found:
+      tokens, counts = _encode_documents(encoder, [d.raw if tokenizer.binary else d.text for d in found])
+      result.tokens[split].append(tokens)
+      result.documents[split] += sum(map(bool, counts))
+      result.text_bytes[split] += sum(len(document.raw) for document, count in zip(found, counts) if count)
   return result
+
+
+def _add_ranges(encoder: Encoder, document: Document, result: Encoded) -> None:
+  """Gives each split its part of a document, the end of which is held out."""
+  raw, tokenizer = document.raw, encoder.tokenizer
+  tokens = _encode_whole(encoder, raw if tokenizer.binary else document.text)
+  for split, (a, b) in encoder.ranges("end", b"", len(tokens)).items():
+    result.tokens[split] += [tokens[a:b], np.full(1, tokenizer.separator_id, encoder.dtype)]
+    result.documents[split] += 1
+    result.text_bytes[split] += len(raw) * b // len(tokens) - len(raw) * a // len(tokens)
 
 
 def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray:
@@ -119,6 +124,14 @@ def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:
     return encode_part(encoder, text, True)
   parts = (encode_part(encoder, part, i == 0) for i, part in enumerate(cut([text], encoder.tokenizer, PART)))
   return np.concatenate(list(parts))
+
+
+def _encode_documents(encoder: Encoder, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+  """As the tokenizer's `encode_documents`; long texts in parts."""
+  tokenizer = encoder.tokenizer
+  if tokenizer.binary or max(map(len, texts)) <= PART:
+    return tokenizer.encode_documents(texts)
+  return join_documents([_encode_whole(encoder, text) for text in texts], tokenizer.separator_id)
 
 
 def cut(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:
@@ -154,44 +167,3 @@ def _place_to_cut(text: str, latest: int, tokenizer: Tokenizer, size: int) -> in
       if np.array_equal(both, tokenizer.encode(before + after)):
         return place
   return latest
-
-
-class Here(futures.Executor):
-  """Runs everything at once, in the calling thread."""
-
-  def submit(self, function: Callable, /, *args, **kwargs) -> futures.Future:
-    future = futures.Future()
-    future.set_result(function(*args, **kwargs))
-    return future
-
-
-def start_workers(count: int, encoder: Encoder) -> tuple[futures.Executor, Callable[..., Any]]:
-  """An executor of `count` processes, or of this one for 1; and the function to submit: call(function, *arguments).
-
-  The functions are those above, which get the encoder in front of their arguments.
-  """
-  if count <= 1:
-    return Here(), lambda function, *args: function(encoder, *args)
-  # Not forked: this process has threads, of JAX and others.
-  processes = multiprocessing.get_context("spawn")
-  return futures.ProcessPoolExecutor(count, processes, _start_worker, (encoder,)), _call
-
-
-_ENCODER: Encoder | None = None  # of a worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-  global _ENCODER
-  _ENCODER = encoder
-  os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Ends this process when the one that started it is gone, however it ended."""
-  connection.wait([multiprocessing.parent_process().sentinel])
-  os._exit(1)
-
-
-def _call(function: Callable, *args) -> Any:
-  return function(_ENCODER, *args)

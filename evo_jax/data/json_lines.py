@@ -17,15 +17,18 @@ class BadLine(ValueError):
   """A line that cannot be used; the message says why."""
 
 
-def text_field(line: str, field: str) -> tuple[str, bytes]:
+def text_field(line: bytes, field: str) -> tuple[str, bytes]:
   """The text in a field of a line, which has no white space at its ends, and its UTF-8 bytes. Raises BadLine."""
   try:
-    value, end = DECODER.raw_decode(line)
+    text = line.decode()
+    value, end = DECODER.raw_decode(text)
+  except UnicodeDecodeError as error:
+    raise BadLine(f"is not UTF-8 text (byte {error.start})") from error
   except json.JSONDecodeError as error:
     raise BadLine(f"is not JSON ({error.msg})") from error
   except RecursionError as error:
     raise BadLine("is JSON that is nested too deeply") from error
-  if end < len(line):
+  if end < len(text):
     raise BadLine("is not JSON (Extra data)")
   if not isinstance(value, dict) or field not in value:
     raise BadLine(f"has no field '{field}'")

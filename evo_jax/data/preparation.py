@@ -12,7 +12,6 @@ Held out for validation and testing are, of --input: documents by a hash of thei
 
 import collections
 from collections.abc import Callable, Iterator
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -206,7 +205,7 @@ class _Piece:
       "duplicates": total.duplicates,
     }
 
-  def _submit(self, item: items.Item) -> concurrent.futures.Future | None:
+  def _submit(self, item: items.Item) -> Callable[[], Any] | None:
     if item.part is None:
       left_out = self._left_out.of(item.number)
       return self._run.submit(encoding.encode, item.blocks, self._group.rule, left_out)

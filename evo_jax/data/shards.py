@@ -254,7 +254,8 @@ class TokenStream:
     crc = zlib.crc32(tokens, (_seed(shard.file) + number) % 2**32)
     if crc ^ shard.mark != checksum:
       raise UserError(
-        f"{self._folder.shown(shard.file)}: record {number} is damaged, or of another data set: its checksum is wrong"
+        f"{self._folder.shown(shard.file)}: record {number} is damaged: its checksum is wrong, or the file belongs to "
+        "another data set"
       )
     return crc
 

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from evo_jax.data.huggingface import HuggingFace
-from evo_jax.data.token_ids import before_end
+from evo_jax.data.token_ids import before_end, join_documents
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -42,6 +42,7 @@ class Tokenizer(Protocol):
   turn_end_ids: tuple[int, ...]  # any of them ends a turn of a conversation
 
   def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...  # no special id is among the result
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]: ...  # `join_documents`
   def decode(self, tokens: np.ndarray) -> str: ...
   def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
   def lengths(self) -> np.ndarray: ...
@@ -74,6 +75,15 @@ class Bytes:
     """(n,) uint16 ids; text is taken as UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
     return np.add(np.frombuffer(raw, np.uint8), 1, dtype=np.uint16)
+
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    raws = [text.encode() if isinstance(text, str) else text for text in texts]
+    counts = [len(raw) for raw in raws]
+    joined = b"".join(part for raw in raws if raw for part in (raw, b"\0"))
+    tokens = np.add(np.frombuffer(joined, np.uint8), 1, dtype=np.uint16)
+    tokens[np.cumsum([count + 1 for count in counts if count]) - 1] = self.separator_id
+    return tokens, counts
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id; bytes that are not UTF-8 become U+FFFD."""
@@ -112,6 +122,10 @@ class Chars27:
     letter = (raw >= ord("a")) & (raw <= ord("z"))
     keep = letter | np.concatenate([[True], letter[:-1]])[: len(raw)]
     return np.where(letter, raw - (ord("a") - 2), 1).astype(np.uint8)[keep]
+
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    return join_documents([self.encode(text) for text in texts], self.separator_id)
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
@@ -173,6 +187,10 @@ class SentencePiece:
     for part in others:
       ids += [self._space, self._processor.Encode(part, return_type="numpy")]
     return np.concatenate(ids, dtype=np.uint16 if self.vocab_size <= 2**16 else np.uint32, casting="unsafe")
+
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    return join_documents([self.encode(text) for text in texts], self.separator_id)
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
