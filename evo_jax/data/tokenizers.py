@@ -1,6 +1,6 @@
 """Tokenizers: UTF-8 bytes, 27 characters, SentencePiece; Hugging Face's are in `huggingface`.
 
-The three here have one special id, 0: it begins a sequence, separates documents and ends a text.
+The three here have one id, 0, that begins a sequence, separates documents and ends a text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,8 @@ _NOT_TRAINED_ON = re.compile("[\x00\u2581\u2585]")  # the trainer leaves out lin
 class Tokenizer(Protocol):
   """Text to token ids and back. Special ids stand for no text.
 
-  `encode` is told whether a text is the beginning of one: some tokenizers put a space there.
+  `encode` is told whether a text is the beginning of one: some tokenizers put a space there. No special id is among the
+  result, but for that of unknown characters where a vocabulary lacks some.
   """
 
   vocab_size: int
@@ -41,7 +42,7 @@ class Tokenizer(Protocol):
   end_ids: tuple[int, ...]  # any of them ends a text
   turn_end_ids: tuple[int, ...]  # any of them ends a turn of a conversation
 
-  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...  # no special id is among the result
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...
   def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]: ...  # `join_documents`
   def decode(self, tokens: np.ndarray) -> str: ...
   def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
@@ -50,8 +51,16 @@ class Tokenizer(Protocol):
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-  """The ids that stand for no text, sorted."""
-  return sorted({tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids})
+  """The ids that no text is written with, sorted.
+
+  They begin, separate and end texts, or stand for none: unknown characters, roles of a conversation, unused ids.
+  """
+  return sorted({*_structure(tokenizer), *np.flatnonzero(tokenizer.lengths() == 0).tolist()})
+
+
+def _structure(tokenizer: Tokenizer) -> list[int]:
+  """The ids that begin, separate and end texts."""
+  return [tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids]
 
 
 def continuing(tokenizer: Tokenizer) -> Tokenizer:
@@ -206,7 +215,7 @@ class SentencePiece:
     Nothing is normalized, so that the lengths of a text's pieces add up to the text's.
     """
     lengths = np.asarray([self._piece_length(i) for i in range(self.vocab_size)], np.int64)
-    lengths[special_ids(self)] = 0
+    lengths[_structure(self)] = 0
     return lengths
 
   def files(self) -> dict[str, bytes]:
@@ -219,7 +228,7 @@ class SentencePiece:
     return [(self._processor.IdToPiece(i), self._processor.GetScore(i)) for i in ids]
 
   def _piece_length(self, i: int) -> int:
-    if self._processor.IsControl(i):
+    if self._processor.IsControl(i) or self._processor.IsUnknown(i) or self._processor.IsUnused(i):
       return 0
     if self._processor.IsByte(i):
       return 1
@@ -238,7 +247,7 @@ def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
 
 def _one_each(tokenizer: Tokenizer) -> np.ndarray:
   lengths = np.ones(tokenizer.vocab_size, np.int64)
-  lengths[special_ids(tokenizer)] = 0
+  lengths[_structure(tokenizer)] = 0
   return lengths
 
 
