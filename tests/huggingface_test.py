@@ -362,6 +362,19 @@ def test_commands_use_a_runs_tokenizer(workdir):
   assert write(["hi"])[0].tokens == generation["tokens"]
 
 
+def test_an_export_names_the_token_that_texts_began_with(workdir, tmp_path):
+  """Qwen's tokenizer has no begin token; its generation_config.json names the one that separates documents."""
+  done = call("evo_jax.convert", f"--workdir={workdir}", f"--export={tmp_path}/out")
+  assert done.returncode == 0, done.stderr
+  said = json.loads((FOLDER / "qwen2" / "generation_config.json").read_text())
+  read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+  assert said["bos_token_id"] == load("qwen2").special["<|endoftext|>"]
+  for written in (read("generation_config.json"), read("config.json")):
+    assert written["bos_token_id"] == said["bos_token_id"]
+    assert sorted(written["eos_token_id"]) == sorted(said["eos_token_id"])
+  assert read("tokenizer_config.json").get("bos_token") is None  # the tokenizer stays the one that came in
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
