@@ -11,7 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 from evo_jax.data import json_lines
-from evo_jax.data.blocks import EMPTY, Block, read_blocks
+from evo_jax.data.blocks import EMPTY, Block, read_blocks, split_lines
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
@@ -125,7 +125,7 @@ def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
 
 
 def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
-  for number, line in enumerate(block.content.splitlines(), block.first):
+  for number, line in enumerate(split_lines(block.content), block.first):
     if line := line.removeprefix(codecs.BOM_UTF8).strip():
       try:
         text, raw = json_lines.text_field(line, field)

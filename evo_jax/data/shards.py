@@ -317,12 +317,13 @@ class ShardWriter:
   def _mark(self, shard: Shard) -> None:
     """Turns all CRCs in the file into checksums."""
     each, size = self._records.itemsize, _shard_bytes(shard.tokens, self._records.dtype)
-    for start in range(0, size, _WAITING * each):
+    raw = self._records.view(np.uint8).data
+    for start in range(0, size, len(raw)):
       self._file.seek(start)
-      raw = bytearray(self._file.read(min(_WAITING * each, size - start)))
-      np.frombuffer(raw, "<u4", len(raw) // 4)[:: each // 4] ^= np.uint32(shard.mark)
+      count = self._file.readinto(raw[: size - start])
+      self._records["checksum"] ^= np.uint32(shard.mark)
       self._file.seek(start)
-      self._file.write(raw)
+      self._file.write(raw[:count])
 
 
 @contextlib.contextmanager

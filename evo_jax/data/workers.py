@@ -1,6 +1,6 @@
 """Worker processes that call functions of `encoding` side by side.
 
-Arguments and results are pickled into files: blocks and tokens take a fifth of the time that they take through pipes.
+Arguments and results are pickled into files: blocks and tokens take a third of the CPU time that they take in pipes.
 """
 
 from collections.abc import Callable
