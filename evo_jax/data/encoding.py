@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -10,6 +11,7 @@ import numpy as np
 
 from evo_jax.data import shards
 from evo_jax.data.blocks import Block
+from evo_jax.data.conversations import Conversations
 from evo_jax.data.documents import Document, Tally, documents_of
 from evo_jax.data.shards import SPLITS
 from evo_jax.data.token_ids import join_documents
@@ -40,6 +42,25 @@ class Encoder:
   @property
   def dtype(self) -> np.dtype:
     return shards.token_dtype(self.tokenizer.vocab_size)
+
+  @functools.cached_property
+  def conversations(self) -> Conversations:
+    """Reads lines that hold no text."""
+    return Conversations(self.tokenizer)
+
+  @functools.cached_property
+  def _lengths(self) -> np.ndarray:
+    return self.tokenizer.lengths()
+
+  def size_of(self, document: Document) -> int:
+    """Bytes of a document's text, or those that its tokens stand for, as evaluation counts them; special ones: none."""
+    if document.tokens is None:
+      return len(document.raw)
+    return max(0, int(self._lengths[document.tokens].sum() + self._lengths[self.tokenizer.separator_id]))
+
+  def documents(self, block: Block) -> Iterator[Document]:
+    """The documents of a block that holds them whole."""
+    return documents_of(block, self.field, self.tokenizer.binary, self.conversations)
 
   def split_of(self, digest: bytes) -> str:
     """The split of a document, by the hash of its content."""
@@ -76,10 +97,10 @@ def digest_of(raw: bytes) -> bytes:
 
 def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozenset[int]) -> Encoded:
   """The documents of blocks that hold them whole. duplicates: numbers, among the good ones, of those to be left out."""
-  result, number, tokenizer = Encoded(), itertools.count(), encoder.tokenizer
+  result, number = Encoded(), itertools.count()
   documents = {split: [] for split in SPLITS}
   for block in blocks:
-    for document in documents_of(block, encoder.field, tokenizer.binary):
+    for document in encoder.documents(block):
       result.tally.add(block.file, document)
       if document.problem:
         continue
@@ -91,21 +112,20 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
         documents[encoder.split_of(digest_of(document.raw)) if rule == "hash" else rule].append(document)
   for split, found in documents.items():
     if found:
-      tokens, counts = _encode_documents(encoder, [d.raw if tokenizer.binary else d.text for d in found])
+      tokens, counts = _encode_documents(encoder, found)
       result.tokens[split].append(tokens)
       result.documents[split] += sum(map(bool, counts))
-      result.text_bytes[split] += sum(len(document.raw) for document, count in zip(found, counts) if count)
+      result.text_bytes[split] += sum(encoder.size_of(document) for document, count in zip(found, counts) if count)
   return result
 
 
 def _add_ranges(encoder: Encoder, document: Document, result: Encoded) -> None:
   """Gives each split its part of a document, the end of which is held out."""
-  raw, tokenizer = document.raw, encoder.tokenizer
-  tokens = _encode_whole(encoder, raw if tokenizer.binary else document.text)
+  tokens, size = _encode_document(encoder, document), encoder.size_of(document)
   for split, (a, b) in encoder.ranges("end", b"", len(tokens)).items():
-    result.tokens[split] += [tokens[a:b], np.full(1, tokenizer.separator_id, encoder.dtype)]
+    result.tokens[split] += [tokens[a:b], np.full(1, encoder.tokenizer.separator_id, encoder.dtype)]
     result.documents[split] += 1
-    result.text_bytes[split] += len(raw) * b // len(tokens) - len(raw) * a // len(tokens)
+    result.text_bytes[split] += size * b // len(tokens) - size * a // len(tokens)
 
 
 def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray:
@@ -115,23 +135,27 @@ def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray
 
 def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
   """The hashes of the good documents of blocks that hold them whole."""
-  documents = (d for block in blocks for d in documents_of(block, encoder.field, encoder.tokenizer.binary))
+  documents = (document for block in blocks for document in encoder.documents(block))
   return [digest_of(document.raw) for document in documents if not document.problem]
 
 
-def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:
-  if isinstance(text, bytes) or len(text) <= PART:
+def _encode_documents(encoder: Encoder, documents: list[Document]) -> tuple[np.ndarray, list[int]]:
+  """As the tokenizer's `encode_documents`; long texts in parts, and tokens that are there as they are."""
+  tokenizer = encoder.tokenizer
+  texts = [document.raw if tokenizer.binary else document.text for document in documents if document.tokens is None]
+  if len(texts) == len(documents) and (tokenizer.binary or max(map(len, texts)) <= PART):
+    return tokenizer.encode_documents(texts)
+  return join_documents([_encode_document(encoder, document) for document in documents], tokenizer.separator_id)
+
+
+def _encode_document(encoder: Encoder, document: Document) -> np.ndarray:
+  if document.tokens is not None:
+    return document.tokens.astype(encoder.dtype)
+  text = document.raw if encoder.tokenizer.binary else document.text
+  if encoder.tokenizer.binary or len(text) <= PART:
     return encode_part(encoder, text, True)
   parts = (encode_part(encoder, part, i == 0) for i, part in enumerate(cut([text], encoder.tokenizer, PART)))
   return np.concatenate(list(parts))
-
-
-def _encode_documents(encoder: Encoder, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
-  """As the tokenizer's `encode_documents`; long texts in parts."""
-  tokenizer = encoder.tokenizer
-  if tokenizer.binary or max(map(len, texts)) <= PART:
-    return tokenizer.encode_documents(texts)
-  return join_documents([_encode_whole(encoder, text) for text in texts], tokenizer.separator_id)
 
 
 def cut(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[str]:

@@ -316,7 +316,7 @@ class ShardWriter:
 
   def _mark(self, shard: Shard) -> None:
     """Turns all CRCs in the file into checksums."""
-    each, size = self._records.itemsize, _shard_bytes(shard.tokens, self._records.dtype)
+    size = _shard_bytes(shard.tokens, self._records.dtype)
     raw = self._records.view(np.uint8).data
     for start in range(0, size, len(raw)):
       self._file.seek(start)

@@ -55,10 +55,10 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
 
   They begin, separate and end texts, or stand for none: unknown characters, roles of a conversation, unused ids.
   """
-  return sorted({*_structure(tokenizer), *np.flatnonzero(tokenizer.lengths() == 0).tolist()})
+  return sorted({*structural_ids(tokenizer), *np.flatnonzero(tokenizer.lengths() == 0).tolist()})
 
 
-def _structure(tokenizer: Tokenizer) -> list[int]:
+def structural_ids(tokenizer: Tokenizer) -> list[int]:
   """The ids that begin, separate and end texts."""
   return [tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids]
 
@@ -215,7 +215,7 @@ class SentencePiece:
     Nothing is normalized, so that the lengths of a text's pieces add up to the text's.
     """
     lengths = np.asarray([self._piece_length(i) for i in range(self.vocab_size)], np.int64)
-    lengths[_structure(self)] = 0
+    lengths[structural_ids(self)] = 0
     return lengths
 
   def files(self) -> dict[str, bytes]:
@@ -247,7 +247,7 @@ def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
 
 def _one_each(tokenizer: Tokenizer) -> np.ndarray:
   lengths = np.ones(tokenizer.vocab_size, np.int64)
-  lengths[_structure(tokenizer)] = 0
+  lengths[structural_ids(tokenizer)] = 0
   return lengths
 
 

@@ -22,7 +22,7 @@ from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.logits import make_processor
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Generation, Progress, Snapshot
-from evo_jax.decoding.prompts import Request, make_requests, pack
+from evo_jax.decoding.prompts import Prompt, Request, make_requests, pack
 from evo_jax.decoding.recorder import TraceRecorder
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import DecodingState, Draft, prefill, with_latents
@@ -57,7 +57,7 @@ class Sampler:
 
   def __call__(
     self,
-    prompts: list[str],
+    prompts: list[Prompt],
     num: int = 1,
     seed: int = 0,
     infill: bool = False,
@@ -89,6 +89,11 @@ class Sampler:
         for i, generation in zip(part, self._generate(batch, seed, infill, tell, traces if start == 0 else None)):
           generations[i] = generation
     return generations
+
+  def decode(self, requests: list[Request], seed: int = 0) -> list[Generation]:
+    """The texts of one batch. Raises UserError where the memory does not hold it."""
+    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={self.sampling.batch_size}"):
+      return self._generate(requests, seed, False, None, None)
 
   def _generate(
     self, requests: list[Request], seed: int, infill: bool, on_text: OnText | None, traces: list[Trace] | None
