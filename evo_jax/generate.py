@@ -197,8 +197,8 @@ def _define_sampling_flags(default: Sampling) -> None:
   )
   flags.DEFINE_integer("window", default.window, window)
   draft = (
-    "Mode verify: drafted tokens per round, with a window for each outcome: most tokens per pass. 0: length and windows "
-    "for most tokens per second, as measured on the way; with --coupling=rejection or --draft_passes: 4."
+    "Mode verify: drafted tokens per round, and windows for all outcomes: most tokens per pass. 0: length and windows "
+    "for most tokens per second, as measured on the way (4 with --coupling=rejection or --draft_passes)."
   )
   flags.DEFINE_integer("draft", default.draft, draft)
   draft_passes = "Mode verify: passes per round; with 1, a pass verifies and drafts the next tokens."

@@ -1,4 +1,4 @@
-"""The decoding mode verify: speculative decoding. Windows, or the text itself, draft tokens; a clean pass verifies them.
+"""The decoding mode verify: speculative decoding. Windows or the text itself draft tokens, a clean pass verifies them.
 
 Two couplings of drafts and autoregression, both exact, whatever drafts are worth, to rounding, which depends on how
 many slots a pass has (in float32 it decides nearly never, in bfloat16 now and then):

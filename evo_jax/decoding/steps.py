@@ -24,8 +24,8 @@ class RunningBatch:
   """A batch that is being decoded, as the host holds it; the steps replace its state.
 
   schedule: of windows, in modes that have them. stopped: (B,) bool, rows that the host has ended. infill: whether gaps
-  are filled. drafts: of mode verify. window: of flow that is traced, the schedule of the windows on their way and the number of their next
-  pass; None: new ones are to begin.
+  are filled. drafts: how mode verify drafts. window: of flow that is traced, the schedule of the windows on their way
+  and the number of their next pass; None: new ones are to begin.
   """
 
   sampling: Sampling
