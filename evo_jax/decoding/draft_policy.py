@@ -32,27 +32,27 @@ class PassTimes:
   def __init__(self):
     self._steps = deque(maxlen=_STEPS)  # (passes, slots, seconds)
     self._factors = defaultdict(lambda: deque(maxlen=7))
+    self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
 
   def add(self, program: Drafting, passes: int, slots: int, seconds: float) -> None:
     """A step of `passes` passes over `slots` slots altogether."""
     self._steps.append((passes, slots, seconds))
-    self._factors[program].append(seconds / (np.array([passes, slots]) @ self._fit()))
+    self._base, self._slot = self._fit()
+    self._factors[program].append(seconds / (passes * self._base + slots * self._slot))
 
   def seconds(self, program: Drafting, slots: int) -> float:
-    """Of a pass over so many slots. An arbitrary unit before anything was measured."""
+    """Of a pass over so many slots."""
     factor = statistics.median([*self._factors[program], 1.0]) if program in self._factors else 1.0
-    return float(np.array([1, slots]) @ self._fit()) * factor
+    return (self._base + slots * self._slot) * factor
 
-  def _fit(self) -> np.ndarray:
+  def _fit(self) -> tuple[float, float]:
     """Seconds of a pass and of a slot, by least squares of relative errors; a slot's share is drawn to the usual."""
-    if not self._steps:
-      return np.array([1.0, _SLOT_SHARE])
     passes, slots, seconds = np.array(self._steps).T
-    rows = np.stack([passes, slots], 1) / seconds[:, None]
     scale = np.median(passes / seconds)
-    rows = np.concatenate([rows, [[0.3 * _SLOT_SHARE * scale, -0.3 * scale]]])
-    fit = np.linalg.lstsq(rows, np.append(np.ones(len(seconds)), 0.0))[0]
-    return np.maximum(fit, [0.05 / scale, 1e-4 / scale])
+    usual = 0.3 * scale * np.array([_SLOT_SHARE, -1.0])
+    rows = np.concatenate([np.stack([passes, slots], 1) / seconds[:, None], usual[None]])
+    base, slot = np.linalg.lstsq(rows, np.append(np.ones(len(seconds)), 0.0))[0]
+    return max(float(base), 0.05 / scale), max(float(slot), 1e-4 / scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DraftPolicy:
   def __init__(self, drafting: Drafting, adapts: bool, max_tokens: int, from_windows: bool):
     """drafting: as given; where it is adapted, its other fields. max_tokens: T of the longest drafts."""
     self._drafting, self.adapts, self.max_tokens = drafting, adapts, max_tokens
-    self._lengths = _WINDOW_LENGTHS if from_windows else ()
+    self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
     self._times = defaultdict(PassTimes)  # by rows of a batch
     self._compiled: set[tuple[int, Drafting]] = set()
     self._compile_seconds = self._seconds = 0.0
@@ -85,11 +85,16 @@ class DraftPolicy:
     """The next step of a batch of so many rows: drafting, rounds and `least_accepted`."""
     if not self.adapts:
       return self._drafting, _ROUNDS, 0.0
-    forecasts = [self._forecast(drafting, rows) for drafting in self._candidates()]
-    best = max(forecasts, key=lambda forecast: forecast.rate * self._patience(forecast.drafting, rows))
+    survive = survival(*self.record[:2], self.max_tokens)
+    best, best_rate = None, 0.0
+    for drafting in self._candidates:
+      if patience := self._patience(drafting, rows):
+        forecast = self._forecast(drafting, self._times[rows], survive[:, : drafting.tokens])
+        if forecast.rate * patience > best_rate:
+          best, best_rate = forecast, forecast.rate * patience
     self._current = best.drafting
-    few = best.drafting.outcomes and self.record[0][0, 0] < _LITTLE
-    return best.drafting, _PROBE_ROUNDS if few else _ROUNDS, best.least_accepted
+    known = self.record[0][0, 0] >= _LITTLE if best.drafting.outcomes else (rows, best.drafting) in self._compiled
+    return best.drafting, _ROUNDS if known else _PROBE_ROUNDS, best.least_accepted
 
   def add_step(
     self,
@@ -110,45 +115,39 @@ class DraftPolicy:
       slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
       self._times[rows].add(drafting, plain + drafted, slots, seconds)
 
-  def _candidates(self) -> Iterator[Drafting]:
-    """All draftings that may be chosen; those that read the same passes are one."""
-    given = self._drafting
-    for tokens in _TEXT_LENGTHS if given.from_text else _TEXT_LENGTHS[:1]:
-      yield dataclasses.replace(given, tokens=tokens, outcomes=())
-    for tokens in self._lengths:
-      for outcomes in dict.fromkeys([(0,), (tokens,), (0, tokens), every_outcome(tokens)]):
-        yield dataclasses.replace(given, tokens=tokens, outcomes=outcomes)
-
   def _patience(self, drafting: Drafting, rows: int) -> float:
     """What a rate is multiplied by: changes must be worth it, and compilation must not take longer than decoding.
 
-    The first program with windows and the first without them are compiled whenever they are the best.
+    The first program without windows, which is `ar` where the text drafts nothing, comes before all others; it, and
+    the first one with windows, are compiled whatever that takes.
     """
-    if drafting == self._current:
+    kinds = {bool(d.outcomes) for n, d in self._compiled if n == rows}
+    if drafting.outcomes and False not in kinds:
+      return 0.0
+    if drafting == self._current or (bool(drafting.outcomes) not in kinds and not drafting.outcomes):
       return 1.0
     if (rows, drafting) in self._compiled:
-      return 1.0 / _GAIN
-    kinds = {(n, bool(d.outcomes)) for n, d in self._compiled}
-    if (rows, bool(drafting.outcomes)) not in kinds or self._compile_seconds < self._seconds:
+      return 1.0 / _GAIN if drafting.outcomes else 1.0
+    if bool(drafting.outcomes) not in kinds or self._compile_seconds < self._seconds:
       return 1.0 / _GAIN_TO_COMPILE
     return 0.0
 
-  def _forecast(self, drafting: Drafting, rows: int) -> Forecast:
-    """Tokens a second of each row in the long run: rounds without and with a draft follow as a Markov chain."""
-    offered, taken, matched = self.record
-    T, times = drafting.tokens, self._times[rows]
+  def _forecast(self, drafting: Drafting, times: PassTimes, survive_xT: np.ndarray) -> Forecast:
+    """Tokens a second of each row in the long run: rounds without and with a draft follow as a Markov chain.
+
+    survive_xT: (1 + MATCH, T), see `survival`.
+    """
     plain, drafted = (times.seconds(drafting, drafting.rows(kind)) for kind in (False, True))
     least = drafted / plain - 1.0
-    survive = survival(offered, taken, T)  # (1 + MATCH, T)
-    expected = survive.sum(axis=1)
-    uses = matched * (expected > (expected[0] if drafting.outcomes else least)) * drafting.from_text
+    expected = survive_xT.sum(axis=1)
+    uses = self.record[2] * (expected > (expected[0] if drafting.outcomes else least)) * drafting.from_text
     uses[0] = 0.0  # nothing matched
     by_text = float(uses.sum())
     share = (1.0 - by_text) if drafting.outcomes else 0.0
-    reach = (share * survive[0] + uses @ survive) / max(share + by_text, 1e-9)
+    reach = (share * survive_xT[0] + uses @ survive_xT) / max(share + by_text, 1e-9)
     if drafting.outcomes:
-      outcome = -np.diff(np.concatenate([[1.0], reach, [0.0]]))  # probabilities of 0, ..., T accepted tokens
-      follows = outcome[list(drafting.outcomes)].sum()
+      outcome = np.append(1.0, reach) - np.append(reach, 0.0)  # probabilities of 0, ..., T accepted tokens
+      follows = float(outcome[list(drafting.outcomes)].sum())
       again = follows + (1.0 - follows) * by_text
       share_drafted = 1.0 / (2.0 - again)  # a round without a draft always leaves one
     else:
@@ -156,6 +155,15 @@ class DraftPolicy:
     tokens = 1.0 + share_drafted * float(reach.sum())
     seconds = share_drafted * drafted + (1.0 - share_drafted) * plain
     return Forecast(drafting, tokens / seconds, least)
+
+
+def _candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Drafting]:
+  """All draftings that may be chosen, first those without windows."""
+  for tokens in _TEXT_LENGTHS if given.from_text else _TEXT_LENGTHS[:1]:
+    yield dataclasses.replace(given, tokens=tokens, outcomes=())
+  for tokens in window_lengths:
+    for outcomes in dict.fromkeys([(0,), (tokens,), (0, tokens), every_outcome(tokens)]):
+      yield dataclasses.replace(given, tokens=tokens, outcomes=outcomes)
 
 
 def mean_record(
