@@ -22,10 +22,11 @@ ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 PROGRESSIONS = ("shared", "learned")
+WINDOW_ATTENTIONS = ("full", "informed")
 TRACKERS = ("tensorboard", "wandb")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece", "huggingface")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
-JUMP_PATHS = ("staircase", "streams", "erasure", "ragged")  # a token is unknown or known
+JUMP_PATHS = ("staircase", "streams", "erasure", "ragged", "parallel")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
 _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what int32 and float32 hold
 _MOST_THREADS = 1024
@@ -39,9 +40,21 @@ def pinned(default, key=lambda value: value):
   return dataclasses.field(default=default, metadata={"pinned": "contents", "key": key})
 
 
-def ordering(default):
-  """A field that batches and random draws depend on: going on with another value is refused once a step was made."""
-  return dataclasses.field(default=default, metadata={"pinned": "order", "key": lambda value: value})
+def of_windows(default):
+  """A field that parameters depend on which are windows' own: going on with another value is refused once a step was
+  made; before, as on an imported model, those parameters begin anew."""
+  return dataclasses.field(default=default, metadata={"pinned": "windows", "key": lambda value: value})
+
+
+def ordering(default, key=lambda value: value):
+  """A field that batches and random draws, or what later checkpoints hold, depend on: going on with another value is
+  refused once a step was made. key: as for `pinned`."""
+  return dataclasses.field(default=default, metadata={"pinned": "order", "key": key})
+
+
+def parts_of(value: str) -> list[str]:
+  """What stands between the commas."""
+  return [part.strip() for part in value.split(",")]
 
 
 class Section:
@@ -93,8 +106,17 @@ class Model(Section):
   context_limit: int = pinned(0)  # positions that generation and evaluation may use; 0: as many as context
   vocab_size: int = pinned(0)  # rows of the vocabulary tables; 0: as many as the tokenizer has tokens
   vocab_multiple: int = pinned(8)  # the rows are rounded up to a multiple of this, so that they divide over a mesh
-  code_dim: int = pinned(32)  # M: elements of a token's code
-  time_dim: int = pinned(16)  # rank of the time conditioning
+  code_dim: int = of_windows(32)  # M: elements of a token's code
+  time_dim: int = of_windows(16)  # rank of the time conditioning
+  # Parameters of windows alone, which act on slots at t > 0: the clean stream stays as it is, bit for bit.
+  window_rank: int = of_windows(0)  # of low-rank changes of all matrices of the blocks; 0: none
+  window_twins: bool = of_windows(False)  # matrices of their own for queries, keys and values, which begin as copies
+  window_unknown: bool = of_windows(False)  # a learned vector, added to a soft input with the weight t
+  window_head: int = of_windows(0)  # hidden width of the head that sees the draft token before; 0: there is none
+  # full: a slot sees all slots of its window | informed: those up to itself that it may know of, and behind it those
+  # that carry information (`attention.informed_slots`)
+  window_attention: str = of_windows("full")
+  window_candidates: int = 64  # a slot's best tokens, which the head scores
   qkv_bias: bool = pinned(False)  # queries, keys and values have biases, as in Qwen2.5
   qk_norm: bool = pinned(False)  # RMSNorm of each head's query and key, as in Qwen3
   rope_base: float = pinned(10_000.0)
@@ -109,9 +131,9 @@ class Model(Section):
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = False  # no attention across document boundaries
-  progression: str = pinned("shared")  # shared: one clock for all tokens of a window | learned: one inferred per token
+  progression: str = of_windows("shared")  # shared: one clock for a window's tokens | learned: one inferred per token
   dtype: str = "float32"  # of computation
-  param_dtype: str = "float32"  # of parameters; others only for those that are read and not trained
+  param_dtype: str = "float32"  # of parameters; those that are trained are float32 beside frozen ones of any dtype
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
   attention_block: int = 0  # xla: queries whose attention scores are in memory at a time; 0: all. Changes no value
   # What the backward pass recomputes: none (nothing) | full (whole layers) | dots (all but matrix products) |
@@ -132,7 +154,9 @@ class Model(Section):
   def check(self) -> None:
     self.require_positive("layers", "width", "heads", "kv_heads", "hidden", "context")
     self.require_positive("vocab_multiple", "code_dim", "time_dim", "unroll")
+    self.require_positive("window_candidates")
     self.require_not_negative("vocab_size", "attention_block", "head_dim", "context_limit")
+    self.require_not_negative("window_rank", "window_head")
     self.require_above_zero("norm_epsilon")
     if self.head_dim:
       self.require(self.head_dim % 2 == 0, "head_dim", "is odd; rotary positions need even")
@@ -147,6 +171,7 @@ class Model(Section):
     self.require_choice("param_dtype", DTYPES)
     self.require_choice("attention", ATTENTIONS)
     self.require_choice("progression", PROGRESSIONS)
+    self.require_choice("window_attention", WINDOW_ATTENTIONS)
     self.require(self.attention != "cudnn" or self.dtype == "bfloat16", "attention", "needs model.dtype = bfloat16")
     self._check_remat()
 
@@ -192,12 +217,18 @@ class Paths(Section):
   streams: float = 0.0  # several staircases side by side
   erasure: float = 0.0  # a random number of tokens unknown, anywhere: the states of masked diffusion
   ragged: float = 0.0  # all known up to some position, and some beyond: the states of adaptive policies
+  parallel: float = 0.0  # all tokens unknown, in one jump: the states in which tokens are drafted
   rolling_width: float = 0.5  # share of the clock that a token takes from 1 to 0 on rolling and independent paths
   stream_counts: tuple[int, ...] = (2, 4, 8)  # n of a window on the path streams
   erasure_range: tuple[float, ...] = (0.0, 1.0)  # of the share of unknown tokens (BD3-LM's clipped schedule)
   steps: tuple[int, ...] = (4, 8, 16, 32, 64)  # K of the discretizations that the bound is trained on
   learned_steps: tuple[int, ...] = (2, 4, 8, 16)  # the same for the learned clock
   step_sampling: str = "even"  # of the bound's steps: even | importance (in proportion to their root mean square)
+
+  @property
+  def all_unknown(self) -> bool:
+    """Whether windows hold nothing that is known: all are on the path `parallel`."""
+    return [path for path in TRAIN_PATHS if getattr(self, path) > 0] == ["parallel"]
 
   def check(self) -> None:
     self.require_not_negative(*TRAIN_PATHS)
@@ -219,6 +250,11 @@ class Loss(Section):
   window_weight: float = 0.5
   bound_windows: int = 1  # of window.count windows, those trained by the bound; cross-entropy trains the others
   bound_weight: float = 0.2  # of a window trained by the bound, relative to one trained by cross-entropy
+  # Share of the cross-entropy of the other windows that is replaced by the KL divergence from the clean stream's
+  # belief about the same token; 1: distillation alone.
+  distill: float = 0.0
+  position_decay: float = 0.0  # weights exp(-k / position_decay) of the tokens of these windows; 0: even
+  head_weight: float = 1.0  # of the term of the head that sees the draft token before
   codes: str = "bound"  # windows that train the codes: bound (those trained by the bound) | all | frozen (none)
   clean_gradient: float = 1.0  # scale of the windows' gradient into the clean stream's keys and values
   self_conditioning: float = 0.0  # share of the steps whose windows take two passes; above 0: evaluation always
@@ -229,7 +265,8 @@ class Loss(Section):
 
   def check(self) -> None:
     self.require_not_negative("ar_weight", "window_weight", "bound_weight", "clean_gradient", "chunk")
-    self.require_share("self_conditioning")
+    self.require_not_negative("position_decay", "head_weight")
+    self.require_share("self_conditioning", "distill")
     self.require_choice("integrand", ("step", "rate"))
     self.require_choice("codes", ("bound", "all", "frozen"))
 
@@ -352,23 +389,27 @@ class Train(Section):
 
   steps: int = 1000
   seed: int = ordering(0)
+  # What is trained, saved and averaged: all | windows (what the clean stream does not read: it stays bit for bit what
+  # it was) | patterns of paths, as in blocks/w_time,codes. The rest is frozen, as in the checkpoint of step 0.
+  trainable: str = ordering("all", key=lambda value: set(parts_of(value)))
   accumulate: int = 1  # microbatches per step
   log_every: int = 20
   log_to: str = ""  # beside metrics.jsonl: tensorboard (files in WORKDIR/tensorboard), wandb, or both, by a comma
   checkpoint_every: int = 250
-  checkpoints_kept: int = 2
+  checkpoints_kept: int = 2  # the last ones; that of step 0, if there is one, is always kept
   profile: str = ""  # START:STOP, the first and the last step of a trace, written to WORKDIR/profile
   eval_every: int = 250
 
   @property
   def trackers(self) -> list[str]:
     """The names in `log_to`."""
-    return [name.strip() for name in self.log_to.split(",") if name.strip()]
+    return [name for name in parts_of(self.log_to) if name]
 
   def check(self) -> None:
     self.require(set(self.trackers) <= set(TRACKERS), "log_to", f"is not of {', '.join(TRACKERS)}")
     self.require_positive("steps", "accumulate", "checkpoints_kept")
     self.require_not_negative("log_every", "checkpoint_every", "eval_every", "seed")
+    self.require(all(parts_of(self.trainable)), "trainable", "is not all, windows, or patterns between commas")
     if self.profile:
       ends = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
       self.require(bool(ends) and 1 <= int(ends[1]) <= int(ends[2]), "profile", "is not START:STOP, two steps")
@@ -428,6 +469,14 @@ class Config:
     return self.loss.ar_weight == 0 and self.window.size == self.model.context
 
   @property
+  def window_slots(self) -> int:
+    """Slots of a window that training computes: its anchor and its tokens. Where slots are informed by what is known
+    alone, the clean stream has the anchor, and the last of slots that are all unknown is read by none."""
+    if self.model.window_attention != "informed" or self.diffusion_alone:
+      return self.window.size + 1
+    return self.window.size - self.paths.all_unknown
+
+  @property
   def windows_start(self) -> int:
     """Training steps without windows: those before the first one with them, or all."""
     return min(self.window.start, self.train.steps)
@@ -448,7 +497,7 @@ class Config:
     """Raises UserError for a field that is of use only for reading a model."""
     self.optim.require(self.optim.learning_rate > 0, "learning_rate", "trains nothing")
     self.model.require(
-      self.model.param_dtype == "float32",
+      self.model.param_dtype == "float32" or self.train.trainable != "all",
       "param_dtype",
       "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
     )
@@ -476,6 +525,9 @@ class Config:
       not (window.count and loss.bound_windows) or any(getattr(self.paths, p) > 0 for p in GAUSSIAN_PATHS),
       "bound_windows",
       f"needs one of the paths {', '.join(GAUSSIAN_PATHS)}: on the others the bound is the cross-entropy",
+    )
+    loss.require(
+      not (loss.distill and self.diffusion_alone), "distill", "needs a clean stream, which nothing trains here"
     )
     loss.require(loss.ar_weight > 0 or window.count > 0, "ar_weight", "with window.count = 0 trains nothing")
     loss.require(
@@ -508,7 +560,8 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any, str | None]]:
   """(field, old value, new value, what pins it) of every field in which two configurations differ.
 
-  Pinned by "contents" (of a checkpoint), by "order" (of batches and random draws), or None: free to change.
+  Pinned by "contents" (of a checkpoint), by "windows" (contents, but of windows' own parameters), by "order" (of
+  batches and random draws), or None: free to change.
   """
   changes = []
   for section in dataclasses.fields(Config):

@@ -90,7 +90,7 @@ def describe(config: dict, imported: importer.Imported) -> str:
 def take_out(args: flags.FlagValues, mesh: jax.sharding.Mesh) -> None:
   """--export."""
   exporter.check_output(args.export)
-  run = run_lib.load_run(args.workdir, args.step, mesh)
+  run = run_lib.load_run(args.workdir, args.step, mesh, exact=True)
   files = exporter.export_run(run, args.workdir, args.export, args.export_dtype or "", args.shard_mib * 2**20)
   if jax.process_index() == 0:
     print(f"{args.export}: {', '.join(files)}")

@@ -9,6 +9,7 @@ Paths, over windows of the training size (or --window), each after the text befo
   ar            autoregression on the clean stream: one token per pass
   staircase     the same inside the windows; left:n is n tokens per pass, leftmost first
   streams:n     n staircases side by side, one in each n-th of the window: n tokens per pass that are far apart
+  scaffold:K:n:t  partial evidence down to t (0.5) in K passes, then n staircases (1) that read it
   diagonal:K    all of a window's tokens together, in K passes of partial evidence
   rolling:K     a wave of partial evidence from left to right, in K passes
   learned:K     each token by the clock that the model infers for it, in K passes (model.progression = learned)

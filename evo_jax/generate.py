@@ -3,6 +3,7 @@
   python -m evo_jax.generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...] --mode=ar|flow|adaptive|verify [--num=N]
   python -m evo_jax.generate --workdir=DIR --infill='It was [...] in the morning.' --mode=adaptive
   python -m evo_jax.generate --workdir=DIR --chat --prompt='What is a river?' [--system='Be brief.']
+  python -m evo_jax.generate --workdir=DIR --chat --prompts=questions.jsonl --output=gs://BUCKET/answers
 
   ar        one token per pass
   flow      windows of tokens, in --steps passes each, along any path (--path)
@@ -16,24 +17,31 @@ In float32 adaptive with --threshold=0, and verify, give the tokens that ar give
 --coupling=rejection: tokens of the same distribution); in bfloat16 rounding, which depends on how many tokens a pass
 reads, decides between nearly equal ones (experiments/README.md).
 
+--output writes texts for any number of prompts into a folder, local or gs://, of .jsonl files that training reads
+(--config.data.path='OUTPUT/*.jsonl'); started again, the command goes on (`evo_jax.decoding.bulk`).
+
 A text ends where the model ends the document, before a --stop string, or after --max_tokens tokens: 200, or what the
 context leaves. In --infill a --stop string ends what is written into a gap; what is given is kept. Prompts and texts
 are UTF-8; a model of bytes also takes arguments and lines that are not. From Python: `evo_jax.decoding.sampler`.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import json
+import os
 import sys
+import time
 from typing import Any
 
 from absl import flags
 import jax
 
 from evo_jax import cli
-from evo_jax.data.chat import ChatTokenizer
+from evo_jax.data import chat
+from evo_jax.decoding import bulk
 from evo_jax.decoding.progress import Generation
-from evo_jax.decoding.prompt_files import read_prompt_files
-from evo_jax.decoding.prompts import readable
+from evo_jax.decoding.prompt_files import iterate_prompts, read_prompt_files
+from evo_jax.decoding.prompts import Prompt, readable
 from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import COUPLINGS, DEFAULT_PATH, DEFAULT_TOKENS, DRAFT_SOURCES, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
@@ -47,17 +55,36 @@ def main() -> None:
   args = flags.FLAGS
   sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
   sampling = dataclasses.replace(sampling, stop=tuple(sampling.stop))
-  prompts = _prompts(args, sampling)
+  _check_flags(args, sampling)
+  prompts = [] if args.output else _prompts(args)
   if args.trace:
     check_trace_file(args.trace)
   cli.join_processes()
   mesh = cli.make_mesh()
   if jax.process_count() > 1 and "-" in args.prompts:
     raise UserError("--prompts=-: several processes share no standard input; give a file that all of them see")
+  if args.output:
+    bulk.check_output(args.output)
   run = load_run(args.workdir, args.step, mesh)
   if args.chat:
-    run = _in_conversation(run, args.system)
+    run = _in_conversation(run, args)
   sampler = Sampler(run, sampling)
+  if args.output:
+    _write_texts(args, sampler)
+  else:
+    _print_texts(args, sampler, prompts)
+
+
+def _in_conversation(run: Run, args: flags.FlagValues) -> Run:
+  """The model, to which a prompt is what a user says. Raises UserError where the tokenizer has no usable template."""
+  date = chat.DATE if args.output else None
+  try:
+    return dataclasses.replace(run, tokenizer=chat.ChatTokenizer(run.tokenizer, args.system, date))
+  except UserError as error:
+    raise UserError(f"--chat: {error}") from error
+
+
+def _print_texts(args: flags.FlagValues, sampler: Sampler, prompts: list[Prompt]) -> None:
   writes = jax.process_index() == 0
   streams = writes and len(prompts) * args.num == 1 and not args.json and not args.infill
   shown = lambda prompt: "" if args.infill or args.chat else readable(prompt)
@@ -79,12 +106,58 @@ def main() -> None:
   print(_summary(generations, sampler.compile_seconds), file=sys.stderr)
 
 
-def _in_conversation(run: Run, system: str) -> Run:
-  """The model, to which a prompt is what a user says. Raises UserError where the tokenizer has no usable template."""
+def _write_texts(args: flags.FlagValues, sampler: Sampler) -> None:
+  """Writes texts into the folder --output."""
+  depends = {name: value for name, value in dataclasses.asdict(sampler.sampling).items() if name != "batch_size"}
+  depends |= {"chat": args.chat, "system": args.system}
+  writes, started = jax.process_index() == 0, time.monotonic()
+  progress = _Progress() if writes else lambda totals, written: None
+  prompts = lambda: _located_prompts(args)
   try:
-    return dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer, system))
-  except UserError as error:
-    raise UserError(f"--chat: {error}") from error
+    totals = bulk.write_texts(sampler, prompts, args.num, args.seed, args.output, depends, progress)
+  except KeyboardInterrupt as error:
+    raise UserError("interrupted; what is done is kept, and the same command goes on") from error
+  if not writes:
+    return
+  path = f"{args.output.rstrip('/')}/*.jsonl"
+  print(f"{args.output}: has all {totals.texts:,} texts; train with --config.data.path='{path}'")
+  if totals.passes:
+    seconds = time.monotonic() - started
+    print(
+      f"{totals.tokens:,} tokens in {totals.passes:,} passes ({totals.tokens / totals.passes:.2f} per pass), "
+      f"{seconds:,.0f} s, {totals.tokens / seconds:,.1f} tokens per second",
+      file=sys.stderr,
+    )
+
+
+class _Progress:
+  """Says how far a long command is: in a terminal in one line that is replaced, else in a line a minute."""
+
+  def __init__(self):
+    self._started = self._said = time.monotonic()
+    self._terminal = sys.stderr.isatty()
+    self._written = 0
+
+  def __call__(self, totals: bulk.Totals, written: int) -> None:
+    """written: texts of the batch that is done."""
+    self._written += written
+    now, left = time.monotonic(), totals.texts - totals.done
+    if left and now - self._said < (1 if self._terminal else 60):
+      return
+    self._said, seconds = now, now - self._started
+    line = (
+      f"evo_jax: {totals.done:,} of {totals.texts:,} texts, {totals.tokens / seconds:,.1f} tokens per second, "
+      f"{left * seconds / self._written / 60:,.0f} minutes left"
+    )
+    print(line, end="\r" if self._terminal and left else "\n", file=sys.stderr, flush=True)
+
+
+def _located_prompts(args: flags.FlagValues) -> Iterator[tuple[str, Prompt]]:
+  """The prompts, and for messages where they stand."""
+  for prompt in args.prompt or ([] if args.prompts else [""]):
+    yield "--prompt", prompt
+  for name in args.prompts:
+    yield from iterate_prompts(name, args.chat)
 
 
 def _stream(prompt: str) -> OnText:
@@ -98,8 +171,8 @@ def _stream(prompt: str) -> OnText:
   return on_text
 
 
-def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:
-  """The prompts, or texts with gaps, that the flags give. Raises UserError for flags that do not go together."""
+def _check_flags(args: flags.FlagValues, sampling: Sampling) -> None:
+  """Raises UserError for flags that are impossible, or do not go together."""
   if args.num < 1:
     raise UserError(f"--num={args.num}: is not positive")
   if not 0 <= args.seed < 2**32:
@@ -112,15 +185,35 @@ def _prompts(args: flags.FlagValues, sampling: Sampling) -> list[str]:
     raise UserError("--system: is of a conversation, which --chat makes of a prompt")
   if args.infill and sampling.mode not in DEFAULT_PATH:
     raise UserError(f"--infill: needs --mode=flow or --mode=adaptive; {sampling.mode} sees no text behind a gap")
-  prompts = args.infill or args.prompt + read_prompt_files(args.prompts) or [""]
+  if args.output:
+    _check_output_flags(args)
+
+
+def _check_output_flags(args: flags.FlagValues) -> None:
+  for flag in ("infill", "json", "trace"):
+    if getattr(args, flag):
+      raise UserError(f"--{flag}: does not go with --output")
+  for name in args.prompts:
+    if name == "-" or not ("://" in name or os.path.isfile(os.path.expanduser(name))):
+      raise UserError(f"--prompts={name}: with --output prompts are read more than once: give a file")
+  if args.output.endswith(".jsonl"):
+    raise UserError(f"--output={args.output}: is a folder, in which .jsonl files are written; name it without .jsonl")
+
+
+def _prompts(args: flags.FlagValues) -> list[Prompt]:
+  """The prompts, or texts with gaps, that the flags give. Raises UserError for what cannot be read, and too many."""
+  prompts = args.infill or args.prompt + read_prompt_files(args.prompts, args.chat) or [""]
   if len(prompts) * args.num > _MOST_TEXTS:
-    raise UserError(f"--num={args.num}: is more than {_MOST_TEXTS} texts, which are held in memory until they are done")
+    what = f"is more than {_MOST_TEXTS} texts, which are held in memory until they are done; --output writes more"
+    raise UserError(f"--num={args.num}: {what}")
   return prompts
 
 
 def _to_json(generation: Generation) -> dict[str, Any]:
-  fields = dataclasses.asdict(generation) | {"prompt": readable(generation.prompt)}
-  return {name: value for name, value in fields.items() if value is not None}
+  prompt = generation.prompt
+  fields = dataclasses.asdict(generation) | {"prompt": readable(prompt) if isinstance(prompt, str) else prompt}
+  drafts = ("accepted", "rounds", "drafted_rounds")
+  return {name: value for name, value in fields.items() if name not in drafts or value is not None}
 
 
 def _summary(generations: list[Generation], compile_seconds: float) -> str:
@@ -142,7 +235,10 @@ def _summary(generations: list[Generation], compile_seconds: float) -> str:
 def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "A run's work directory.")
   flags.DEFINE_multi_string("prompt", [], "Beginning of a text; may be given several times.")
-  prompts = "File of prompts, one per line, or .jsonl, both also .gz and .xz; - is standard input. May be given again."
+  prompts = (
+    "File of prompts, one per line, or .jsonl, both also .gz and .xz; - is standard input. May be given again. With "
+    "--chat a line of .jsonl may have messages, of which those before the assistant's first are the prompt."
+  )
   flags.DEFINE_multi_string("prompts", [], prompts)
   infill = (
     "A text whose gaps [...] ([...12]: 12 tokens) are filled; the rest stays as it is. May be given several times."
@@ -153,10 +249,15 @@ def define_flags() -> None:
   flags.DEFINE_string("system", "", "With --chat: the system message; default: none, or the template's own.")
   flags.DEFINE_integer("num", 1, "Texts for each prompt.")
   flags.DEFINE_integer("seed", 0, "Seed of all draws.")
+  output = (
+    "Folder, local or gs://..., into which texts of any number of prompts are written as .jsonl; the same command goes "
+    "on there."
+  )
+  flags.DEFINE_string("output", "", output)
   columns = (
-    "prompt, text, tokens, settled (the pass that committed each token), passes, seconds; with --mode=verify also "
-    "accepted (drafted tokens that were committed, neither corrections nor the tokens that come free), rounds (passes "
-    "that verified) and drafted_rounds (those that had a draft)"
+    "prompt, text, tokens, settled (the pass that committed each token), passes, seconds, end_id (the token by which "
+    "the model ended the text, or null); with --mode=verify also accepted (drafted tokens that were committed, neither "
+    "corrections nor the tokens that come free), rounds (passes that verified) and drafted_rounds (those with a draft)"
   )
   flags.DEFINE_bool("json", False, f"Print a list of objects: {columns}.")
   flags.DEFINE_string("trace", "", "File (.html or .png) for a picture of how the first text matured.")

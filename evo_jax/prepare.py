@@ -117,7 +117,8 @@ def _define_flags() -> None:
   )
   flags.DEFINE_string("valid", "", "Globs of files for validation; then nothing else is held out.")
   flags.DEFINE_string("test", "", "Globs of files for testing; then nothing else is held out.")
-  flags.DEFINE_string("field", "text", "Field of .jsonl, column of .parquet, that holds the text.")
+  field = "Field of .jsonl, column of .parquet, that holds the text; a line of .jsonl without it may have messages."
+  flags.DEFINE_string("field", "text", field)
   flags.DEFINE_enum("tokenizer", "bytes", config_lib.TOKENIZERS, "As data.tokenizer.")
   flags.DEFINE_string("tokenizer_path", "", "As data.tokenizer_path.")
   flags.DEFINE_string("output", None, "Folder for the tokens, local or gs://...; what is complete there is kept.")

@@ -1,17 +1,21 @@
 """A finished or running model, loaded from its work directory for evaluation, generation and other readers."""
 
 import dataclasses
+import hashlib
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from evo_jax import config as config_lib
-from evo_jax.data import tokenizers
+from evo_jax.data import conversations, tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint
+from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
 
 
@@ -39,11 +43,31 @@ class Run:
     return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
 
 
-def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Run:
+def fingerprint(run: Run) -> str:
+  """Names what texts of a model depend on: its shape, tokenizer and values, whatever mesh these lie on."""
+  replicated = sharding.replicated(run.mesh)
+  leaves = jax.tree.leaves((run.params, run.statistics))
+  sums = jax.jit(lambda leaves: jnp.stack([*map(_bit_sum, leaves)]), out_shardings=replicated)(leaves)
+  identity = (run.tokenizer.identity, conversations.template_identity(run.tokenizer))
+  digest = hashlib.sha256(repr((run.config.model, run.config.window, identity)).encode())
+  digest.update(np.asarray(sums).astype("<u4").tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+  """() uint32, the sum of all elements' bits, each times an odd number of its own, modulo 2^32: exact in any order."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+  steps = [math.prod(x.shape[i + 1 :]) % 2**32 for i in range(x.ndim)]
+  place = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * np.uint32(step) for i, step in enumerate(steps))
+  return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
   """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
 
   mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
-  default: all devices of all processes, each with a copy. Raises UserError where `workdir` holds no such checkpoint, it
+  default: all devices of all processes, each with a copy. exact: frozen parameters in float32, which holds what they
+  were saved in, whatever dtype the run used them in. Raises UserError where `workdir` holds no such checkpoint, it
   cannot be read, or its shapes do not divide the mesh.
   """
   folder = checkpoint.resolve_workdir(workdir)
@@ -57,6 +81,12 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"
-  abstract = state_lib.abstract_items(model, config, mesh)
-  step, items = checkpoint.read_checkpoint(folder, {name: abstract[name] for name in (params_item, "statistics")}, step)
-  return Run(config, tokenizer, model, items[params_item], items["statistics"], step)
+  whole = exact and config.train.trainable != partition.ALL
+  dtypes = dataclasses.replace(config.model, param_dtype="float32" if whole else config.model.param_dtype)
+  abstract = state_lib.abstract_items(model.clone(config=dtypes), config, mesh)
+  wanted = {name: abstract[name] for name in (params_item, "statistics", "frozen") if name in abstract}
+  step, items = checkpoint.read_checkpoint(folder, wanted, step)
+  if "statistics" not in items:  # of an imported model that is to have other windows, which no step has trained yet
+    items = state_lib.begin_windows(model, config, mesh, items)
+  params = partition.merge(items[params_item], items.get("frozen", {}))
+  return Run(config, tokenizer, model, params, items["statistics"], step)

@@ -8,6 +8,7 @@ import pytest
 
 from evo_jax.data import tokenizers
 from evo_jax.data.chat import ChatTemplate, ChatTokenizer
+from evo_jax.data.conversations import Conversations
 from evo_jax.data.huggingface import HuggingFace
 from evo_jax.errors import UserError
 
@@ -117,6 +118,30 @@ def test_a_tokenizer_without_a_template_is_named():
   for tokenizer in (tokenizers.Bytes(), load("unigram")):
     with pytest.raises(UserError, match=f"tokenizer, {tokenizer.identity}, has no chat template"):
       ChatTemplate(tokenizer)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_conversation_is_read_as_it_is_written(name):
+  """What the model reads before an answer, the answer and the end of the turn; without what the stream has around."""
+  tokenizer, chat = load(name), ChatTokenizer(load(name))
+  messages = [*user("of the <|im_end|> river</s>"), {"role": "assistant", "content": "runs and ends"}]
+  raw, ids = Conversations(tokenizer).read({"messages": messages}, "text", "text")
+  whole = [*chat.encode(messages[0]["content"]), *chat.continuing.encode("runs and ends")]
+  if name in ("llama2", "mistral"):  # whose templates put a space before the answer
+    whole = ChatTemplate(tokenizer).encode(messages)[1:-1]
+  else:
+    whole.append(tokenizer.turn_end_ids[-1])
+  begin = [chat.begin_id] if chat.begin_id != tokenizer.begin_id else []
+  assert ids.tolist() == [*begin, *whole]
+  assert Conversations(tokenizer).read({"messages": messages, "x": 1}, "messages", "text")[0] == raw
+
+
+def test_kept_conversations_have_one_date(tmp_path):
+  template = "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
+  with_template(tmp_path, template)
+  tokenizer = HuggingFace(str(tmp_path / "qwen2"))
+  _, ids = Conversations(tokenizer).read({"messages": user("a")}, "text", "text")
+  assert tokenizer.decode(ids) == "26 Jul 2024a"
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -57,7 +57,7 @@ def test_generate_takes_prompts_from_files_and_writes_json_and_traces(trained, t
   generations = json.loads(succeed("evo_jax.generate", f"--workdir={trained}", *prompts, *flags).stdout)
   assert [g["prompt"] for g in generations] == ["flow", "the", "a river", ""]
   for g in generations:
-    assert set(g) == {"prompt", "text", "tokens", "settled", "passes", "seconds"}
+    assert set(g) == {"prompt", "text", "tokens", "settled", "passes", "seconds", "end_id"}
     assert len(g["tokens"]) == len(g["settled"]) <= 12 and g["seconds"] > 0
     assert max(g["settled"], default=0) <= g["passes"]
   assert any(g["tokens"] for g in generations)

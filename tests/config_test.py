@@ -56,6 +56,7 @@ from evo_jax.errors import UserError
     ({"loss": {"ar_weight": 0}, "window": {"count": 0}}, "config.loss.ar_weight: 0.0 with window.count = 0 trains"),
     ({"warp": {"decay": 1.0}}, "config.warp.decay: 1.0 is not in [0, 1)"),
     ({"train": {"profile": "5:2"}}, "config.train.profile: '5:2' is not START:STOP"),
+    ({"train": {"trainable": "codes,"}}, "config.train.trainable: 'codes,' is not all, windows, or patterns between"),
     ({"train": {"accumulate": 3}}, "config.train.accumulate: 3 does not divide data.batch_size = 16"),
     ({"eval": {"samples": -1}}, "config.eval.samples: -1 is negative"),
     ({"mesh": {"fsdp": 0}}, "config.mesh.fsdp: 0 is neither positive nor -1"),
@@ -109,6 +110,10 @@ def test_what_can_be_read_but_not_trained(values, message):
     config.check_trainable()
 
 
+def test_frozen_parameters_may_be_of_any_dtype():
+  config_lib.from_dict({"model": {"param_dtype": "float16"}, "train": {"trainable": "windows"}}).check_trainable()
+
+
 def test_differences_say_what_is_pinned():
   old = config_lib.Config()
   new = dataclasses.replace(
@@ -124,6 +129,12 @@ def test_differences_say_what_is_pinned():
     ("train.steps", 1000, 7, None),
   ]
   assert config_lib.from_dict(config_lib.to_dict(new)) == new
+
+
+def test_the_order_of_patterns_is_free():
+  config = lambda value: config_lib.Config(train=config_lib.Train(trainable=value))
+  pin = lambda value: config_lib.differences(config("codes,blocks/w_time"), config(value))[0][3]
+  assert (pin("blocks/w_time, codes"), pin("codes"), pin("all")) == (None, "order", "order")
 
 
 def test_of_an_average_only_its_existence_is_pinned():

@@ -36,7 +36,18 @@ def test_warp_inverts_and_is_fitted():
 
 
 @pytest.mark.parametrize(
-  "path", ["diagonal:1", "diagonal:5", "rolling:1", "rolling:8", "staircase", "streams:2", "streams:4"]
+  "path",
+  [
+    "diagonal:1",
+    "diagonal:5",
+    "rolling:1",
+    "rolling:8",
+    "staircase",
+    "streams:2",
+    "streams:4",
+    "scaffold:3",
+    "scaffold:2:3:.25",
+  ],
 )
 def test_grids_fall_from_one_to_zero(path):
   times = np.asarray(schedules.time_grid(path, 6, 0.5))
@@ -66,6 +77,12 @@ def test_rolling_finishes_left_to_right():
     "confidence:2",
     "maturity:x",
     "learned:1.5",
+    "scaffold",
+    "scaffold:0",
+    "scaffold:2:x",
+    "scaffold:2:2:1.5",
+    "scaffold:2:2:0",
+    "scaffold:99999999",
   ],
 )
 def test_bad_paths_are_named(path):

@@ -223,6 +223,22 @@ def test_streams_are_staircases_side_by_side(toy, streams, passes):
   assert (abs((toy.probability * nll.sum(-1)).sum() - toy.entropy) < 1e-4) == (streams == 1)
 
 
+def test_scaffolds_are_partial_evidence_and_then_staircases(toy):
+  """A scaffold in many passes costs nothing, as the shared flow wants it; in four passes it costs something, but makes
+  two streams cheaper, which read it."""
+  times = np.asarray(schedules.time_grid("scaffold:2:2:0.4", LENGTH, 0.5))
+  np.testing.assert_allclose(times, [[1] * 4, [0.7] * 4, [0.4] * 4, [0, 0.4, 0, 0.4], [0] * 4], atol=1e-6)
+
+  def nats(path):
+    policy = policies.make_policy(path, LENGTH, 0.5)
+    nll, passes = path_nll(toy, policy, jnp.repeat(jnp.asarray(STRINGS), 100, axis=0), jax.random.key(3))
+    return float(toy.probability @ nll.sum(-1).reshape(len(STRINGS), -1).mean(1)), int(passes[0])
+
+  (many, passes), (four, _), (streams, _) = nats("scaffold:50"), nats("scaffold:4:2"), nats("streams:2")
+  assert passes == 54 and abs(many - toy.entropy) < 0.02
+  assert toy.entropy + 0.04 < four < streams - 0.04
+
+
 def test_the_rate_is_the_nll_of_a_short_step(toy):
   """For a short step the limit, which has no noise, is the mean of the exact NLL over 100,000 increments."""
   token = jnp.broadcast_to(jnp.asarray(STRINGS[7]), (100_000, LENGTH))

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from evo_jax.data import blocks, encoding, json_lines, plan, preparation, shards, tokenizers
+from evo_jax.data.chat import ChatTemplate
 from evo_jax.data.storage import Folder
 from evo_jax.errors import UserError
 
@@ -369,6 +370,51 @@ def test_bad_rows_are_counted_and_named(tmp_path):
   (tmp_path / "b.parquet").write_bytes(parquet(["a"] * 40)[:-20])
   with pytest.raises(UserError, match=r"b\.parquet: is damaged, or no Parquet file"):
     prepare(tmp_path / "r", tmp_path / "b.parquet")
+
+
+MESSAGES = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "runs"}]
+
+
+def with_role(role, content="a"):
+  return {"messages": [{"role": role, "content": content}]}
+
+
+def test_conversations_and_ids_are_documents(tmp_path):
+  """In lines without a text, and of the same split as the same content elsewhere; others are counted and named."""
+  tokenizer = tokenizers.load_tokenizer("huggingface", os.path.join(ROOT, "tests/tokenizer_files/smollm"))
+  ids = {"tokens": [5, 6, 7, 2, 0], "tokenizer": tokenizer.identity}
+  bad = {
+    "has a conversation without messages": {"messages": []},
+    "has no list in field 'messages'": {"messages": "a"},
+    "has a message whose role is none of system, user, assistant, tool": with_role("human"),
+    "has an empty message": with_role("user", " "),
+    "has a message without a string in field 'content'": with_role("user", None),
+    "has tokens of another tokenizer": {**ids, "tokenizer": "other"},
+    "has tokens that are no ids of the vocabulary": {**ids, "tokens": [5, tokenizer.vocab_size]},
+    "has no field 'text'": {"txt": "a"},
+    "has text that is not valid Unicode": with_role("user", "\ud800"),
+  }
+  good = [{"messages": MESSAGES}, {"text": "plain"}, ids, {**ids, "text": "other"}, {**ids, "messages": MESSAGES}]
+  good += [{"text": "mine", "tokens": ["mine"]}, {"text": "mine", "tokens": [3], "tokenizer": "other"}]
+  some = [json.dumps(line) for line in [*good, *bad.values()]]
+  (tmp_path / "a.jsonl").write_text("\n".join(some))
+  fields = dict(max_skipped=0.9, valid_share=0, test_share=0)
+  manifest = prepare(tmp_path / "o", tmp_path / "a.jsonl", tokenizer=tokenizer, **fields)
+  source = manifest.sources[0]
+  assert source.skipped == dict.fromkeys(bad, 1) and "a.jsonl: line 8 has a conversation without" in source.report
+  stream = shards.open_stream(str(tmp_path / "o"), manifest, source, "train")
+  found = stream.read(0, stream.length)
+  spoken = ChatTemplate(tokenizer).encode(MESSAGES, add_generation_prompt=False)[:-1]  # without the last line end
+  plain, mine = tokenizer.encode("plain").tolist(), tokenizer.encode("mine").tolist()
+  expected = [spoken, plain, [5, 6, 7, 2], [5, 6, 7, 2], [5, 6, 7, 2], mine, mine]
+  np.testing.assert_array_equal(found, [i for document in expected for i in [*document, tokenizer.separator_id]])
+  assert source.splits["train"].text_bytes == tokenizer.lengths()[found].sum()
+  (tmp_path / "b.jsonl").write_text("\n".join([*some[:2], some[4], some[3], json.dumps({"text": "other"})]))
+  deduplicated = prepare(tmp_path / "p", tmp_path / "b.jsonl", tokenizer=tokenizer, deduplicate=True, **fields)
+  assert deduplicated.sources[0].duplicates == 2
+  with pytest.raises(UserError, match="1 of 1 documents|has messages, which cannot be read: the tokenizer, bytes, has"):
+    (tmp_path / "c.jsonl").write_text(some[0])
+    prepare(tmp_path / "q", tmp_path / "c.jsonl", **fields)
 
 
 def test_held_out_documents_stay_where_they_are(tmp_path):

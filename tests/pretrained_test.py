@@ -329,6 +329,56 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
   assert load_run(str(tmp_path / "run"), mesh=one_device()).step == 0
 
 
+def test_windows_are_trained_on_frozen_weights(imported, text, tmp_path):
+  """In less precision than they came in, which is what goes out again; the windows, brought in beside the source, go
+  on with a fresh optimizer."""
+  original, workdir, _ = imported("smollm2")
+  run = shutil.copytree(workdir, tmp_path / "run")
+  flags = (
+    f"--config.data.path={text}",
+    "--config.train.trainable=windows",
+    "--config.model.param_dtype=bfloat16",
+    "--config.loss.ar_weight=0.0",
+    "--config.model.context=32",
+    "--config.model.remat=none",
+    "--config.window.size=8",
+    "--config.data.batch_size=2",
+    "--config.eval.sequences=2",
+    "--config.eval.samples=0",
+    "--config.eval.paths=('ar',)",
+    "--config.train.log_every=1",
+    "--config.optim.warmup=0",
+    "--config.train.steps=2",
+    "--config.train.checkpoints_kept=1",
+  )
+  for command in (
+    ("main", f"--config={run / 'config.py'}", *flags),
+    ("convert", f"--workdir={run}", f"--export={tmp_path / 'out'}"),
+    (
+      "convert",
+      f"--source={original}",
+      f"--windows={tmp_path / 'out' / 'evo.safetensors'}",
+      f"--workdir={tmp_path / 'again'}",
+    ),
+  ):
+    done = call(f"evo_jax.{command[0]}", *command[1:])
+    assert done.returncode == 0, done.stderr
+  assert sorted(os.listdir(run / "checkpoints")) == ["0", "2"]
+  opened, before = (source.open_source(str(folder)) for folder in (tmp_path / "out", original))
+  assert all(opened.read(name).tobytes() == before.read(name).tobytes() for name in before.names())
+  began, trained, again = (load_run(str(folder), mesh=one_device()) for folder in (workdir, run, tmp_path / "again"))
+  assert (trained.step, again.step) == (2, 0)
+  start, other = (traverse_util.flatten_dict(r.params) for r in (began, again))
+  for path, value in traverse_util.flatten_dict(trained.params).items():
+    of_windows = evo_lib.is_of_windows(path)
+    assert value.dtype == ("float32" if of_windows else "bfloat16"), path
+    assert np.any(value != start[path].astype(value.dtype)) == of_windows, path
+    np.testing.assert_array_equal(value, other[path].astype(value.dtype), err_msg=str(path))
+  done = call("evo_jax.main", f"--config={tmp_path / 'again' / 'config.py'}", *flags)
+  assert done.returncode == 0 and "goes on after step 0" in done.stdout, done.stderr
+  assert load_run(str(tmp_path / "again"), mesh=one_device()).step == 2
+
+
 def test_float16_is_read_but_not_trained_in(imported, tmp_path):
   _, workdir, said = imported("llama2")
   assert "in float16" in said

@@ -238,6 +238,18 @@ def test_two_processes_read_a_run_as_one(alone, module, arguments):
     assert [e["tokens"] for e in together] == [e["tokens"] for e in single] and "{" not in ended[1][1]
 
 
+def test_two_processes_write_texts_as_one(alone, tmp_path):
+  """Into one folder, the same bytes."""
+  flags = (f"--workdir={alone}", "--prompt=the", "--prompt=a river", "--num=3", "--max_tokens=12", "--batch_size=2")
+  assert call("evo_jax.generate", *flags, f"--output={tmp_path}/one").returncode == 0
+  with processes(2, (*flags, f"--output={tmp_path}/two", "--mesh=tensor:2"), "evo_jax.generate") as started:
+    ended = ends(started)
+  assert_well(ended)
+  assert "has all 6 texts" in ended[0][1] and "texts" not in ended[1][1] + ended[1][2]
+  one, two = ((tmp_path / name / "00000.jsonl").read_bytes() for name in ("one", "two"))
+  assert one == two and one.count(b"\n") == 6
+
+
 def test_a_damaged_checkpoint_is_passed_over(alone, text, tmp_path):
   """With a warning, by training, which sets it aside, and by readers, which leave it; a partial one is not seen."""
   workdir = shutil.copytree(alone, tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import lzma
 import os
 
@@ -57,11 +58,42 @@ def test_prompt_files(tmp_path, name, content, expected):
   file = tmp_path / name
   file.write_bytes(content if isinstance(content, bytes) else content.encode())
   if isinstance(expected, list):
-    assert prompt_files.read_prompts(str(file)) == expected
+    assert prompt_files.read_prompt_files([str(file)]) == expected
     return
   with pytest.raises(UserError) as error:
-    prompt_files.read_prompts(str(file))
+    prompt_files.read_prompt_files([str(file)])
   assert expected in str(error.value) and f"--prompts={file}: " in str(error.value)
+
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SYSTEM = {"role": "system", "content": "c"}
+
+
+@pytest.mark.parametrize(
+  "line, chat, expected",
+  [
+    ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "text": "d"}, True, "d"),
+    ({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]}, True, [SYSTEM, USER]),
+    ({"messages": [USER], "id": 1}, True, [USER]),
+    ({"messages": [USER]}, False, "line 2 has messages, which --chat continues"),
+    ({"messages": [ASSISTANT, USER]}, True, "line 2 has a conversation that the assistant begins"),
+    ({"messages": []}, True, "line 2 has a conversation without messages"),
+    ({"messages": [{**USER, "role": "human"}]}, True, "line 2 has a message whose role is none of system, user"),
+    ({"messages": [{"role": "user"}]}, True, "line 2 has a message without a string in field 'content'"),
+    ({"messages": [{**USER, "content": "\ud800"}]}, True, "line 2 is not valid Unicode"),
+    ({"messages": "a"}, True, "a"),
+    ({"messages": {}}, True, "line 2 is neither a string nor an object"),
+  ],
+  ids=lambda value: repr(value)[:30],
+)
+def test_conversations_are_prompts_up_to_the_first_answer(tmp_path, line, chat, expected):
+  file = tmp_path / "a.jsonl"
+  file.write_text("\n" + json.dumps(line))
+  if isinstance(expected, list) or expected in ("a", "d"):
+    assert list(prompt_files.iterate_prompts(str(file), chat)) == [(f"--prompts={file}: line 2", expected)]
+  else:
+    with pytest.raises(UserError, match=f"--prompts={file}: {expected}"):
+      prompt_files.read_prompt_files([str(file)], chat)
 
 
 def test_prompt_files_have_any_name(tmp_path):
@@ -71,7 +103,7 @@ def test_prompt_files_have_any_name(tmp_path):
     assert prompt_files.read_prompt_files([str(file), str(file)]) == ["a", "a"]
   for name, problem in ((str(tmp_path), "Is a directory"), (str(tmp_path / "no"), "No such file")):
     with pytest.raises(UserError, match=f"--prompts=.*: cannot be read: {problem}"):
-      prompt_files.read_prompts(name)
+      prompt_files.read_prompt_files([name])
   with pytest.raises(UserError, match="standard input can be read only once"):
     prompt_files.read_prompt_files(["-", "-"])
 

@@ -108,6 +108,7 @@ ORDER = [
   ("data.batch_size", 16),
   ("data.seed", 1),
   ("train.seed", 1),
+  ("train.trainable", "windows"),
   ("data.weights", (2.0,)),
   ("data.path", "text"),  # another one
 ]

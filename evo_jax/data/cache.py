@@ -11,12 +11,13 @@ import sys
 import numpy as np
 
 from evo_jax.data import preparation, shards
+from evo_jax.data.conversations import template_identity
 from evo_jax.data.plan import Job, make_plan
 from evo_jax.data.storage import Folder
 from evo_jax.data.tokenizers import Tokenizer
 from evo_jax.errors import UserError
 
-_VERSION = 3  # to be raised when the same text would give other tokens
+_VERSION = 4  # to be raised when the same text would give other tokens
 _LARGE = 1 << 26  # bytes of files; more are tokenized by several processes
 
 
@@ -28,7 +29,8 @@ def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str, fields: Mappin
   others wait. fields: as for `make_plan`. Raises UserError as `preparation.prepare` does.
   """
   plan = make_plan(job, tokenizer.binary, str(_root()), fields)
-  digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {tokenizer_name} {tokenizer.identity}".encode())
+  identity = f"{tokenizer_name} {tokenizer.identity} {template_identity(tokenizer)}"
+  digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {identity}".encode())
   for group in plan.groups:
     digest.update(os.fsencode("\n".join([group.name, group.rule, *group.versions()])))
   key = digest.hexdigest()[:32]

@@ -20,18 +20,20 @@ from evo_jax.errors import UserError
 
 Message = Mapping[str, Any]  # "role", "content", and what else a template asks for
 
+DATE = datetime.datetime(2024, 7, 26)  # of conversations that are kept: they are the same on any day
 _PRIVATE = range(0xF0000, 0x10FFFE)  # characters without a meaning, one of which a text rarely has
 
 
 class ChatTemplate:
   """The chat template of a tokenizer."""
 
-  def __init__(self, tokenizer: Any):
-    """Raises UserError where the tokenizer has no template, or one that cannot be compiled."""
+  def __init__(self, tokenizer: Any, date: datetime.datetime | None = None):
+    """date: that templates find; default: today. Raises UserError where the tokenizer has no template, or one that
+    cannot be compiled."""
     if not isinstance(tokenizer, HuggingFace) or not isinstance(tokenizer.chat_template, str):
       raise UserError(f"the tokenizer, {tokenizer.identity}, has no chat template")
     self._tokenizer = tokenizer
-    self._template = _compile(tokenizer.chat_template)
+    self._template = _compile(tokenizer.chat_template, date)
 
   def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
     """Ids of a conversation, the first of them at position 0: where a begin token belongs, the template writes it.
@@ -63,30 +65,34 @@ class ChatTemplate:
 
 
 class ChatTokenizer:
-  """A tokenizer to which a text is what a user says: `encode` gives the conversation up to the answer.
+  """A tokenizer to which a text is what a user says, or messages: `encode` gives the conversation up to the answer.
 
   begin_id is the first token of the conversation, so that `encode` begins at position 1, as that of others does.
   Everything else is the tokenizer's, also what `continuing` gives, for the answer.
   """
 
-  def __init__(self, tokenizer: Any, system: str = ""):
-    """system: the system message; empty: none, or the template's own. Raises UserError as `ChatTemplate`."""
-    self._tokenizer, self._template, self._system = tokenizer, ChatTemplate(tokenizer), system
-    self.begin_id = self._conversation("Hello")[0]
+  def __init__(self, tokenizer: Any, system: str = "", date: datetime.datetime | None = None):
+    """system: the system message, of conversations without one; empty: none, or the template's own. date: as for
+    `ChatTemplate`. Raises UserError as that does."""
+    self._tokenizer, self._template, self._system = tokenizer, ChatTemplate(tokenizer, date), system
+    self.begin_id = self._template.encode(self.messages("Hello"))[0]
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._tokenizer, name)
 
-  def encode(self, text: str) -> np.ndarray:
-    """(n,) ids of the conversation behind its first token. Raises UserError where the template refuses the text."""
-    begin, *ids = self._conversation(text)
+  def encode(self, prompt: str | Sequence[Message]) -> np.ndarray:
+    """(n,) ids of the conversation behind its first token. Raises UserError where the template refuses the prompt."""
+    begin, *ids = self._template.encode(self.messages(prompt))
     if begin != self.begin_id:
       raise UserError("the chat template does not begin every conversation with the same token")
     return np.array(ids, np.uint32)
 
-  def _conversation(self, text: str) -> list[int]:
-    messages = [{"role": "system", "content": self._system}] if self._system else []
-    return self._template.encode([*messages, {"role": "user", "content": text}])
+  def messages(self, prompt: str | Sequence[Message]) -> list[Message]:
+    """The conversation that a prompt stands for."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    if self._system and messages[0]["role"] != "system":
+      messages.insert(0, {"role": "system", "content": self._system})
+    return messages
 
 
 def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:
@@ -105,12 +111,12 @@ def _hide(value: Any, special: list[str], hidden: dict[str, str]) -> Any:
     value = value.replace(token, hidden[token])
   characters, end = list(value), len(value.rstrip())  # the template may strip it
   for i in range(max(0, end - len(special[0]) if special else end), end):
-    if any(token.startswith(value[i:end]) for token in special):
+    if value[i] in hidden and any(token.startswith(value[i:end]) for token in special):
       characters[i] = hidden[characters[i]]
   return "".join(characters)
 
 
-def _compile(source: str):
+def _compile(source: str, date: datetime.datetime | None):
   """The template in a sandbox. Raises UserError."""
   try:
     import jinja2
@@ -138,7 +144,7 @@ def _compile(source: str):
   )
   environment.filters["tojson"] = to_json
   environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  environment.globals["strftime_now"] = lambda form: (date or datetime.datetime.now()).strftime(form)
   try:
     return environment.from_string(source)
   except jinja2.TemplateSyntaxError as error:

@@ -1,17 +1,21 @@
 """Readers: files to documents, of which bad ones are skipped, counted and reported.
 
 A document is a file of plain text, a field ("text") of a line of a .jsonl, .ndjson or .json file, or of a row of a
-.parquet file; text is UTF-8, with or without a byte order mark.
+.parquet file; text is UTF-8, with or without a byte order mark. A line may also hold a conversation or token ids
+(`conversations`).
 """
 
 import codecs
 import collections
 from collections.abc import Iterator
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from evo_jax.data import json_lines
 from evo_jax.data.blocks import EMPTY, Block, read_blocks
+from evo_jax.data.conversations import MESSAGES, Conversations
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
 
@@ -20,12 +24,16 @@ FIELD = "text"
 
 
 class Document(NamedTuple):
-  """text: None where text need not be UTF-8, as of bad documents. raw: UTF-8. place: of a bad document, in its file."""
+  """text: None where text need not be UTF-8, as of bad documents. raw: UTF-8. place: of a bad document, in its file.
+
+  tokens: of a line that holds no text, its ids; raw is then what the line is known by.
+  """
 
   text: str | None
   raw: bytes = b""
   problem: str = ""
   place: str = ""
+  tokens: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -112,10 +120,15 @@ class Reader:
       yield from documents_of(block, self.field, self.binary)
 
 
-def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
-  """The documents of a block that holds them whole. Empty lines and texts are no documents."""
+def documents_of(
+  block: Block, field: str, binary: bool, conversations: Conversations | None = None
+) -> Iterator[Document]:
+  """The documents of a block that holds them whole. Empty lines and texts are no documents.
+
+  conversations: reads lines that hold no text; without it they are bad.
+  """
   if block.form == "lines":
-    yield from _documents_of_lines(block, field)
+    yield from _documents_of_lines(block, field, conversations)
   elif block.form == "rows":
     yield from _documents_of_rows(block, field)
   elif block.problem:
@@ -124,19 +137,28 @@ def documents_of(block: Block, field: str, binary: bool) -> Iterator[Document]:
     yield Document(None, block.content) if binary else _decode(block.content)
 
 
-def _documents_of_lines(block: Block, field: str) -> Iterator[Document]:
+def _documents_of_lines(block: Block, field: str, conversations: Conversations | None) -> Iterator[Document]:
   for number, line in enumerate(block.content.splitlines(), block.first):
     if line := line.removeprefix(codecs.BOM_UTF8).strip():
       document = _decode(line)
       if not document.problem:
         try:
-          document = Document(*json_lines.text_field(document.text, field))
+          document = _document_of_line(json_lines.parse(document.text), field, conversations)
         except json_lines.BadLine as error:
           document = Document(None, problem=str(error))
       if document.problem:
         yield document._replace(place=f"line {number} ")
       elif document.raw:
         yield document
+
+
+def _document_of_line(value: Any, field: str, conversations: Conversations | None) -> Document:
+  may_be_other = isinstance(value, dict) and (field not in value or "tokens" in value or field == MESSAGES)
+  found = conversations.read(value, field, FIELD) if conversations and may_be_other else None
+  if found is None:
+    return Document(*json_lines.text_field(value, field))
+  raw, tokens = found
+  return Document(None, raw, tokens=tokens)
 
 
 def _documents_of_rows(block: Block, field: str) -> Iterator[Document]:

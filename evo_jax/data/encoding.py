@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -16,7 +17,8 @@ import numpy as np
 
 from evo_jax.data import shards
 from evo_jax.data.blocks import Block
-from evo_jax.data.documents import Tally, documents_of
+from evo_jax.data.conversations import Conversations
+from evo_jax.data.documents import Document, Tally, documents_of
 from evo_jax.data.shards import SPLITS
 from evo_jax.data.tokenizers import Tokenizer
 
@@ -45,6 +47,23 @@ class Encoder:
   @property
   def dtype(self) -> np.dtype:
     return shards.token_dtype(self.tokenizer.vocab_size)
+
+  @functools.cached_property
+  def conversations(self) -> Conversations:
+    """Reads lines that hold no text."""
+    return Conversations(self.tokenizer)
+
+  @functools.cached_property
+  def _lengths(self) -> np.ndarray:
+    return self.tokenizer.lengths()
+
+  def text_bytes(self, tokens: np.ndarray) -> int:
+    """Bytes of text that a document's tokens (n,) stand for, as evaluation counts them; special tokens have none."""
+    return max(0, int(self._lengths[tokens].sum() + self._lengths[self.tokenizer.separator_id]))
+
+  def documents(self, block: Block) -> Iterator[Document]:
+    """The documents of a block that holds them whole."""
+    return documents_of(block, self.field, self.tokenizer.binary, self.conversations)
 
   def split_of(self, digest: bytes) -> str:
     """The split of a document, by the hash of its content."""
@@ -84,7 +103,7 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
   result, dtype, number = Encoded(), encoder.dtype, itertools.count()
   separator = np.full(1, encoder.tokenizer.separator_id, dtype)
   for block in blocks:
-    for document in documents_of(block, encoder.field, encoder.tokenizer.binary):
+    for document in encoder.documents(block):
       result.tally.add(block.file, document)
       if document.problem:
         continue
@@ -93,11 +112,14 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
         continue
       raw = document.raw
       digest = digest_of(raw) if rule == "hash" else b""
-      tokens = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text)
+      if document.tokens is None:
+        tokens, size = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text), len(raw)
+      else:
+        tokens, size = document.tokens.astype(dtype), encoder.text_bytes(document.tokens)
       for split, (a, b) in encoder.ranges(rule, digest, len(tokens)).items():
         result.tokens[split] += [tokens[a:b], separator]
         result.documents[split] += 1
-        result.text_bytes[split] += len(raw) * b // len(tokens) - len(raw) * a // len(tokens)
+        result.text_bytes[split] += size * b // len(tokens) - size * a // len(tokens)
   for split, parts in result.tokens.items():
     result.tokens[split] = [np.concatenate(parts, dtype=dtype)] if parts else []
   return result
@@ -110,7 +132,7 @@ def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray
 
 def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
   """The hashes of the good documents of blocks that hold them whole."""
-  documents = (d for block in blocks for d in documents_of(block, encoder.field, encoder.tokenizer.binary))
+  documents = (document for block in blocks for document in encoder.documents(block))
   return [digest_of(document.raw) for document in documents if not document.problem]
 
 

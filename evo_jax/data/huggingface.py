@@ -83,6 +83,7 @@ class HuggingFace:
     self._around = {token["content"]: (token["lstrip"], token["rstrip"]) for token in specification["added_tokens"]}
     self._specification = _protected(specification, self.special)
     self._tokenizer = self._load(self._specification)
+    self._kept: dict[str, bool] = {}  # by character, what `_keeps` found
     self._prefixed = self._decode(self._ids(self._tokenizer, "a")).startswith(" ")
     digest = hashlib.sha256(self._files["tokenizer.json"])
     digest.update(f"{self.begin_id} {self.separator_id}".encode())
@@ -107,10 +108,9 @@ class HuggingFace:
 
     hidden: characters that stand for a string each, which is text whatever it looks like.
     """
-    ids, start = [], 0
+    ids, start, originals = [], 0, str.maketrans(hidden)
     for match in [*self._special_pattern.finditer(text), None]:
-      piece = text[start : match.start() if match else len(text)]
-      piece = "".join(hidden.get(character, character) for character in piece)
+      piece = text[start : match.start() if match else len(text)].translate(originals)
       # The library splits text at special tokens, then treats each part for itself.
       ids += self.encode(piece, begins=start == 0 or self._prefixes_parts).tolist() if piece else []
       if match:
@@ -128,7 +128,9 @@ class HuggingFace:
 
   def lost(self, text: str) -> str:
     """Its characters that the vocabulary lacks. Normalized ones, such as those that NFC composes, are not lost."""
-    lost = {character for character in set(text) if not self._keeps(character)}
+    for character in set(text) - self._kept.keys():
+      self._kept[character] = self._keeps(character)
+    lost = {character for character in set(text) if not self._kept[character]}
     return "".join(character for character in text if character in lost)
 
   def lengths(self) -> np.ndarray:

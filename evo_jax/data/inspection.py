@@ -60,5 +60,6 @@ def documents(stream: TokenStream, manifest: Manifest, tokenizer: Tokenizer, cou
       ends = np.flatnonzero(tokens == manifest.separator_id)
       tokens = tokens[ends[0] + 1 :] if len(ends) and ends[0] + 1 < len(tokens) else tokens
     end = np.flatnonzero(tokens == manifest.separator_id)
-    text = tokenizer.decode(tokens[: end[0]] if len(end) else tokens)
+    tokens = tokens[: end[0]] if len(end) else tokens
+    text = tokenizer.decode(tokens[~np.isin(tokens, special_ids(tokenizer))])  # which end turns of a conversation
     yield f"  {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}"

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 import json
 import re
+from typing import Any
 
 DECODER = json.JSONDecoder(parse_int=float)  # a number's size does not matter, and int refuses thousands of digits
 _CHARACTERS = re.compile(rb'(?:[^"\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+')  # of a string, with whole escapes only
@@ -17,8 +18,8 @@ class BadLine(ValueError):
   """A line that cannot be used; the message says why."""
 
 
-def text_field(line: str, field: str) -> tuple[str, bytes]:
-  """The text in a field of a line, which has no white space at its ends, and its UTF-8 bytes. Raises BadLine."""
+def parse(line: str) -> Any:
+  """The value of a line, which has no white space at its ends. Raises BadLine."""
   try:
     value, end = DECODER.raw_decode(line)
   except json.JSONDecodeError as error:
@@ -27,6 +28,11 @@ def text_field(line: str, field: str) -> tuple[str, bytes]:
     raise BadLine("is JSON that is nested too deeply") from error
   if end < len(line):
     raise BadLine("is not JSON (Extra data)")
+  return value
+
+
+def text_field(value: Any, field: str) -> tuple[str, bytes]:
+  """The text in a field of a line's value, and its UTF-8 bytes. Raises BadLine."""
   if not isinstance(value, dict) or field not in value:
     raise BadLine(f"has no field '{field}'")
   if not isinstance(value[field], str):

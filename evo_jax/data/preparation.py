@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from evo_jax.data import conversations, duplicates, encoding, formats, items, shards
 from evo_jax.data import documents as documents_lib
-from evo_jax.data import duplicates, encoding, formats, items, shards
 from evo_jax.data import passes as passes_lib
 from evo_jax.data.documents import Tally
 from evo_jax.data.plan import GROUP, WORK, Group, Job, Plan, make_plan
@@ -56,6 +56,8 @@ def prepare(
   plan = make_plan(job, tokenizer.binary, output)
   folder = Folder(output)
   flags = {**dataclasses.asdict(job), "tokenizer": tokenizer_name, "tokenizer_identity": tokenizer.identity}
+  if template := conversations.template_identity(tokenizer):
+    flags["chat_template"] = template
   if manifest := _complete(folder, flags, plan):
     return manifest
   _begin(folder, flags)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evo_jax.data.tokenizers import Tokenizer, continuing
-from evo_jax.decoding.prompts import Request
+from evo_jax.decoding.prompts import Prompt, Request
 from evo_jax.decoding.state import DecodingState
 
 _INVALID = "\ufffd"  # what bytes that are not UTF-8 are decoded to
@@ -21,19 +21,20 @@ class Generation:
 
   text: what was written; after infilling, the whole text with its gaps filled. tokens: ids of what was written, which
   decode to the text. settled: number of the pass that committed each of them. seconds: until this text was done,
-  without compilation.
+  without compilation. end_id: the token by which the model ended the text behind them; None: something else ended it.
   Of mode verify, else None: rounds: passes that verified, each of which commits a token of its own. drafted_rounds:
   those of them that had a draft to verify. accepted: the drafted tokens that they committed, neither the corrections
   nor the tokens that come free behind accepted ones; so a text has `accepted + rounds` tokens, with an end token, but
   for its last round, which need not have a token of its own. All with what a stop string cuts off.
   """
 
-  prompt: str
+  prompt: Prompt
   text: str
   tokens: list[int]
   settled: list[int]
   passes: int
   seconds: float
+  end_id: int | None = None
   accepted: int | None = None
   rounds: int | None = None
   drafted_rounds: int | None = None
@@ -130,15 +131,22 @@ class Progress:
   def generation(self, row: Snapshot) -> Generation:
     """The finished text."""
     text, tokens, committed = self._filled(row) if self._infill else self._written(row)
+    end = None if self._infill else self._end_id(row, tokens)
     counts = (row.accepted, row.rounds, row.drafted_rounds)
     counts = (None if count is None else int(count) for count in counts)
-    return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, *counts)
+    return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, end, *counts)
 
   def _written(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """Text, tokens and their passes behind the prompt."""
     tokens, begin = written_tokens(self._request, row, self._tokenizer.end_ids), self._request.prompt_end
     tokens, committed = self._cut(tokens, row.committed_pass[begin : begin + len(tokens)].tolist())
     return self._decode(tokens), tokens, committed
+
+  def _end_id(self, row: Snapshot, tokens: list[int]) -> int | None:
+    """The end token behind what was written, where `tokens` are all of that."""
+    end = self._request.prompt_end + len(tokens)
+    whole = written_tokens(self._request, row, self._tokenizer.end_ids) == tokens
+    return int(row.tokens[end]) if whole and end < row.length else None
 
   def _filled(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """The whole text, and the gaps' tokens and their passes."""

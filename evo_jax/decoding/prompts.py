@@ -1,5 +1,6 @@
 """Prompts: encoding, gaps to be infilled, and the padded buffers of a batch."""
 
+from collections.abc import Sequence
 import dataclasses
 import re
 from typing import NamedTuple
@@ -7,9 +8,12 @@ import zlib
 
 import numpy as np
 
+from evo_jax.data.chat import ChatTokenizer, Message
 from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding.settings import DEFAULT_TOKENS, Sampling
 from evo_jax.errors import UserError
+
+Prompt = str | Sequence[Message]  # messages: what a `ChatTokenizer` takes, up to an answer
 
 _GAP = re.compile(r"\[\.\.\.([0-9]*)\]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -24,7 +28,7 @@ class Request:
   digest, repetition: the numbers that the row's key is made of, so that its draws depend on nothing else.
   """
 
-  prompt: str
+  prompt: Prompt
   tokens: tuple[int | None, ...]
   max_length: int
   digest: int
@@ -54,29 +58,34 @@ class Buffers(NamedTuple):
 
 
 def make_requests(
-  prompts: list[str], num: int, infill: bool, sampling: Sampling, tokenizer: Tokenizer, context: int
+  prompts: Sequence[Prompt], num: int, infill: bool, sampling: Sampling, tokenizer: Tokenizer, context: int
 ) -> list[Request]:
-  """`num` requests for each prompt in turn. Raises UserError for a prompt that is too long or cannot be encoded."""
+  """`num` requests for each prompt in turn. Raises UserError as `make_request`."""
   requests, repetitions = [], {}
   for prompt in prompts:
-    if infill:
-      tokens, room = encode_with_gaps(prompt, tokenizer, sampling.gap, context), 0
-    else:
-      tokens, room = encode(prompt, tokenizer, sampling.max_tokens, context)
-    digest = zlib.crc32(repr(tokens).encode())
-    for _ in range(num):
-      repetition = repetitions.get(digest, 0)
-      repetitions[digest] = repetition + 1
-      requests.append(Request(prompt, tuple(tokens), len(tokens) + 1 + room, digest, repetition))
+    request = make_request(prompt, infill, sampling, tokenizer, context)
+    first = repetitions.get(request.digest, 0)
+    repetitions[request.digest] = first + num
+    requests += [dataclasses.replace(request, repetition=first + i) for i in range(num)]
   return requests
 
 
-def encode(prompt: str, tokenizer: Tokenizer, max_tokens: int | None, context: int) -> tuple[list[int], int]:
+def make_request(prompt: Prompt, infill: bool, sampling: Sampling, tokenizer: Tokenizer, context: int) -> Request:
+  """The first request for a prompt. Raises UserError where it is too long or cannot be encoded."""
+  if infill:
+    tokens, room = encode_with_gaps(prompt, tokenizer, sampling.gap, context), 0
+  else:
+    tokens, room = encode(prompt, tokenizer, sampling.max_tokens, context)
+  digest = zlib.crc32(repr(tokens).encode())
+  return Request(prompt, tuple(tokens), len(tokens) + 1 + room, digest, 0)
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, context: int) -> tuple[list[int], int]:
   """The prompt's ids, and how many tokens may follow: max_tokens; None: DEFAULT_TOKENS, or what the context leaves.
 
   Raises UserError where they do not fit the context.
   """
-  what = f"prompt {shortened(prompt)}"
+  what = f"prompt {shortened(prompt if isinstance(prompt, str) else prompt[-1]['content'])}"
   tokens = _to_ids(prompt, tokenizer, what)
   room = context - len(tokens)
   if max_tokens is not None and max_tokens > room:
@@ -117,9 +126,12 @@ def readable(text: str) -> str:
   return _SURROGATE.sub("\ufffd", text)
 
 
-def _to_ids(text: str, tokenizer: Tokenizer, what: str) -> list[int]:
-  """The ids of a text. Bytes that are not UTF-8, which Python reads as lone surrogates (surrogateescape), are kept by
+def _to_ids(prompt: Prompt, tokenizer: Tokenizer, what: str) -> list[int]:
+  """The ids of a prompt. Bytes that are not UTF-8, which Python reads as lone surrogates (surrogateescape), are kept by
   a tokenizer of raw bytes. Raises UserError for what the tokenizer would not give back."""
+  if not isinstance(prompt, str) and not isinstance(tokenizer, ChatTokenizer):
+    raise UserError(f"{what}: is a conversation, which --chat continues")
+  text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
   if surrogates := _SURROGATE.findall(text):
     if not tokenizer.binary:
       raise UserError(f"{what}: is not valid UTF-8, which the tokenizer, {tokenizer.identity}, needs")
@@ -128,7 +140,7 @@ def _to_ids(text: str, tokenizer: Tokenizer, what: str) -> list[int]:
     return tokenizer.encode(text.encode(errors="surrogateescape")).tolist()
   if lost := tokenizer.lost(text):
     raise UserError(f"{what}: the tokenizer, {tokenizer.identity}, has no {lost[0]!r}")
-  return tokenizer.encode(text).tolist()
+  return tokenizer.encode(prompt).tolist()
 
 
 def pack(requests: list[Request], begin_id: int, row_multiple: int, room: int) -> tuple[Buffers, int]:

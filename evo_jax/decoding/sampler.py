@@ -23,7 +23,7 @@ from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import make_processor
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Generation, Progress, Snapshot
-from evo_jax.decoding.prompts import Request, make_requests, pack
+from evo_jax.decoding.prompts import Prompt, Request, make_requests, pack
 from evo_jax.decoding.recorder import TraceRecorder
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import DecodingState, prefill, with_latents
@@ -59,7 +59,7 @@ class Sampler:
 
   def __call__(
     self,
-    prompts: list[str],
+    prompts: list[Prompt],
     num: int = 1,
     seed: int = 0,
     infill: bool = False,
@@ -91,6 +91,11 @@ class Sampler:
         for i, generation in zip(part, self._generate(batch, seed, infill, tell, traces if start == 0 else None)):
           generations[i] = generation
     return generations
+
+  def decode(self, requests: list[Request], seed: int = 0) -> list[Generation]:
+    """The texts of one batch. Raises UserError where the memory does not hold it."""
+    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={self.sampling.batch_size}"):
+      return self._generate(requests, seed, False, None, None)
 
   def _generate(
     self, requests: list[Request], seed: int, infill: bool, on_text: OnText | None, traces: list[Trace] | None
@@ -187,7 +192,7 @@ def _make_drafts(run: Run, sampling: Sampling) -> DraftPolicy:
     from_text=sampling.draft_from != "windows" and sampling.draft_passes == 1,
     passes=sampling.draft_passes,
     coupling=sampling.coupling,
-    **speculative.model_drafting(run.config.model),
+    reads_anchor=run.model.reads_clean_anchor,
   )
   return DraftPolicy(drafting, sampling.adapts_drafts, tokens, from_windows)
 

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evo_jax import config as config_lib
 from evo_jax.decoding import lookup
 from evo_jax.decoding.logits import LogitsProcessor, draw_tokens, token_noise
 from evo_jax.decoding.state import (
@@ -59,9 +58,8 @@ class Drafting:
 
   tokens: T. outcomes: the numbers of accepted tokens after which a window drafts; (): none does. from_text: whether
   the text itself drafts where that is the better bet. passes: of a round; with more than one, all but the last draft,
-  by one window from left to right. coupling: "gumbel" or "rejection". informed: the model's slots see, of the slots
-  behind them, only those that carry information: config.model.window_attention. candidates: how many of a slot's
-  best tokens the model's head, which sees the drafted token before, rescores; 0: it has no head.
+  by one window from left to right. coupling: "gumbel" or "rejection". reads_anchor: the model's
+  `reads_clean_anchor`.
   """
 
   tokens: int
@@ -69,8 +67,7 @@ class Drafting:
   from_text: bool
   passes: int = 1
   coupling: str = "gumbel"
-  informed: bool = False
-  candidates: int = 0
+  reads_anchor: bool = False
 
   @property
   def always(self) -> bool:
@@ -79,8 +76,8 @@ class Drafting:
 
   @property
   def slots(self) -> int:
-    """S. Informed slots read the clean anchor itself, others a slot of its token."""
-    return self.tokens if self.informed else self.tokens + 1
+    """S, of a window behind a clean anchor: with one for the anchor's token, where windows do not read the clean one."""
+    return self.tokens if self.reads_anchor else self.tokens + 1
 
   def rows(self, drafted: bool) -> int:
     """Slots of a round's pass, of each text; drafted: whether it verifies a draft."""
@@ -92,12 +89,6 @@ class Drafting:
 def every_outcome(tokens: int) -> tuple[int, ...]:
   """All outcomes of a draft of `tokens` tokens."""
   return tuple(range(tokens + 1))
-
-
-def model_drafting(config: config_lib.Model) -> dict[str, int | bool]:
-  """The fields of `Drafting` that are the model's."""
-  informed = getattr(config, "window_attention", "full") == "informed"
-  return dict(informed=informed, candidates=getattr(config, "window_head", 0) and config.window_candidates)
 
 
 def start_draft(
@@ -112,15 +103,13 @@ def start_draft(
 
   record: `DraftRecord`'s offered and taken (1 + MATCH, T), and matched (1 + MATCH,), of each row.
   """
-  zero, codes = jnp.zeros(rows, jnp.int32), net.codes()
-  unknown = latents.Latent(jnp.zeros(codes.shape[1], codes.dtype), jnp.ones(()), jnp.zeros((), jnp.int32))
-  (x_D,) = net.embed((unknown,), (codes,), statistics.log_unigram_V)
+  zero, x_D = jnp.zeros(rows, jnp.int32), net.embed_unknown(statistics.log_unigram_V)
   by_row = lambda x: jnp.broadcast_to(x, (rows, *x.shape))
   return Draft(
     tokens=jnp.zeros((rows, tokens), jnp.int32),
     pending=zero,
     source=zero,
-    log_q=jnp.zeros((rows, tokens, codes.shape[0])) if coupling == "rejection" else None,
+    log_q=jnp.zeros((rows, tokens, len(statistics.log_unigram_V))) if coupling == "rejection" else None,
     unknown_x=by_row(x_D),
     record=DraftRecord(zero, zero, zero, *map(by_row, record)),
   )
@@ -225,7 +214,7 @@ def window_slots(
   are known, and the anchor has a slot of its own.
   """
   T = drafting.tokens
-  has_anchor = known is not None or not drafting.informed
+  has_anchor = known is not None or not drafting.reads_anchor
   B, N, offset = *anchor_BxN.shape, np.arange(0 if has_anchor else 1, T + 1)
   S, is_known = len(offset), offset <= (known or 0)
   position = anchor_BxN[..., None] + offset
@@ -233,10 +222,7 @@ def window_slots(
   if known_slots := int(is_known.sum()):
     tokens = jax.vmap(lambda row, at: row[at])(state.tokens, position[..., :known_slots])
     x = jnp.concatenate([net.embed_tokens(tokens), x[:, :, known_slots:]], axis=2)
-  sees = np.ones((S, S), bool)
-  if drafting.informed:
-    sees = (offset[:, None] >= offset) | (is_known & ~is_known[:, None])
-  visible = np.kron(np.eye(N, dtype=bool), sees)
+  visible = np.kron(np.eye(N, dtype=bool), np.ones((S, S), bool))
   stop = jnp.broadcast_to((anchor_BxN if has_anchor else anchor_BxN + 1)[..., None], position.shape)
   time = jnp.broadcast_to(np.tile(1.0 - is_known, N).astype(np.float32), (B, N * S))
   flat = lambda a: a.reshape(B, N * S, *a.shape[3:])
@@ -349,14 +335,14 @@ def _draw_draft(net, state, processor, drafting, hidden_BxTxD, logits_BxTxV, key
   log-probabilities (B, T, V), None for tokens by noise."""
   position = first_B[:, None] + jnp.arange(logits_BxTxV.shape[1])
   by_noise = drafting.coupling == "gumbel"
-  if drafting.candidates:
+  if net.head_candidates:
     previous = gather(state.tokens, first_B[:, None] - 1)[:, 0]
     noise = None
     if by_noise and not processor.greedy:
       noise = token_noise(state, position, logits_BxTxV.shape[-1])
     elif not processor.greedy:
       noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BxTxV.shape[1:]))(key_B)
-    token, log_q = draw_rescored(net, processor, drafting.candidates, hidden_BxTxD, logits_BxTxV, previous, noise)
+    token, log_q = draw_rescored(net, processor, net.head_candidates, hidden_BxTxD, logits_BxTxV, previous, noise)
     return token, None if by_noise else log_q
   if by_noise:
     return draw_tokens(state, processor, logits_BxTxV, position), None

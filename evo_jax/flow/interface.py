@@ -17,13 +17,16 @@ from evo_jax.flow import latents as latents_lib
 class WindowInputs:
   """The slots of windows as a network reads them: a clean anchor token and, after it, tokens at any t.
 
-  anchor_BxN: int32, the anchors' positions; a window sees clean positions before its anchor. x_BxNxSxD: embedded slots.
-  time_BxNxS: their progressions t; 0 for the anchor and other known tokens.
+  first_BxN: int32, the positions of the first slots, the anchors; a window sees clean positions before them. Where the
+  clean stream has the anchor, and the network's slots are informed by what is known alone, the first slot may be the
+  one behind the anchor. x_BxNxSxD: embedded slots. time_BxNxS: their progressions t; 0 for the anchor and other known
+  tokens. all_unknown: whether it is known beforehand that t is 1 everywhere.
   """
 
-  anchor_BxN: jax.Array
+  first_BxN: jax.Array
   x_BxNxSxD: jax.Array
   time_BxNxS: jax.Array
+  all_unknown: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -57,6 +60,42 @@ class Beliefs:
     return Beliefs(hidden, evidence, codes), outer_sum(d, self.hidden)
 
 
+@flax.struct.dataclass
+class Teacher:
+  """The clean stream's beliefs about the tokens of a text, from which others are to be learned.
+
+  hidden_BxLxD: its hidden states; token_BxL: int32, the tokens that they predict; index: (B, ...) int32, which of them
+  is about each token (B, ...) of the student.
+  """
+
+  hidden_BxLxD: jax.Array
+  token_BxL: jax.Array
+  index: jax.Array
+
+  def gather(self, values_BxL: jax.Array) -> jax.Array:
+    """values (B, L, ...) of the student's tokens (B, ..., ...)."""
+    rest = values_BxL.shape[2:]
+    flat = self.index.reshape(self.index.shape[0], -1, *(1,) * len(rest))
+    return jnp.take_along_axis(values_BxL, flat, axis=1).reshape(*self.index.shape, *rest)
+
+
+@flax.struct.dataclass
+class Distillation:
+  """Beliefs about tokens (B, ...) beside the clean stream's about the same tokens; float32, in nats.
+
+  log_p: log-probabilities of the tokens. kl: KL divergences from the clean stream's beliefs. overlap: sums over the
+  vocabulary of the smaller of both probabilities, 1 - their total variation; None where the vocabulary is read in
+  chunks. teacher_log_p_BxL, teacher_log_sum_BxL: log-probabilities of the tokens in the clean stream, and what its
+  logits are normalized by, without gradient.
+  """
+
+  log_p: jax.Array
+  kl: jax.Array
+  overlap: jax.Array | None
+  teacher_log_p_BxL: jax.Array
+  teacher_log_sum_BxL: jax.Array
+
+
 def outer_sum(a: jax.Array, b: jax.Array) -> jax.Array:
   """(A, B) float32 from (..., A) and (..., B): their outer products, summed over the leading axes."""
   lead = tuple(range(a.ndim - 1))
@@ -66,6 +105,10 @@ def outer_sum(a: jax.Array, b: jax.Array) -> jax.Array:
 class Network(Protocol):
   """What the objective and the bound need of a network; `network.evo.Evo` bound to parameters has it."""
 
+  @property
+  def reads_clean_anchor(self) -> bool: ...
+  @property
+  def head_candidates(self) -> int: ...
   def codes(self) -> jax.Array: ...
   def embed_tokens(self, tokens: jax.Array) -> jax.Array: ...
   def embed(
@@ -74,8 +117,13 @@ class Network(Protocol):
   def clean(self, tokens_BxL, segments_BxL=None, x_BxLxD=None) -> tuple[jax.Array, Any]: ...
   def window(self, cache: Any, windows: WindowInputs) -> jax.Array: ...
   def forward(self, x_BxLxD, segments_BxL, windows: WindowInputs, one_pass: bool) -> tuple[jax.Array, jax.Array]: ...
+  def embed_unknown(self, prior_logits: jax.Array, chunk: int = 0) -> jax.Array: ...
   def logits(self, hidden: jax.Array) -> jax.Array: ...
+  def token_logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array: ...
+  def best_tokens(self, hidden: jax.Array, count: int, chunk: int = 0) -> jax.Array: ...
+  def rescore(self, hidden, previous_token, candidates, logits) -> jax.Array: ...
   def log_probs(self, beliefs, tokens, chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]: ...
+  def distillation(self, student: Beliefs, tokens, teacher: Teacher, chunk: int = 0) -> Distillation: ...
   def clock_prior(self, hidden_BxNxD, size, passes_BxN) -> tuple[jax.Array, jax.Array, jax.Array]: ...
   def clock_posterior(
     self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN

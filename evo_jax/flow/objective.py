@@ -2,8 +2,9 @@
 
 Of a sequence's N windows the first are trained by the variational bound, a single step of a path standing for the
 whole; the others by the cross-entropy of their beliefs, which has the same optimum for the network and a smoother
-gradient. All sums are over tokens that count, and are divided by the counts of the whole batch (`Counts`), so that
-microbatches and shards of any composition add up to the same loss.
+gradient, or by distillation: the KL divergence from the clean stream's belief about the same token. All sums are over
+tokens that count, and are divided by the counts of the whole batch (`Counts`), so that microbatches and shards of any
+composition add up to the same loss.
 
 Letters in names: B batch, L tokens of a sequence (T = L + 1 with the first, which is context only), N windows,
 W tokens of a window, S = W + 1 slots, V vocabulary, M code elements, D width.
@@ -21,13 +22,14 @@ from evo_jax.batch import Batch
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
 from evo_jax.flow.bound import BITS_PER_NAT, Step, infer_clock, token_nll
-from evo_jax.flow.interface import Beliefs, Network, WindowInputs
+from evo_jax.flow.interface import Beliefs, Distillation, Network, Teacher, WindowInputs
 from evo_jax.flow.statistics import Mean, Measurement, Statistics
 from evo_jax.flow.warp import precision_at
 from evo_jax.flow.windows import (
   ERASURE,
   GAUSSIANS,
   LEARNED,
+  PARALLEL,
   RAGGED,
   STREAMS,
   WindowDraw,
@@ -37,6 +39,9 @@ from evo_jax.flow.windows import (
 )
 
 Metrics = dict[str, Mean]
+
+_FORBIDDEN = -1e9  # the logit of what is ruled out
+_TEACHER_TOKENS = 8  # of the clean stream's best ones, which the head scores in training beside a slot's candidates
 
 
 @flax.struct.dataclass
@@ -69,6 +74,7 @@ def training_loss(
   counts: Counts,
   config: config_lib.Loss,
   learned: bool = False,
+  clean_frozen: bool = False,
 ) -> tuple[tuple[jax.Array, jax.Array], Measurement, Metrics]:
   """The objective's two terms, and what was measured on the way.
 
@@ -80,12 +86,14 @@ def training_loss(
     counts: what the terms are divided by.
     config: the weights.
     learned: whether the network infers progression times (config.model.progression).
+    clean_frozen: whether nothing that the clean stream reads is trained: it then has no gradient, and its
+      cross-entropy, a metric alone, is 0 among the terms.
 
   Returns:
     (ar, window): weighted losses in nats per token; the terms of all parts of a batch are to be added up. A
     Measurement. And metrics in bits per token, unweighted: `bits` (autoregression; where nothing reads the clean
     stream, the windows' cross-entropy), `window_ce`, `window_bound`, `progression_kl`, and the cross-entropy on the
-    windows of each path.
+    windows of each path. With distillation, or windows on the path `parallel`, those of `_draft_metrics`.
   """
   chex.assert_rank(batch.tokens, 2)
   chex.assert_type(batch.tokens, int)
@@ -94,33 +102,45 @@ def training_loss(
   B, T = batch.tokens.shape
   N, W = draw.time.shape[1:]
   chex.assert_shape([draw.time, draw.time_next, draw.front], (B, N, W))
-  order = _reading_order(config, learned, whole=W == T - 1)
+  order = _reading_order(config, learned, clean_frozen, whole=W == T - 1)
+  fixed = jax.lax.stop_gradient if clean_frozen else lambda x: x
   # Looked up once for both streams: the gradient of a lookup is as large as the table.
-  x_BxTxD = net.embed_tokens(batch.tokens)
-  hidden_BxLxD, cache = _read_clean(net, batch, x_BxTxD) if order == "clean first" else (None, None)
+  x_BxTxD = fixed(net.embed_tokens(batch.tokens))
+  hidden_BxLxD, cache = fixed(_read_clean(net, batch, x_BxTxD)) if order == "clean first" else (None, None)
   nats_BxL = token_nll(net, hidden_BxLxD, batch.tokens, config.chunk) if learned else None
   scene = _Scene.of(net, statistics, batch, draw, config, hidden_BxLxD if learned else None, nats_BxL)
-  embed = functools.partial(_embed_windows, net, scene, draw, x_BxTxD, config)
+  slots = _slots_read(net, draw, order)
+  embed = functools.partial(_embed_windows, net, scene, draw, slots, x_BxTxD, config)
   if order == "joint":
     windows = embed(statistics.log_unigram_V)
     hidden_BxLxD, hidden = net.forward(x_BxTxD[:, :-1], _clean_segments(batch), windows, config.one_pass)
-    hidden_BxNxWxD = hidden[:, :, :-1]
+    hidden_BxNxWxD = _contexts(hidden, slots, draw, hidden_BxLxD)
   else:
-    hidden_BxNxWxD = _read_windows(net, cache, embed, statistics.log_unigram_V, draw, config)
+    clean = hidden_BxLxD, cache
+    hidden_BxNxWxD = _read_windows(net, clean, embed, slots, statistics.log_unigram_V, draw, config)
 
   step = scene.step(statistics, draw, config)
+  distilled = None
+  if hidden_BxLxD is not None and (config.distill or draw.drafts):
+    distilled = _distill(net, scene, batch, draw, hidden_BxNxWxD, hidden_BxLxD, config)
   clean = None if hidden_BxLxD is None or learned else (Beliefs(hidden_BxLxD), batch.tokens[:, 1:])
-  log_p_bound, log_p_ce, log_p_clean = _log_probs(net, scene, step, hidden_BxNxWxD, clean, config)
+  log_p_bound, log_p_ce, log_p_clean = _log_probs(
+    net, scene, step, hidden_BxNxWxD, clean, distilled, clean_frozen, config
+  )
   if log_p_clean is not None:
     nats_BxL = latents_lib.jump_nll(log_p_clean)
   expected = _expected_code(net, scene, hidden_BxNxWxD) if config.integrand == "rate" else None
   nats_BxNxW = jnp.where(scene.unknown, latents_lib.jump_nll(jnp.concatenate([log_p_bound[0], log_p_ce], axis=1)), 0.0)
-  window, path_nats, bound_nats = _window_sums(
-    scene, draw, step.nll(log_p_bound, expected), nats_BxNxW, config.bound_weight
-  )
-  ar = jnp.zeros(()) if nats_BxL is None else _sum_counted(nats_BxL, batch) / counts.tokens
+  head = None
+  if net.head_candidates and W > 1 and scene.bound < N:
+    head = _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config)
+  loss_nats = _loss_nats(scene, nats_BxNxW, distilled, head, config)
+  window, path_nats, bound_nats = _window_sums(scene, draw, step.nll(log_p_bound, expected), loss_nats, config)
+  ar = jnp.zeros(()) if nats_BxL is None or clean_frozen else _sum_counted(nats_BxL, batch) / counts.tokens
   measured = _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats)
-  metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats)
+  metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) | _draft_metrics(
+    scene, draw, distilled, head
+  )
   terms = config.ar_weight * ar, config.window_weight * window / counts.windows
   return terms, *jax.lax.stop_gradient((measured, metrics))
 
@@ -136,12 +156,13 @@ def _autoregression(net, batch, counts, config):
   return (ar, jnp.zeros(())), measured, jax.lax.stop_gradient(metrics)
 
 
-def _reading_order(config: config_lib.Loss, learned: bool, whole: bool) -> str:
+def _reading_order(config: config_lib.Loss, learned: bool, clean_frozen: bool, whole: bool) -> str:
   """How the streams are read: "windows alone", where windows are whole sequences and nothing trains the clean stream;
-  "clean first", where windows need more of the clean stream than its keys and values; "joint" otherwise."""
+  "clean first", where windows need more of the clean stream than its keys and values, or it has no gradient; "joint"
+  otherwise."""
   if config.ar_weight == 0 and whole:
     return "windows alone"
-  if learned or config.self_conditioning or config.clean_gradient != 1.0:
+  if clean_frozen or learned or config.self_conditioning or config.clean_gradient != 1.0:
     return "clean first"
   return "joint"
 
@@ -238,22 +259,49 @@ def _learned_times(net, draw, token_BxNxW, is_bound_N, hidden_BxLxD, nats_BxL):
   return at(draw.clock, draw.time), at(draw.clock_next, draw.time_next), jnp.where(on_path, kl, 0.0)
 
 
-def _embed_windows(net, scene, draw, x_BxTxD, config, prior_logits, previous_hidden=None) -> WindowInputs:
-  """The windows' slots, embedded. prior_logits, previous_hidden (B, N, W, D): as in `Evo.embed`."""
-  slots = with_anchor(scene.latent, scene.token_BxNxS[..., 0])
-  embeddings = gather_windows(x_BxTxD, draw.anchor, scene.latent.time.shape[-1])
+def _slots_read(net, draw, order) -> slice:
+  """Which of a window's slots, its anchor and its tokens, are computed: see config.window_slots."""
+  if order == "windows alone" or not net.reads_clean_anchor:
+    return slice(0, draw.time.shape[-1] + 1)
+  return slice(1, draw.time.shape[-1] + 1 - draw.all_unknown)
+
+
+def _embed_windows(net, scene, draw, slots, x_BxTxD, config, prior_logits, previous_hidden=None) -> WindowInputs:
+  """The windows' slots, embedded, those of the slice `slots`. prior_logits, previous_hidden (B, N, W, D): as in
+  `Evo.embed`."""
+  latent = with_anchor(scene.latent, scene.token_BxNxS[..., 0])
+  first, all_unknown = draw.anchor + slots.start, draw.all_unknown and slots.start > 0
+  take = lambda tree: jax.tree.map(lambda x: x[:, :, slots], tree)
+  latent = take(latent)
+  if all_unknown and previous_hidden is None:
+    x_D = net.embed_unknown(prior_logits, config.chunk)
+    x = jnp.broadcast_to(x_D, (*latent.time.shape, len(x_D)))
+    return WindowInputs(first, x, latent.time, all_unknown)
+  embeddings = take(gather_windows(x_BxTxD, draw.anchor, scene.latent.time.shape[-1]))
   if previous_hidden is not None:
     previous_hidden = jnp.pad(previous_hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
-    previous_hidden = scene.split(previous_hidden)
+    previous_hidden = scene.split(take(previous_hidden))
   codes = scene.codes_VxM, scene.fixed_codes_VxM
-  x = net.embed(scene.split(slots), codes, prior_logits, scene.split(embeddings), previous_hidden, config.chunk)
-  return WindowInputs(draw.anchor, jnp.concatenate(x, axis=1), slots.time)
+  x = net.embed(scene.split(latent), codes, prior_logits, scene.split(embeddings), previous_hidden, config.chunk)
+  return WindowInputs(first, jnp.concatenate(x, axis=1), latent.time, all_unknown)
 
 
-def _read_windows(net, cache, embed, log_unigram_V, draw, config):
+def _contexts(hidden, slots, draw, hidden_BxLxD):
+  """Hidden states (B, N, W, D) that are about the windows' tokens, from those of their slots (B, N, slots, D); where
+  the anchor has no slot, about the first token the clean stream's."""
+  W = draw.time.shape[-1]
+  if slots.start == 0:
+    return hidden[:, :, :W]
+  first = jnp.take_along_axis(hidden_BxLxD, draw.anchor[..., None], axis=1)
+  return jnp.concatenate([first[:, :, None], hidden[:, :, : W - 1]], axis=2)
+
+
+def _read_windows(net, clean, embed, slots, log_unigram_V, draw, config):
   """Hidden states (B, N, W, D) of the windows' tokens; under self-conditioning of a second pass that reads the first's
-  belief, in a share of the steps. embed: `_embed_windows` by prior and previous hidden states."""
-  read = lambda *prior: net.window(_scale_gradient(cache, config.clean_gradient), embed(*prior))[:, :, :-1]
+  belief, in a share of the steps. clean: the clean stream's hidden states and cache, or (None, None). embed:
+  `_embed_windows` by prior and previous hidden states."""
+  hidden_BxLxD, cache = _scale_gradient(*clean, config.clean_gradient)
+  read = lambda *prior: _contexts(net.window(cache, embed(*prior)), slots, draw, hidden_BxLxD)
   if not config.self_conditioning:
     return read(log_unigram_V)
   twice = draw.coin[0] < config.self_conditioning
@@ -263,32 +311,111 @@ def _read_windows(net, cache, embed, log_unigram_V, draw, config):
   return read(jnp.where(twice, 0.0, log_unigram_V), previous)
 
 
-def _scale_gradient(cache, scale):
-  """The clean stream's cache with the same values, bit for bit, and its gradient scaled."""
+def _scale_gradient(hidden_BxLxD, cache, scale):
+  """The clean stream's hidden states and cache with the same values, bit for bit, and their gradient scaled."""
   if scale == 1.0 or cache is None:
-    return cache
+    return hidden_BxLxD, cache
   through = lambda x: x + (scale - 1.0) * (x - jax.lax.stop_gradient(x))
-  return cache.replace(k=through(cache.k), v=through(cache.v))
+  return through(hidden_BxLxD), cache.replace(k=through(cache.k), v=through(cache.v))
 
 
-def _log_probs(net, scene, step, hidden_BxNxWxD, clean, config):
+def _distill(net, scene, batch, draw, hidden_BxNxWxD, hidden_BxLxD, config) -> Distillation:
+  """The beliefs of the windows that are not trained by the bound, (B, N - bound, W), beside the clean stream's."""
+  _, hidden = scene.split(hidden_BxNxWxD)
+  _, token = scene.split(scene.token_BxNxW)
+  _, latent = scene.split(scene.latent)
+  # Without any evidence there is none to add.
+  evidence = () if draw.all_unknown else (latent.y,)
+  student = Beliefs(hidden, evidence, scene.fixed_codes_VxM if evidence else None)
+  teacher = _teacher(scene, batch.tokens[:, 1:], draw, hidden_BxLxD)
+  return net.distillation(student, token, teacher, config.chunk)
+
+
+def _teacher(scene, token_BxL, draw, hidden_BxLxD) -> Teacher:
+  """The clean stream about the tokens of the windows that are not trained by the bound."""
+  index = draw.anchor[:, scene.bound :, None] + jnp.arange(draw.time.shape[-1])
+  return Teacher(jax.lax.stop_gradient(hidden_BxLxD), token_BxL, index)
+
+
+def _log_probs(net, scene, step, hidden_BxNxWxD, clean, distilled, clean_frozen, config):
   """Log-probabilities in nats of the true tokens, in one reading of the vocabulary: for the windows trained by the
   bound a tuple (before the step, and after it, by noise), for the others (B, N - bound, W), for the clean stream (B,
   L).
 
-  clean: beliefs about the clean stream's tokens, and the tokens; None: they are not asked for.
+  clean: beliefs about the clean stream's tokens, and the tokens; None: they are not asked for. distilled: what another
+  reading gave of the other windows, and of the clean stream, which is enough where it is frozen; None: nothing.
   """
   (hidden_bound, hidden_ce), (token_bound, token_ce) = map(scene.split, (hidden_BxNxWxD, scene.token_BxNxW))
   latent_bound, latent_ce = scene.split(scene.latent)
   ends = step.ends if config.integrand == "step" else ()
-  asked = [
-    (Beliefs(hidden_bound, (latent_bound.y, *ends), scene.codes_VxM), token_bound),
-    (Beliefs(hidden_ce, (latent_ce.y,), scene.fixed_codes_VxM), token_ce),
-  ]
-  if clean is not None:
+  asked = [(Beliefs(hidden_bound, (latent_bound.y, *ends), scene.codes_VxM), token_bound)]
+  if distilled is None:
+    asked.append((Beliefs(hidden_ce, (latent_ce.y,), scene.fixed_codes_VxM), token_ce))
+  if clean is not None and (distilled is None or not clean_frozen):
     asked.append(clean)
-  bound, (ce,), *rest = net.log_probs(*zip(*asked), config.chunk)
-  return bound, ce, rest[0][0] if rest else None
+  bound, *rest = net.log_probs(*zip(*asked), config.chunk)
+  ce = rest.pop(0)[0] if distilled is None else distilled.log_p
+  if rest:
+    return bound, ce, rest[0][0]
+  return bound, ce, None if clean is None else distilled.teacher_log_p_BxL
+
+
+@flax.struct.dataclass
+class _HeadTerms:
+  """What the head makes of the windows' tokens behind the first, (B, N - bound, W - 1), in nats: its loss, and, where
+  there is a teacher, the sum over the candidates of the smaller of both probabilities."""
+
+  nats: jax.Array
+  overlap: jax.Array | None
+
+
+def _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config) -> _HeadTerms:
+  """The head's term, on the best tokens of a slot by its own belief, the true token, and, for distillation, the clean
+  stream's best ones: the KL divergence from the clean stream's belief, cross-entropy, or both; each belief is
+  normalized over these tokens. The token before is the true one."""
+  _, (hidden, token) = scene.split((hidden_BxNxWxD, scene.token_BxNxW))
+  hidden, previous, token = hidden[:, :, 1:], token[..., :-1], token[..., 1:]
+  candidates = net.best_tokens(hidden, net.head_candidates, config.chunk)
+  count = candidates.shape[-1]
+  scored = [candidates, token[..., None]]
+  teacher = None
+  if distilled is not None:
+    teacher = _teacher(scene, None, draw, hidden_BxLxD)
+    teacher = teacher.replace(index=teacher.index[..., 1:])
+  if config.distill:
+    scored.append(teacher.gather(net.best_tokens(teacher.hidden_BxLxD, _TEACHER_TOKENS, config.chunk)))
+  scored = jnp.concatenate(scored, axis=-1)
+  again = jnp.any((scored[..., :, None] == scored[..., None, :]) & jnp.tri(scored.shape[-1], k=-1, dtype=bool), axis=-1)
+  only_once = lambda logits: jnp.where(again, _FORBIDDEN, logits)
+  logits = net.rescore(hidden, previous, scored, net.token_logits(hidden, scored))
+  log_q = jax.nn.log_softmax(only_once(logits), axis=-1)
+  nats, overlap = -jnp.sum(jnp.where((scored == token[..., None]) & ~again, log_q, 0.0), axis=-1), None
+  if teacher is not None:
+    of_teacher = jax.lax.stop_gradient(net.token_logits(teacher.gather(teacher.hidden_BxLxD), scored))
+    log_sum = teacher.gather(distilled.teacher_log_sum_BxL)[..., None]
+    q, p = jax.nn.softmax(logits[..., :count], axis=-1), jnp.exp(of_teacher - log_sum)[..., :count]
+    overlap = jnp.sum(jnp.minimum(q, p), axis=-1)
+  if config.distill:
+    log_p = jax.nn.log_softmax(only_once(of_teacher), axis=-1)
+    kl = jnp.sum(jnp.where(again, 0.0, jnp.exp(log_p) * (log_p - log_q)), axis=-1)
+    nats = config.distill * kl + (1.0 - config.distill) * nats
+  return _HeadTerms(nats, overlap)
+
+
+def _loss_nats(scene, nats_BxNxW, distilled, head, config):
+  """The loss (B, N - bound, W) in nats of tokens of the windows that are not trained by the bound: what the network
+  is trained by of unknown ones, weighted by their place in the window."""
+  nats, unknown = nats_BxNxW[:, scene.bound :], scene.unknown[:, scene.bound :]
+  W = nats.shape[-1]
+  if config.distill:
+    nats = (1.0 - config.distill) * nats + config.distill * jnp.where(unknown, distilled.kl, 0.0)
+  if head is not None:
+    uninformed = scene.latent.time[:, scene.bound :, 1:] >= 1.0  # the head knows of no evidence
+    nats += config.head_weight * jnp.pad(jnp.where(uninformed, head.nats, 0.0), ((0, 0), (0, 0), (1, 0)))
+  if config.position_decay:
+    weights = jnp.exp(-jnp.arange(W) / config.position_decay)
+    nats = nats * (weights / jnp.mean(weights))
+  return nats
 
 
 def _expected_code(net, scene, hidden_BxNxWxD):
@@ -299,13 +426,13 @@ def _expected_code(net, scene, hidden_BxNxWxD):
   return latents_lib.expected_code(log_belief, scene.codes_VxM)
 
 
-def _window_sums(scene, draw, step_nats, nats_BxNxW, bound_weight):
+def _window_sums(scene, draw, step_nats, loss_nats, config):
   """The windows' loss, summed over windows, in nats per token of a window; and of the windows trained by the bound
   (B, bound) the NLL bounds of their paths without and with importance weights and KL, in nats per token that counts.
 
-  step_nats: (B, bound, W) NLL of the bound's steps. nats_BxNxW: cross-entropies of unknown tokens.
+  step_nats: (B, bound, W) NLL of the bound's steps. loss_nats: `_loss_nats` of the others' tokens.
   """
-  W = nats_BxNxW.shape[-1]
+  W = loss_nats.shape[-1]
   steps, weight = draw.steps[:, : scene.bound], draw.weight[:, : scene.bound]
   share = 1.0 if scene.counted is None else jnp.maximum(jnp.mean(scene.counted[:, : scene.bound], axis=-1), 1.0 / W)
   # A single step stands for the whole path.
@@ -319,8 +446,9 @@ def _window_sums(scene, draw, step_nats, nats_BxNxW, bound_weight):
   # On streams the bound asks only for what the next pass commits; half of the weight stays with all, for more signal.
   front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
   weights = jnp.where((draw.path == STREAMS)[..., None], 0.5 * (weights + front), weights)
-  ce_nats = jnp.sum(scene.mask(nats_BxNxW) * weights, axis=-1)[:, scene.bound :]
-  total = bound_weight * jnp.sum(bound_nats) + jnp.sum(ce_nats)
+  if scene.counted is not None:
+    loss_nats = loss_nats * scene.counted[:, scene.bound :]
+  total = config.bound_weight * jnp.sum(bound_nats) + jnp.sum(loss_nats * weights[:, scene.bound :])
   return total, path_nats / share, bound_nats / share
 
 
@@ -360,4 +488,32 @@ def _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) -> Metrics:
     metrics["progression_kl"] = mean(scene.kl, scene.mask(on_path))
   for i, name in enumerate(config_lib.TRAIN_PATHS):
     metrics[f"ce_{name}"] = mean(nats_BxNxW, scene.mask(unknown & (draw.path == i)[..., None]))
+  return metrics
+
+
+def _draft_metrics(scene, draw, distilled, head) -> Metrics:
+  """How well windows draft, of those that are not trained by the bound. Their first token does not count: when tokens
+  are verified it comes free. None without a teacher.
+
+  window_kl: the KL divergence from the clean stream's belief to the window's, in bits per unknown token.
+  head_loss: the head's term, in bits per token of which nothing is known.
+  draft_accept: of windows on the path `parallel`, sum_k prod_{j <= k} (1 - TV_j), with the total variation between the
+    clean stream's belief about token j and what it is drafted from: how many drafted tokens rejection sampling accepts
+    at temperature 1, in expectation over drafts from windows that have read the text, not the drafts, so far. Drafts
+    are from the head, among a slot's candidates; without one from the window's belief, for which the vocabulary must
+    not be read in chunks.
+  """
+  if distilled is None:
+    return {}
+  time = scene.latent.time[:, scene.bound :, 1:]
+  counted = jnp.ones_like(time) if scene.counted is None else scene.counted[:, scene.bound :, 1:]
+  metrics = {"window_kl": Mean.of(distilled.kl[..., 1:] * BITS_PER_NAT, counted * (time > 0.0))}
+  overlap = None if distilled.overlap is None else distilled.overlap[..., 1:]
+  if head is not None:
+    metrics["head_loss"] = Mean.of(head.nats * BITS_PER_NAT, counted * (time >= 1.0))
+    overlap = head.overlap
+  if draw.drafts and overlap is not None:
+    accepted = jnp.sum(jnp.cumprod(overlap, axis=-1), axis=-1)
+    on_path = (draw.path == PARALLEL)[:, scene.bound :] & jnp.all(counted > 0, axis=-1)
+    metrics["draft_accept"] = Mean.of(accepted, on_path)
   return metrics

@@ -220,7 +220,7 @@ def make_policy(
   name, number = schedules.parse_path(path)
   if name == "ar":
     return None
-  if name in ("diagonal", "rolling", "streams", "staircase"):
+  if name in ("diagonal", "rolling", "streams", "staircase", "scaffold"):
     times = schedules.time_grid(path, tokens, rolling_width, s)
     return TimeGrid(jnp.pad(times, [(0, max(most + 1 - len(times), 0)), (0, 0)]))
   if name == "learned":

@@ -10,6 +10,7 @@ falls linearly, and is known after `width`:
     independent   starts drawn at random, width r: tokens in any order and at any distance
     staircase     start i / T, width 1 / T, on a grid of T steps: plain jumps one after another, autoregression
     streams       n staircases side by side, one in each n-th of the window: tokens that jump together are far apart
+    scaffold      the diagonal to some t in K passes, then n staircases: tokens that jump read evidence ahead of them
 
 A learned clock gives each token a delay m and a sharpness b instead: t_i(s) = sigmoid(b_i (m_i - logit s)). m = 0 and
 b = 1 is the diagonal; a large b is a jump, at the clock's time sigmoid(m).
@@ -31,8 +32,9 @@ _TOKENS = ("left", "certain", "streams")  # name:n, n tokens per pass
 # name:threshold, and its largest value
 LIMITS = {"entropy": 64.0, "confidence": 1.0, "maturity": 1.0, "spread": 64.0, "error": 64.0}
 _FORMS = "ar, staircase, " + ", ".join(
-  [f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] + [f"{n}:threshold" for n in LIMITS]
+  [f"{n}:K" for n in _PASSES] + [f"{n}:n" for n in _TOKENS] + ["scaffold:K:n:t"] + [f"{n}:threshold" for n in LIMITS]
 )
+_SCAFFOLD_TIME = 0.5  # t at the scaffold's end where a path's name does not say
 MOST = 65_536  # passes of a window, or tokens of a pass, that a path's name can ask for
 END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
 
@@ -76,8 +78,10 @@ def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.A
 def parse_path(path: str) -> tuple[str, float]:
   """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none. Raises UserError."""
   name, colon, text = path.strip().partition(":")
-  if name not in ("ar", "staircase", *_PASSES, *_TOKENS, *LIMITS):
+  if name not in ("ar", "staircase", "scaffold", *_PASSES, *_TOKENS, *LIMITS):
     raise UserError(f"path {path!r}: not one of {_FORMS}")
+  if name == "scaffold":
+    return name, parse_scaffold(path)[0]
   if name in ("ar", "staircase"):
     if colon:
       raise UserError(f"path {path!r}: {name} takes no number")
@@ -98,10 +102,31 @@ def parse_path(path: str) -> tuple[str, float]:
   return name, number
 
 
+def parse_scaffold(path: str) -> tuple[int, int, float]:
+  """Of 'scaffold:K:n:t' K, the passes of the scaffold, n, the tokens of a later pass, and t, where the scaffold ends.
+
+  n may be left out (1), and t (0.5). Raises UserError.
+  """
+  form = re.fullmatch(r"scaffold:([1-9][0-9]{0,9})(?::([1-9][0-9]{0,9}))?(?::(0?\.[0-9]+))?", path.strip())
+  passes, streams, time = (form and form[i] for i in (1, 2, 3))
+  result = int(passes or 0), int(streams or 1), float(time or _SCAFFOLD_TIME)
+  if not 1 <= result[0] <= MOST or result[1] > MOST or result[2] <= 0.0:
+    raise UserError(
+      f"path {path!r}: needs a number of passes from 1 to {MOST}, then may have one of tokens per pass, and a t "
+      "below 1, as in scaffold:4, scaffold:4:2 or scaffold:4:2:0.5"
+    )
+  return result
+
+
 def time_grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None = None) -> jax.Array:
-  """Times (K+1, T) float32 of a path's K passes (diagonal:K, rolling:K, streams:n, staircase): row k before pass k, the
-  last row all zero. s: (K+1,) the clock of diagonal and rolling, from 0 to 1; None: even steps."""
+  """Times (K+1, T) float32 of a path's K passes (diagonal:K, rolling:K, streams:n, staircase, scaffold:K:n:t), row k
+  before pass k, the last row all zero. s: (K+1,) the clock of diagonal and rolling, from 0 to 1; None: even steps."""
   name, steps = parse_path(path)
+  if name == "scaffold":
+    steps, streams, end = parse_scaffold(path)
+    down = 1.0 - (1.0 - end) * jnp.arange(steps) / steps
+    rest = time_grid(f"streams:{streams}", tokens, rolling_width)
+    return jnp.concatenate([jnp.broadcast_to(down[:, None], (steps, tokens)), end * rest])
   if name in ("staircase", "streams"):  # exact, where the clock's division would round
     length = -(-tokens // max(steps, 1))
     return (jnp.arange(tokens)[None, :] % length >= jnp.arange(length + 1)[:, None]).astype(jnp.float32)

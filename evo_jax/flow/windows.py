@@ -14,8 +14,8 @@ from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
 from evo_jax.flow.warp import Warp, precision_at
 
-LEARNED, STAIRCASE, STREAMS, ERASURE, RAGGED = (
-  config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "streams", "erasure", "ragged")
+LEARNED, STAIRCASE, STREAMS, ERASURE, RAGGED, PARALLEL = (
+  config_lib.TRAIN_PATHS.index(name) for name in ("learned", "staircase", "streams", "erasure", "ragged", "parallel")
 )
 GAUSSIANS = len(config_lib.GAUSSIAN_PATHS)  # paths of a lower index have partial evidence
 
@@ -38,6 +38,8 @@ class WindowDraw:
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
   delay_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
   coin: jax.Array  # (B,) in [0, 1), all the same: decides on self-conditioning
+  drafts: bool = flax.struct.field(pytree_node=False, default=False)  # whether some windows are on the path parallel
+  all_unknown: bool = flax.struct.field(pytree_node=False, default=False)  # whether all are
 
 
 def draw_windows(
@@ -94,6 +96,8 @@ def draw_windows(
     step_noise=noise[:, N:],
     delay_noise=jax.random.normal(keys[4], (batch, N, W)),
     coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)),
+    drafts=mixture.parallel > 0,
+    all_unknown=mixture.all_unknown and not bound_windows,
   )
 
 
@@ -151,6 +155,7 @@ def _times(mixture, path, s, clock, clock_next, uniform_BxNxW, steps_u, stream_l
     "streams": in_stream >= reached,
     "erasure": _erased(mixture, s, uniform_BxNxW),
     "ragged": _ragged(s, uniform_BxNxW, steps_u),
+    "parallel": jnp.ones(uniform_BxNxW.shape, bool),
   }
 
   def times(clock):

@@ -35,12 +35,32 @@ class Visibility:
   def runs(self, begin: int, end: int) -> "Visibility":
     """Of some of the runs."""
     part = lambda x: x if x is None or x.shape[1] == 1 else x[:, begin:end]
-    return self.replace(stop_BxNxS=part(self.stop_BxNxS), start_BxNxS=part(self.start_BxNxS))
+    own = part(self.own_NxSxT) if self.masks_by_text else self.own_NxSxT
+    return self.replace(stop_BxNxS=part(self.stop_BxNxS), start_BxNxS=part(self.start_BxNxS), own_NxSxT=own)
+
+  @property
+  def masks_by_text(self) -> bool:
+    """Whether each text of the batch has a mask of its own for the slots of a run."""
+    return self.own_NxSxT is not None and self.own_NxSxT.ndim == 4
 
   def slots(self, begin: int, end: int) -> "Visibility":
     """Of some of the slots of each run."""
     part = lambda x: x if x is None else x[..., begin:end]
     return self.replace(stop_BxNxS=part(self.stop_BxNxS), start_BxNxS=part(self.start_BxNxS))
+
+
+def informed_slots(time: jax.Array, position: jax.Array) -> jax.Array:
+  """(..., S, S) bool: which slots of its window each slot sees, if it is to be informed by what is known alone.
+
+  A slot at t = 0 sees those at t = 0 up to itself, as in the clean stream: behind the known tokens before it, its keys
+  and its output are the clean stream's. One at t > 0 sees all up to itself, and of those behind it the ones that carry
+  information, t < 1: what it gives does not depend on how many unknown ones follow.
+
+  time, position: (..., S) progressions and positions of the slots.
+  """
+  up_to = position[..., None, :] <= position[..., :, None]
+  known = time <= 0.0
+  return jnp.where(known[..., :, None], up_to & known[..., None, :], up_to | (time < 1.0)[..., None, :])
 
 
 def attend_plain(
@@ -133,8 +153,7 @@ def attend(
   if causal and kind == "cudnn" and start is None:
     kernel = layout.per_device(kernels.library_causal, (heads,) * 3, heads)
     return checkpoint_name(kernel(q[:, :, :, 0], *past)[:, :, :, None], "attention")
-  shared_mask = visibility.own_NxSxT is not None and visibility.own_NxSxT.ndim < 4  # windows, not one text's slots
-  if kind == "splash" and past is not None and own is not None and shared_mask:
+  if kind == "splash" and past is not None and own is not None and not visibility.masks_by_text:
     kernel = layout.per_device(
       lambda *args: kernels.splash_windows(*args, interpret=interpret), (heads, heads, rows, rows, heads, ()), heads
     )

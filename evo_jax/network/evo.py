@@ -4,13 +4,15 @@ The clean stream is an ordinary causal Transformer over tokens at t = 0: the out
 logits c of token j + 1, its cross-entropy is autoregression's, its keys and values are final. A window is a run of
 slots: a clean anchor token and, after it, tokens with any t each. Its slots see the clean stream before the anchor and
 each other in both directions, and slot j's output gives c for slot j + 1. The parameters are the same; what t adds
-vanishes at t = 0, so that a clean slot is a token of an ordinary Transformer.
+vanishes at t = 0, so that a clean slot is a token of an ordinary Transformer. Windows may have parameters of their own
+beside those (`adapters`), and attention by which a known slot is the clean stream's, too (config.model.window_*).
 
 Letters in names: B batch, L clean positions, N windows, S slots of a run, T = N S, D width, V vocabulary (rows of the
 tables), K heads for keys and values, E elements of a head, M code elements, R rank of the time conditioning.
 """
 
 import dataclasses
+import fnmatch
 import functools
 
 import flax.linen as nn
@@ -19,14 +21,16 @@ import jax.numpy as jnp
 
 from evo_jax import config as config_lib
 from evo_jax.flow import latents as latents_lib
-from evo_jax.flow.interface import Beliefs, WindowInputs
-from evo_jax.network import clocks, rotary, vocabulary
-from evo_jax.network.attention import KeysValues, Visibility
+from evo_jax.flow.interface import Beliefs, Distillation, Teacher, WindowInputs
+from evo_jax.network import adapters, clocks, rotary, vocabulary
+from evo_jax.network.attention import KeysValues, Visibility, informed_slots
 from evo_jax.network.transformer import Block, CacheWrite, KVCache, Stream, parameter, remat_policy, rms_norm
 from evo_jax.parallel.sharding import Layout
 
 _FREQUENCIES = 16  # of the time's cosine features
 _TABLE = ("vocab", "embed")  # logical axes of the tables
+# Patterns of the names of windows' own parameters: the clean stream reads none of them.
+_OF_WINDOWS = ("window_*", "time_in", "time_out", "w_time", "codes", "clock_*")
 
 
 class Evo(nn.Module):
@@ -77,6 +81,13 @@ class Evo(nn.Module):
       heads = {name: param(name, *shape) for name, shape in clocks.parameter_shapes(D).items()}
       self.clock_prior_params = tuple(heads[name] for name in clocks.PRIOR)
       self.clock_posterior_params = tuple(heads[name] for name in clocks.POSTERIOR)
+    if c.window_unknown:
+      self.window_unknown_D = parameter(
+        self, self.layout, "window_unknown", nn.initializers.zeros, (D,), ("norm",), c.param_dtype, c.dtype
+      )
+    if c.window_head:
+      head = {name: param(name, *shape) for name, shape in adapters.head_shapes(c).items()}
+      self.window_head_params = tuple(head[name] for name in adapters.HEAD)
     self._setup_layers()
 
   def _setup_layers(self):
@@ -96,6 +107,17 @@ class Evo(nn.Module):
       in_axes=(0, *(nn.broadcast,) * 2),
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, self.layout)
+
+  @property
+  def reads_clean_anchor(self) -> bool:
+    """Whether windows may read the anchor's keys in the clean stream, instead of having a slot for it."""
+    return self.config.window_attention == "informed"
+
+  @property
+  def head_candidates(self) -> int:
+    """How many of a slot's best tokens the head that sees the draft token before scores (`rescore`); 0: there is no
+    such head."""
+    return min(self.config.window_candidates, self.vocab_size) if self.config.window_head else 0
 
   def codes(self) -> jax.Array:
     """(V, M) float32: unit codes of the tokens."""
@@ -158,12 +180,18 @@ class Evo(nn.Module):
         `uncached` slots enter it at the positions first[b], first[b] + 1, ... before anything is read.
       x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their positions in the text.
       stop_BxS: a slot sees the past before this position.
-      visible_BxSxT: which of the slots behind the uncached ones a slot sees; None: there are none.
+      visible_BxSxT: which of the slots behind the uncached ones a slot sees, of those that model.window_attention lets
+        it see; None: there are none.
     """
     one_run = lambda x: None if x is None else x[:, None]
+    time = unknown = None
+    if time_BxS is not None:
+      time, unknown = self.time_conditioning(time_BxS), time_BxS[:, uncached:] > 0.0
+    if visible_BxSxT is not None and self.reads_clean_anchor:
+      informed = informed_slots(time_BxS[:, uncached:], position_BxS[:, uncached:])
+      visible_BxSxT &= jnp.pad(informed, ((0, 0), (uncached, 0), (0, 0)))
     visibility = Visibility(one_run(stop_BxS), None, one_run(visible_BxSxT))
-    time = None if time_BxS is None else self.time_conditioning(time_BxS)
-    stream = Stream(self._angles(position_BxS[:, None]), visibility, time)
+    stream = Stream(self._angles(position_BxS[:, None]), visibility, time, unknown, uncached)
     x, cache = self._layers(x_BxSxD, past, (stream,), CacheWrite(first_B, uncached) if uncached else None)
     return x, cache if uncached else past
 
@@ -177,12 +205,17 @@ class Evo(nn.Module):
     return Stream(self._angles(position), Visibility(position[None, None] + 1, start), None)
 
   def _window_stream(self, windows: WindowInputs, has_past: bool, start_BxL: jax.Array | None) -> Stream:
-    anchor_BxN, S = windows.anchor_BxN, windows.time_BxNxS.shape[2]
+    first_BxN, S = windows.first_BxN, windows.time_BxNxS.shape[2]
     # An anchor that begins a document sees nothing before it.
-    start = None if start_BxL is None else jnp.take_along_axis(start_BxL, anchor_BxN, axis=1)[..., None]
-    visibility = Visibility(anchor_BxN[..., None] if has_past else None, start, jnp.ones((S, S), bool))
+    start = None if start_BxL is None else jnp.take_along_axis(start_BxL, first_BxN, axis=1)[..., None]
+    own, unknown = jnp.ones((S, S), bool), None
+    if not windows.all_unknown:
+      unknown = windows.time_BxNxS.reshape(len(first_BxN), -1) > 0.0
+    if self.reads_clean_anchor:
+      own = jnp.tri(S, dtype=bool) if windows.all_unknown else informed_slots(windows.time_BxNxS, jnp.arange(S))
+    visibility = Visibility(first_BxN[..., None] if has_past else None, start, own)
     time = _flatten_runs(self.time_conditioning(windows.time_BxNxS))
-    return Stream(self._angles(anchor_BxN[..., None] + jnp.arange(S)), visibility, time)
+    return Stream(self._angles(first_BxN[..., None] + jnp.arange(S)), visibility, time, unknown)
 
   def _angles(self, positions: jax.Array) -> rotary.Angles:
     return rotary.rotary_angles(positions, rotary.frequencies(self.config))
@@ -210,6 +243,44 @@ class Evo(nn.Module):
     give them."""
     beliefs = tuple(b.replace(hidden=self._final_norm(b.hidden)) for b in beliefs)
     return vocabulary.log_probs(chunk, self.table_layout, beliefs, tokens, self._head(), self._bias())
+
+  def distillation(self, student: Beliefs, tokens: jax.Array, teacher: Teacher, chunk: int = 0) -> Distillation:
+    """Beliefs about tokens (B, ...) beside the clean stream's: `vocabulary.distillation`, with hidden states as the
+    streams give them. The teacher receives no gradient."""
+    student = student.replace(hidden=self._final_norm(student.hidden))
+    teacher = teacher.replace(hidden_BxLxD=self._final_norm(teacher.hidden_BxLxD))
+    return vocabulary.distillation(chunk, self.table_layout, student, tokens, teacher, self._head(), self._bias())
+
+  def best_tokens(self, hidden: jax.Array, count: int, chunk: int = 0) -> jax.Array:
+    """(..., count) int32: the tokens with the highest logits of hidden states (..., D), the best first; all tokens
+    where there are no more than `count`."""
+    normed = self._final_norm(hidden)
+    return vocabulary.best_tokens(chunk, self.table_layout, normed, self._head(), self._bias(), count)
+
+  def token_logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """(..., C) float32 context logits of some tokens (..., C) by hidden states (..., D). The table receives no
+    gradient."""
+    return self._score_rows(self._final_norm(hidden), tokens)
+
+  def rescore(
+    self, hidden: jax.Array, previous_token: jax.Array, candidates: jax.Array, logits: jax.Array
+  ) -> jax.Array:
+    """Logits (..., C) float32 of a slot's candidates (..., C), given the draft token before it (...).
+
+    hidden: (..., D), as the window's slot gave it; logits: (..., C), the candidates' by it alone. Before training they
+    do not change. A shift of the hidden state, scored on the candidates' rows of the table alone.
+    """
+    token = self._unit_rms(self.embed_tokens(previous_token)).astype(hidden.dtype)
+    change = adapters.head_change(self.window_head_params, token, self._final_norm(hidden))
+    return logits + self._score_rows(change, candidates)
+
+  def _score_rows(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """(..., C) float32: products of vectors (..., D) with the tokens' (..., C) rows of the table."""
+    table = (
+      self.lookup_VxD if self.head_VxD is None else self.table_layout.gather(self.head_VxD, _TABLE, self.config.dtype)
+    )
+    rows = jax.lax.stop_gradient(self._constrained(table)[tokens])
+    return jnp.einsum("...cd,...d->...c", rows, hidden, preferred_element_type=jnp.float32)
 
   def _final_norm(self, hidden: jax.Array) -> jax.Array:
     return rms_norm(hidden, self.final_norm, self.config.norm_epsilon, self.config.norm_casts_first)
@@ -256,11 +327,22 @@ class Evo(nn.Module):
     beliefs = tuple(Beliefs(h, (latent.y,), c) for h, latent, c in zip(hidden, latents, codes))
     table = self._constrained(self.embedding_VxD)
     soft = vocabulary.expectations(chunk, self.table_layout, beliefs, table, head, prior_logits + self._bias())
+    if self.config.window_unknown:
+      unknown_D = self.window_unknown_D.astype(jnp.float32)
+      soft = tuple(y + latent.time[..., None] * unknown_D for latent, y in zip(latents, soft))
     if embeddings is None:
       embeddings = tuple(self.embed_tokens(latent.token) for latent in latents)
     return tuple(
       jnp.where(latent.known[..., None], x, y.astype(x.dtype)) for latent, x, y in zip(latents, embeddings, soft)
     )
+
+  def embed_unknown(self, prior_logits: jax.Array, chunk: int = 0) -> jax.Array:
+    """(D,): the soft input of a slot at t = 1 under the prior (V,), which is the same for all such slots."""
+    none = jnp.zeros((1, self.config.code_dim))
+    latent = latents_lib.Latent(none, jnp.ones(1), jnp.zeros(1, jnp.int32))
+    codes = jax.lax.stop_gradient(self.codes())
+    (x,) = self.embed((latent,), (codes,), prior_logits, chunk=chunk)
+    return x[0]
 
   def clock_prior(
     self, hidden_BxNxD: jax.Array, size: int, passes_BxN: jax.Array
@@ -323,6 +405,11 @@ def unstack_layers(params: dict) -> dict:
   layers = jax.tree.leaves(params["blocks"])[0].shape[0]
   rest = {name: value for name, value in params.items() if name != "blocks"}
   return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)}
+
+
+def is_of_windows(path: tuple[str, ...]) -> bool:
+  """Whether a parameter, by its path, is windows' own: whatever it is, the clean stream computes the same."""
+  return any(fnmatch.fnmatchcase(name, pattern) for name in path for pattern in _OF_WINDOWS)
 
 
 @functools.lru_cache

@@ -1,7 +1,8 @@
 """The Transformer block (RMSNorm, rotary grouped-query attention, SwiGLU, as in Llama), for one or two streams.
 
 Slots at t > 0 are modulated by adaptive normalisation as in DiT (Peebles & Xie, 2023; adaLN-zero), through a factor of
-low rank that is zero at t = 0: there the block is an ordinary Transformer's.
+low rank that is zero at t = 0: there the block is an ordinary Transformer's. They may also have parameters of their own
+(`adapters`).
 
 Letters in names: B batch, L clean positions, N runs (windows), S slots of a run, T slots of all runs in one axis,
 D width, H heads, K heads for keys and values, G = H / K queries that share them, J = G + 2 (queries, key, value),
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import config as config_lib
-from evo_jax.network import attention
+from evo_jax.network import adapters, attention
+from evo_jax.network.adapters import WindowRows
 from evo_jax.network.attention import KeysValues, Visibility
 from evo_jax.network.rotary import Angles, apply_rotary
 from evo_jax.parallel.sharding import Layout
@@ -46,12 +48,15 @@ class Stream:
 
   angles: `rotary.rotary_angles` of their positions, whose shape tells N and S; visibility: which keys they see; without
   slots of their own run it is the clean stream, or clean slots that continue it; time_BxTxR: the time conditioning,
-  T = N S; None: t is 0.
+  T = N S; None: t is 0, of slots that belong to no window. unknown_BxT: bool, which slots are at t > 0; None: all.
+  clean: the first so many slots belong to no window; their t is 0.
   """
 
   angles: Angles
   visibility: Visibility
   time_BxTxR: jax.Array | None
+  unknown_BxT: jax.Array | None = None
+  clean: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def runs(self) -> int:
@@ -138,6 +143,13 @@ class Block(nn.Module):
     self.w_up_DxF = weight("w_up", (D, F), ("embed", "mlp"), D)
     self.w_down_FxD = weight("w_down", (F, D), ("mlp", "embed"), F, out)
     self.w_time_Rx6xD = param("w_time", nn.initializers.zeros, (c.time_dim, 6, D), ("time", None, "embed"))
+    if c.window_twins:
+      axes = ("embed", "kv_heads", None, "head_dim")
+      self.window_qkv_DxKxJxE = param("window_qkv", lambda *_: self.w_qkv_DxKxJxE, (D, K, J, E), axes)
+    self.low_rank = {
+      name: param(name, nn.initializers.truncated_normal(std) if std else nn.initializers.zeros, shape, axes)
+      for name, (shape, axes, std) in adapters.low_rank_shapes(c).items()
+    }
 
   def __call__(
     self, x_BxTxD: jax.Array, past: KeysValues | None, streams: tuple[Stream, ...], write: CacheWrite | None
@@ -149,18 +161,32 @@ class Block(nn.Module):
     pad the last two. past: keys and values of the clean stream; None: there are none, or the first of two streams is
     the clean one, which the second reads. write: clean slots that enter `past` first.
     """
-    modulation = self._modulation(streams)
+    modulation, windows = self._modulation(streams), _window_rows(streams)
     h = self._normed(x_BxTxD, self.attention_norm, modulation, _ATTENTION)
-    y, cache = self._attention(h, past, streams, write)
+    y, cache = self._attention(h, past, streams, write, windows)
     x = x_BxTxD + _gated(y, modulation, _ATTENTION)
     h = self._normed(x, self.mlp_norm, modulation, _MLP)
     # The gate's gradient needs what it scales. It is kept where anything is: else the product of all slots would be
     # recomputed for it.
-    x = x + _gated(self._mlp(h), modulation, _MLP, name="mlp_out")
+    x = x + _gated(self._mlp(h, windows), modulation, _MLP, name="mlp_out")
     return self.layout.constrain(x, "batch", "slots", "width"), cache if len(streams) == 1 else None
 
   def _linear(self, x, weight, inputs=1):
     return linear(x, weight, inputs, self.layout.flattens_products)
+
+  def _project_low(self, windows, x, name, inputs=1):
+    """Of each group of windows' rows x times the first factor NAME_a, (B, rows, R), zero at t = 0; none without a
+    rank."""
+    if not self.low_rank:
+      return []
+    down = self.low_rank[f"window_{name}_a"]
+    return [(rows, rows.gate(self._linear(rows.take(x), down, inputs))) for rows in windows]
+
+  def _add_low_rank(self, y, low, name):
+    """y with the windows' rows changed by their `_project_low` times the second factor NAME_b."""
+    for rows, z in low:
+      y = rows.add(y, self._linear(z, self.low_rank[f"window_{name}_b"]))
+    return y
 
   def _modulation(self, streams):
     """By conditioned stream (begin, end, the six parts (B, end - begin, D)) of the slots from begin to end."""
@@ -177,11 +203,11 @@ class Block(nn.Module):
     x = rms_norm(x, norm, self.config.norm_epsilon, self.config.norm_casts_first)
     return _add_to_slots(x, modulation, lambda x, parts: x * parts[first + 1] + parts[first])
 
-  def _attention(self, h, past, streams, write):
+  def _attention(self, h, past, streams, write, windows):
     B, T, _ = h.shape
     ends = np.cumsum([s.runs * s.slots for s in streams])[:-1]
     angles = tuple(map(_concatenate_angles, zip(*(s.angles for s in streams))))
-    qk, v = self._project(h, angles)
+    qk, v = self._project(h, angles, windows)
     parts = zip(streams, jnp.split(qk[:, :, :-1], ends, 3), jnp.split(qk[:, :, -1], ends, 2), jnp.split(v, ends, 2))
     outputs, cache = [], None
     for stream, q, key, value in parts:
@@ -202,12 +228,16 @@ class Block(nn.Module):
       outputs.append(y.reshape(q.shape))
     y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     y = y.transpose(0, 3, 1, 2, 4).reshape(B, T, self.config.heads, -1)
-    return self._linear(y, self.w_o_HxExD, 2), cache
+    out = self._add_low_rank(self._linear(y, self.w_o_HxExD, 2), self._project_low(windows, y, "o", 2), "o")
+    return out, cache
 
-  def _project(self, h, angles):
+  def _project(self, h, angles, windows):
     """Rotated queries and key (B, K, G + 1, T, E), and the value (B, K, T, E)."""
     c = self.config
     qkv = self._linear(h, self.w_qkv_DxKxJxE)
+    for rows in windows if c.window_twins else ():
+      qkv = rows.replace(qkv, self._linear(rows.take(h), self.window_qkv_DxKxJxE))
+    qkv = self._add_low_rank(qkv, self._project_low(windows, h, "qkv"), "qkv")
     if c.qkv_bias:
       qkv = qkv + self.b_qkv_KxJxE.astype(qkv.dtype)
     qkv = self.layout.constrain(qkv, "batch", "slots", "kv_heads", None, "head_dim")
@@ -220,12 +250,26 @@ class Block(nn.Module):
       return apply_rotary(qk, angles, self.layout.rotates_by_product), v
     return checkpoint_name(apply_rotary(qk, angles, self.layout.rotates_by_product), "qkv"), v
 
-  def _mlp(self, h):
+  def _mlp(self, h, windows):
+    low = self._project_low(windows, h, "mlp")
     gate, up = (
-      checkpoint_name(self.layout.constrain(self._linear(h, w), "batch", "slots", "mlp"), name)
+      checkpoint_name(
+        self.layout.constrain(self._add_low_rank(self._linear(h, w), low, name), "batch", "slots", "mlp"), name
+      )
       for name, w in (("gate", self.w_gate_DxF), ("up", self.w_up_DxF))
     )
-    return self._linear(nn.silu(gate) * up, self.w_down_FxD)
+    hidden = nn.silu(gate) * up
+    return self._add_low_rank(self._linear(hidden, self.w_down_FxD), self._project_low(windows, hidden, "down"), "down")
+
+
+def _window_rows(streams: tuple[Stream, ...]) -> list[WindowRows]:
+  """The rows of all windows' slots."""
+  ends = np.cumsum([s.runs * s.slots for s in streams])
+  return [
+    WindowRows(int(end) - s.runs * s.slots + s.clean, int(end), s.unknown_BxT)
+    for s, end in zip(streams, ends)
+    if s.time_BxTxR is not None and s.clean < s.runs * s.slots
+  ]
 
 
 def _gated(y, modulation, first, name=None):

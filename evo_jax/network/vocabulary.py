@@ -1,4 +1,4 @@
-"""Blockwise softmax over the vocabulary: log-probabilities of tokens, and expectations under beliefs.
+"""Blockwise softmax over the vocabulary: log-probabilities of tokens, expectations under beliefs, distillation.
 
 Sums over the vocabulary are accumulated chunk by chunk, as attention's are over keys (FlashAttention, Dao et al.,
 2022), so that logits are in memory for one chunk of the vocabulary alone; the backward pass recomputes them. In chunks
@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from evo_jax.flow.interface import Beliefs, outer_sum
+from evo_jax.flow.interface import Beliefs, Distillation, Teacher, outer_sum
 from evo_jax.parallel.sharding import Layout
 
 RARE_BRANCH = "rare_branch"  # the named scope of a branch that almost never runs: estimates of compute leave it out
@@ -204,6 +204,126 @@ def _expectations_vjp(chunk, layout, residuals, cotangents):
 
 
 expectations.defvjp(_expectations, _expectations_vjp)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def distillation(
+  chunk: int,
+  layout: Layout,
+  student: Beliefs,
+  tokens: jax.Array,
+  teacher: Teacher,
+  table_VxD: jax.Array,
+  bias_V: jax.Array,
+) -> Distillation:
+  """Log-probabilities of tokens (B, ...) under the student's beliefs, and KL(teacher || student) in nats.
+
+  The teacher's beliefs have the student's evidence, and receive no gradient; the table receives that of the student's
+  logits. Each of the clean stream's logits is computed once, however many of the student's tokens are about its
+  position. Of the results `log_p` and `kl` have gradients.
+
+  chunk, layout, table_VxD, bias_V: as for `log_probs`. student: with at most one evidence vector.
+  """
+  return _distillation(chunk, layout, student, tokens, teacher, table_VxD, bias_V)[0]
+
+
+def _teacher_logits(student: Beliefs, teacher: Teacher, clean_logits: jax.Array) -> jax.Array:
+  """The teacher's logits about the student's tokens, under the student's evidence."""
+  return student.replace(hidden=None).logits(None, teacher.gather(clean_logits))[0]
+
+
+def _distillation(chunk, layout, student, tokens, teacher, table_VxD, bias_V):
+  """The result, and the residuals. The carry holds (maximum, sum of exponentials relative to it) of the student's, the
+  teacher's and the clean stream's logits, the sum of what the teacher's exceed the student's by, weighted by the
+  teacher's exponentials, and the tokens' own logits."""
+
+  def step(carry, table, part):
+    ids, bias, (codes,) = part
+    (q, p, clean), excess, own, clean_own = carry
+    belief = student.replace(codes_VxM=codes)
+    logits = belief.logits(table, bias)[0]
+    clean_logits = Beliefs(teacher.hidden_BxLxD).logits(table, bias)[0]
+    teacher_logits = _teacher_logits(belief, teacher, clean_logits)
+    before, p = p[0], _add_maximum_and_sum(p, teacher_logits)
+    added = jnp.sum(jnp.exp(teacher_logits - p[0][..., None]) * (teacher_logits - logits), axis=-1)
+    sums = _add_maximum_and_sum(q, logits), p, _add_maximum_and_sum(clean, clean_logits)
+    pick = lambda token, logits: jnp.sum(jnp.where(_is_token(ids, token), logits, 0.0), axis=-1)
+    excess = excess * jnp.exp(before - p[0]) + added
+    carry = sums, excess, own + pick(tokens, logits), clean_own + pick(teacher.token_BxL, clean_logits)
+    return carry, None if chunk else (logits, teacher_logits)
+
+  start = lambda shape: (jnp.full(shape, -jnp.inf), jnp.zeros(shape))
+  mine, all_clean = tokens.shape, teacher.token_BxL.shape
+  carry = (start(mine), start(mine), start(all_clean)), jnp.zeros(mine), jnp.zeros(mine), jnp.zeros(all_clean)
+  carry, logits = _scan_chunks(step, carry, table_VxD, _replicated((student,), bias_V), chunk, layout)
+  sums, excess, own, clean_own = carry
+  log_q, log_p, log_clean = (maximum + jnp.log(total) for maximum, total in sums)
+  overlap = None
+  if not chunk:
+    q, p = (jnp.exp(x[0] - log_sum[..., None]) for x, log_sum in zip(logits, (log_q, log_p)))
+    overlap = jnp.sum(jnp.minimum(q, p), axis=-1)
+  kl = excess / sums[1][1] - log_p + log_q
+  result = Distillation(own - log_q, kl, overlap, clean_own - log_clean, log_clean)
+  return result, (student, tokens, teacher, table_VxD, bias_V, log_q, log_p, logits)
+
+
+def _add_maximum_and_sum(carry, logits):
+  """(maximum, sum of exponentials relative to it) with some more logits (..., V)."""
+  maximum, total = carry
+  new = jnp.maximum(maximum, jnp.max(logits, axis=-1))
+  return new, total * jnp.exp(maximum - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
+
+
+def _distillation_vjp(chunk, layout, residuals, cotangent):
+  student, tokens, teacher, table_VxD, bias_V, log_q, log_p, saved_logits = residuals
+
+  def step(inputs, table, part):
+    ids, bias, (codes,) = part
+    belief = student.replace(codes_VxM=codes)
+    if saved_logits is None:
+      logits = belief.logits(table, bias)[0]
+      clean_logits = Beliefs(teacher.hidden_BxLxD).logits(table, bias)[0]
+      teacher_logits = _teacher_logits(belief, teacher, clean_logits)
+    else:
+      logits, teacher_logits = (x[0] for x in saved_logits)
+    q, p = jnp.exp(logits - log_q[..., None]), jnp.exp(teacher_logits - log_p[..., None])
+    d_logits = cotangent.log_p[..., None] * (_is_token(ids, tokens) - q) + cotangent.kl[..., None] * (q - p)
+    gradient, d_table = belief.pull_back([d_logits], table)
+    d_table = _scatter(layout, d_table.astype(table.dtype), table_VxD)
+    return _add(inputs, (gradient.hidden, gradient.evidence)), (d_table, gradient.codes_VxM)
+
+  start = _zeros((student.hidden, student.evidence))
+  inputs, (d_table, d_codes) = _scan_chunks(step, start, table_VxD, _replicated((student,), bias_V), chunk, layout)
+  d_student = _cast_like(Beliefs(*inputs, _merge_chunks(d_codes, _blocks(layout))), student)
+  d_table = _merge_chunks(d_table, _blocks(layout, shard=True))
+  d_teacher = Teacher(jnp.zeros_like(teacher.hidden_BxLxD), None, None)
+  return d_student, None, d_teacher, d_table, jnp.zeros_like(bias_V)
+
+
+distillation.defvjp(_distillation, _distillation_vjp)
+
+
+def best_tokens(
+  chunk: int, layout: Layout, hidden: jax.Array, table_VxD: jax.Array, bias_V: jax.Array, count: int
+) -> jax.Array:
+  """(..., count) int32: the rows with the highest logits of hidden states (..., D), the best first. No gradient.
+
+  chunk, layout, table_VxD, bias_V: as for `log_probs`.
+  """
+  belief, count = Beliefs(jax.lax.stop_gradient(hidden)), min(count, len(bias_V))
+
+  def step(best, table, part):
+    ids, bias, _ = part
+    values, index = jax.lax.top_k(belief.logits(table, bias)[0], min(count, len(ids)))
+    values = jnp.concatenate([best[0], values], axis=-1)
+    tokens = jnp.concatenate([best[1], ids[index]], axis=-1)
+    values, index = jax.lax.top_k(values, count)
+    return (values, jnp.take_along_axis(tokens, index, axis=-1)), None
+
+  shape = (*hidden.shape[:-1], count)
+  start = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+  table_VxD, bias_V = jax.lax.stop_gradient((table_VxD, bias_V))
+  return _scan_chunks(step, start, table_VxD, _replicated((belief,), bias_V), chunk, layout)[0][1]
 
 
 def _is_token(ids_V: jax.Array, token: jax.Array) -> jax.Array:

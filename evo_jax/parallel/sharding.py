@@ -43,6 +43,7 @@ class ShardingRules:
   norm: Any = None
   code: Any = None
   time: Any = None
+  rank: Any = None
   # Activations.
   slots: Any = None
   width: Any = None
@@ -171,32 +172,34 @@ class Layout:
     # Each device of `tensor` gathers its own shard, which the compiler would make whole first.
     return self.per_device(whole, (names,), names)(x)
 
-  def map_batch_shards(self, function: Callable, params_specs: Any, gradients: int) -> Callable:
-    """function(params, shared, batch) for each shard of the batch by itself, as if it were alone.
+  def map_batch_shards(self, function: Callable, params_specs: Any, frozen_specs: Any, gradients: int) -> Callable:
+    """function(params, frozen, shared, batch) for each shard of the batch by itself, as if it were alone.
 
-    `function` gets its shard of the parameters (`gather` makes them whole), `shared` as it is, and its rows of the
-    batch's trees. It returns `gradients` trees like the parameters, which are summed over the shards; a tree of totals,
-    which are summed, too; and a tree of arrays with the batch's rows in front. Over `data`, gradients are summed in
-    their own dtype, once. With a single shard it is the function itself.
+    `function` gets its shard of the parameters, trained and frozen (`gather` makes them whole), `shared` as it is, and
+    its rows of the batch's trees. It returns `gradients` trees like `params`, which are summed over the shards; a tree
+    of totals, which are summed, too; and a tree of arrays with the batch's rows in front. Over `data`, gradients are
+    summed in their own dtype, once. With a single shard it is the function itself.
     """
     axes = self._batch_axes
     if not axes:  # the compiler's partitioner fails on manual sums along axes of one device
       return function
-    params = jax.tree.map(lambda s: _restricted(s, axes), params_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    params, frozen = jax.tree.map(
+      lambda s: _restricted(s, axes), (params_specs, frozen_specs), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
     rows = _restricted(self.spec(("batch",)), axes)
 
     def sum_gradient(gradient, spec):
       scattered = [a for axis in spec for a in _axes(axis)]  # summed where it was reduce-scattered
       return jax.lax.psum(gradient, tuple(a for a in axes if a not in scattered))
 
-    def per_shard(params_shard, shared, batch):
-      trees, totals, arrays = function(params_shard, shared, batch)
+    def per_shard(params_shard, frozen_shard, shared, batch):
+      trees, totals, arrays = function(params_shard, frozen_shard, shared, batch)
       trees = tuple(jax.tree.map(sum_gradient, tree, params) for tree in trees)
       return trees, jax.lax.psum(totals, axes), arrays
 
     return jax.shard_map(
       per_shard,
-      in_specs=(params, PartitionSpec(), rows),
+      in_specs=(params, frozen, PartitionSpec(), rows),
       out_specs=((params,) * gradients, PartitionSpec(), rows),
       axis_names=set(self.per_batch_shard().manual),
       check_vma=False,

@@ -156,7 +156,7 @@ def _plan_from_shapes(
   vocab_rows: int,
 ) -> Plan:
   """What is known without compiling."""
-  parameters, whole_state = _bytes_per_device(state.params), _bytes_per_device(state)
+  parameters, whole_state = _bytes_per_device(state.whole), _bytes_per_device(state)
   hbm = topology.chip.hbm * chips.GIB
   return Plan(
     topology=topology.name,

@@ -19,7 +19,7 @@ from evo_jax.pretrained import architectures, evo_file, staging, tensors
 from evo_jax.pretrained.importer import read_record
 from evo_jax.pretrained.tokenizer_json import describe_tokenizer
 from evo_jax.run import Run
-from evo_jax.training import checkpoint, files
+from evo_jax.training import checkpoint, files, partition
 
 _INDEX = "model.safetensors.index.json"
 
@@ -46,7 +46,9 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
   parts = tensors.parts(run.config.model, rows)
   names = {part.name for part in parts}
   stored = {} if record is None else {name: kind for name, kind in record["dtypes"].items() if name in names}
-  if run.config.loss.ar_weight == 0:
+  trained, _ = partition.split(run.params, run.config.train.trainable)
+  came_in = record is not None and partition.leaves_clean_stream(trained)
+  if run.config.loss.ar_weight == 0 and not came_in:
     raise UserError(f"{workdir}: config.loss.ar_weight is 0: nothing trained what would be exported")
   if record is None:
     config = architectures.describe_model(run.config.model, dtype or run.config.model.param_dtype, rows)
@@ -59,7 +61,7 @@ def export_run(run: Run, workdir: str, output: str, dtype: str = "", shard_bytes
     for shard, values in enumerate(_shards(run, parts, stored, dtype, shard_bytes), 1):
       kinds |= {name: (shard, value.dtype.name, value.nbytes) for name, value in values.items()}
       _save(values, place / _shard_name(shard), {"format": "pt"})
-    own = _own_tensors(run, {part.path for part in parts}, rows)
+    own = _own_tensors(run, {part.path for part in parts}, rows, dtype)
     _save(own, place / evo_file.NAME, evo_file.describe_config(run.config))
     dtypes = {kind for _, kind, _ in kinds.values()}
     staging.on_first_process(lambda: _name_shards(place, kinds))
@@ -122,9 +124,12 @@ def _taker(mesh: jax.sharding.Mesh):
   return jax.jit(take, static_argnums=2, out_shardings=sharding.replicated(mesh))
 
 
-def _own_tensors(run: Run, taken: set[tuple[str, ...]], rows: int) -> dict[str, np.ndarray]:
-  """What evo.safetensors holds."""
-  named = evo_file.flatten(evo_file.own_paths(run.params, taken), run.statistics)
+def _own_tensors(run: Run, taken: set[tuple[str, ...]], rows: int, dtype: str) -> dict[str, np.ndarray]:
+  """What evo.safetensors holds; the parameters in `dtype` ("": as they were trained)."""
+  own = evo_file.own_paths(run.params, taken)
+  if dtype:
+    own = {path: value.astype(dtype) for path, value in own.items()}
+  named = evo_file.flatten(own, run.statistics)
   whole = lambda value: _to_host(value, tuple(slice(0, size) for size in value.shape), run.mesh)
   return evo_file.cut_rows({name: whole(value) for name, value in named.items()}, rows)
 

@@ -1,8 +1,7 @@
 """Imports a pretrained model: a work directory at step 0, which evaluation, generation and training take.
 
 Known tokens compute exactly what the pretrained model does, since all that Evo adds vanishes at t = 0. What it adds
-begins as in training from nothing, except codes, which begin as a random projection of the embedding: near tokens have
-near codes.
+begins as `training.state.init_windows` makes it.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ from typing import Any
 
 from etils import epath
 from flax import traverse_util
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +18,6 @@ import numpy as np
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
-from evo_jax.flow import latents
-from evo_jax.flow.statistics import init_statistics
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
 from evo_jax.pretrained import architectures, evo_file, staging, tensors
@@ -184,25 +180,20 @@ def load_items(
   windows: EvoFile | None = None,
 ) -> dict[str, Any]:
   """Parameters and statistics, sharded over the mesh. One tensor of the source is in memory at a time."""
-  boxed = evo_lib.abstract_params(config.model, model.vocab_size)
-  shardings = traverse_util.flatten_dict(sharding.shardings(mesh, boxed))
-  shapes = traverse_util.flatten_dict(meta.unbox(boxed))
+  shapes = traverse_util.flatten_dict(state_lib.abstract_state(model, config, mesh).whole)
+  shardings = {path: shape.sharding for path, shape in shapes.items()}
   parts: dict[tuple[str, ...], list[tensors.Part]] = {}
   for part in tensors.parts(config.model, config.model.vocab_size):
     parts.setdefault(part.path, []).append(part)
   params = {path: _load_parameter(source, parts[path], shapes[path], shardings[path]) for path in parts}
-  own = [path for path in shapes if path not in parts]
-  replicated = sharding.replicated(mesh)
-  statistics = functools.partial(_init_statistics, config, model.vocab_size)
   if windows is None:
-    params |= _init_own(model, config, own, params[("embedding",)], shardings)
-    statistics = jax.jit(statistics, out_shardings=replicated)(params[("codes",)])
-  else:
-    abstract = jax.eval_shape(statistics, shapes[("codes",)])
-    named = windows.read(evo_file.flatten({path: shapes[path] for path in own}, abstract))
-    loaded, statistics = evo_file.unflatten(named, abstract)
-    params |= {path: _put(value, shardings[path]) for path, value in loaded.items()}
-    statistics = jax.tree.map(lambda x: _put(x, replicated), statistics)
+    params, statistics = state_lib.init_windows(model, config, mesh, traverse_util.unflatten_dict(params))
+    return {"params": params, "statistics": statistics}
+  own = {path: shapes[path] for path in shapes if path not in parts}
+  abstract = jax.eval_shape(functools.partial(state_lib.init_statistics, config, model.vocab_size), shapes[("codes",)])
+  loaded, statistics = evo_file.unflatten(windows.read(evo_file.flatten(own, abstract)), abstract)
+  params |= {path: _put(value, shardings[path]) for path, value in loaded.items()}
+  statistics = jax.tree.map(lambda x: _put(x, sharding.replicated(mesh)), statistics)
   return {"params": traverse_util.unflatten_dict(params), "statistics": statistics}
 
 
@@ -230,39 +221,6 @@ def _load_parameter(
     layer = None if part.layer is None else np.int32(part.layer)
     whole = write(whole, _put(value, jax.sharding.NamedSharding(to.mesh, spec)), layer, part.start)
   return whole
-
-
-def _init_own(model, config, paths, embedding, shardings):
-  """What the pretrained model does not have, by path, as before training; codes from the embedding."""
-  seed = config.train.seed
-  plain = model.clone(layout=sharding.Layout())
-
-  def init():
-    params = plain.init(state_lib.key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = traverse_util.flatten_dict(meta.unbox(params))
-    return {path: params[path] for path in paths if path != ("codes",)}
-
-  def codes(embedding_VxD):
-    key = state_lib.key_for(seed, "codes")
-    return project_embedding(key, embedding_VxD, model.vocab_size, config.model.code_dim).astype(embedding_VxD.dtype)
-
-  own = jax.jit(init, out_shardings={path: shardings[path] for path in paths if path != ("codes",)})()
-  return own | {("codes",): jax.jit(codes, out_shardings=shardings[("codes",)])(embedding)}
-
-
-def project_embedding(key: jax.Array, embedding_VxD: jax.Array, vocab_size: int, code_dim: int) -> jax.Array:
-  """Unit codes (V, M) float32: a random projection of the centred embedding, which keeps angles approximately
-  (Johnson and Lindenstrauss, 1984)."""
-  is_token = (jnp.arange(len(embedding_VxD)) < vocab_size)[:, None]
-  wide = jnp.where(is_token, embedding_VxD.astype(jnp.float32), 0.0)
-  mean = jnp.sum(wide, axis=0) / vocab_size
-  projection = jax.random.normal(key, (embedding_VxD.shape[1], code_dim))
-  return latents.unit((wide - mean) @ projection)
-
-
-def _init_statistics(config: config_lib.Config, vocab_size: int, codes_VxM: jax.Array):
-  key = state_lib.key_for(config.train.seed, "statistics")
-  return init_statistics(key, latents.unit(codes_VxM), vocab_size, config.warp)
 
 
 def _write_tokenizer(source: Source, folder: epath.Path) -> None:

@@ -5,6 +5,10 @@ A work directory holds `config.json`, `checkpoints/STEP/{params,ema,statistics,o
 be set aside, and `lease.json` while a run writes there. The position in the data is the step. Orbax writes a checkpoint
 into a temporary folder and renames it when it is complete, so that a killed run leaves no partial one; it restores onto
 any mesh, any number of processes, and other dtypes.
+
+The checkpoint of step 0, of an imported model or of a run that does not train all parameters, has all of them in
+`params`, and no average or optimizer. Later ones have those that are trained; what is frozen stays where it is. It is
+never deleted.
 """
 
 from collections.abc import Callable
@@ -18,6 +22,7 @@ import sys
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -26,6 +31,7 @@ import orbax.checkpoint as ocp
 from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
+from evo_jax.network import evo as evo_lib
 from evo_jax.training import files
 
 args = ocp.args
@@ -35,8 +41,13 @@ class CheckpointStore:
   """The checkpoints of one work directory. Saving runs in the background."""
 
   def __init__(self, workdir: epath.Path, keep: int | None):
-    """keep: how many checkpoints a save leaves; None: all. Raises UserError if the folder cannot be written."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    """keep: how many checkpoints a save leaves, not counting that of step 0 where it is older; None: all. Raises
+    UserError if the folder cannot be written."""
+    kept = None
+    if keep is not None:
+      policies = ocp.checkpoint_managers
+      kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps([0])])
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=True, enable_async_checkpointing=True)
     self.folder = workdir / "checkpoints"
     if self.folder.exists() and not self.folder.is_dir():
       raise UserError(f"{self.folder}: is no folder")
@@ -73,20 +84,57 @@ class CheckpointStore:
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The items as arrays of the shapes, dtypes and shardings in `abstract`.
 
-    Step 0 is an imported model: its average is the parameters themselves, and an optimizer it has not: none is among
-    the result. Raises UserError if they cannot be read: in all processes if in one.
+    `frozen`, if it is among them, is read from the parameters of step 0. At step 0 that is where all parameters are
+    read from: an average is the parameters themselves, and an optimizer there is not: none is among the result. Where
+    step 0 has other windows than `abstract`, the result is the parameters that are not windows' own alone: those are to
+    begin anew (`state.begin_windows`). Raises UserError if they cannot be read: in all processes if in one.
     """
-    if step == 0:
-      average = abstract.get("ema")
-      items = self._restore(0, {name: item for name, item in abstract.items() if name not in ("ema", "optimizer")})
-      return items if average is None else items | {"ema": self._restore(0, {"params": average})["params"]}
-    return self._restore(step, abstract)
+    of_base = ("params", "ema", "frozen") if step == 0 else ("frozen",)
+    base = {name: abstract[name] for name in of_base if name in abstract}
+    if step == 0 and not self._has_windows_of(base):
+      return {name: self._restore_from_base(_without_windows(item)) for name, item in base.items()}
+    own = {name: item for name, item in abstract.items() if name not in (*of_base, *["optimizer"] * (step == 0))}
+    composite = args.Composite(**{name: args.StandardRestore(item) for name, item in own.items()})
+    items = self._all_or_none(step, lambda: dict(self._manager.restore(step, args=composite)))
+    return items | {name: self._restore_from_base(item) for name, item in base.items()}
 
-  def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    composite = args.Composite(**{name: args.StandardRestore(item) for name, item in abstract.items()})
+  def _has_windows_of(self, items: dict[str, dict[str, Any]]) -> bool:
+    """Whether the parameters of step 0 have those of windows, by name and shape, that the `items` have; True where
+    that cannot be read, which restoring will report."""
+    shapes = lambda tree: {
+      path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree).items() if evo_lib.is_of_windows(path)
+    }
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(self.folder / "0" / "params").item_metadata.tree
+      return shapes(saved) == {path: shape for item in items.values() for path, shape in shapes(item).items()}
+    except Exception:  # Orbax and TensorStore raise many kinds
+      return True
+
+  def _restore_from_base(self, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Some of the parameters of step 0."""
+    if not abstract:
+      return {}
+    if 0 not in self.steps():
+      raise UserError(f"{self.folder / '0'}: is missing; the parameters that are not trained are there alone")
+
+    def read():
+      restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+      partial = args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(self.folder / "0" / "params", args=partial)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, jax.Array):  # what is not there is left as it was asked for
+          raise ValueError(f"it has no parameter {jax.tree_util.keystr(path, simple=True, separator='/')}")
+      return found
+
+    return self._all_or_none(0, read)
+
+  def _all_or_none(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` gives. Raises UserError, in all processes if in one, where it fails."""
     items, problem = {}, None
     try:
-      items = dict(self._manager.restore(step, args=composite))
+      items = read()
     except Exception as error:  # Orbax and TensorStore raise many kinds, too
       problem = error
     if not _all_succeeded(problem is None):
@@ -140,6 +188,12 @@ class CheckpointStore:
     """A clause about the last checkpoint in the file system: after a failed save the manager counts that step too."""
     step = last_saved(self.folder.parent)
     return "none is saved" if step is None else f"the last whole one is of step {step}"
+
+
+def _without_windows(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that are not windows' own."""
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if not evo_lib.is_of_windows(p)})
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
@@ -261,10 +315,10 @@ def check_resumable(
     return None
   old = read_config(workdir)
   for field, before, after, pin in config_lib.differences(old["config"], config):
-    # Before the first step there may be no average yet, which then begins as the parameters.
-    begins = step == 0 and field == "optim.ema" and before == 0
+    # Before the first step there may be no average yet, which then begins as the parameters, and windows begin anew.
+    begins = step == 0 and (pin == "windows" or (field == "optim.ema" and before == 0))
     made = step > 0 and config_lib.differs_so_far(field, before, after, step)
-    if (pin == "contents" and not begins) or (pin and made):
+    if (pin in ("contents", "windows") and not begins) or (pin and made):
       raise UserError(
         f"config.{field}: {after!r} does not fit {workdir}, which was trained with {before!r}; "
         f"go on with that, or use another --workdir"

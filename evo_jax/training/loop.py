@@ -27,7 +27,7 @@ from evo_jax.flow import schedules
 from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
 from evo_jax.parallel import sharding
-from evo_jax.training import checkpoint, optim
+from evo_jax.training import checkpoint, optim, partition
 from evo_jax.training import lease as lease_lib
 from evo_jax.training import metrics as metrics_lib
 from evo_jax.training import state as state_lib
@@ -78,7 +78,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
   mesh = sharding.make_mesh(config.mesh)
   model = state_lib.make_model(config, tokenizer, mesh)
   state_lib.check_batch(config, mesh)
-  state_lib.state_shardings(model, config, mesh)  # names a size that does not divide the mesh
+  state = state_lib.abstract_state(model, config, mesh)  # names a size that does not divide the mesh
+  partition.check_trains(config, state.params)
   folder = checkpoint.make_workdir(workdir)
   with lease_lib.held(folder) as lease:
     corpora = corpora_lib.load_corpora(config.data, tokenizer)
@@ -90,8 +91,10 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
     previous = checkpoint.check_resumable(folder, config, tokenizer, fingerprints)
     if jax.process_index() == 0:
       checkpoint.write_config(folder, config, tokenizer, parameters, fingerprints)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(
-      f"{parameters:,} parameters; {text.tokens:,} training tokens; "
+      f"{parameters:,} parameters{f', {trained:,} of them trained' if state.frozen else ''}; "
+      f"{text.tokens:,} training tokens; "
       f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
     )
     if config.window.count and config.window.start >= config.train.steps:
@@ -175,8 +178,15 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   """The state to go on from, and its step."""
   model, config, mesh = setup.model, setup.config, setup.mesh
   if checkpoints.latest() is None:
-    return state_lib.sharded_init(model, config, mesh), 0
+    state = state_lib.sharded_init(model, config, mesh)
+    if state.frozen:
+      checkpoints.save(0, state.base_items())
+      checkpoints.wait()
+    return state, 0
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
+  if "statistics" not in items:
+    say("windows begin anew: step 0 has others")
+    items = state_lib.begin_windows(model, config, mesh, items)
   if done < config.train.steps:
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))
   else:
@@ -184,7 +194,7 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   if "optimizer" not in items:
     items["optimizer"] = state_lib.init_optimizer(model, config, mesh, items["params"])
   step = jax.device_put(np.int32(done), sharding.replicated(mesh))
-  return state_lib.TrainState(step=step, **{"ema": None, **items}), done
+  return state_lib.TrainState(step=step, **{"ema": None, "frozen": {}, **items}), done
 
 
 def _consequences(old: config_lib.Config | None, new: config_lib.Config, done: int) -> str:

@@ -14,7 +14,7 @@ from evo_jax.flow import objective
 from evo_jax.flow.windows import WindowDraw, draw_windows
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
-from evo_jax.training import optim
+from evo_jax.training import optim, partition
 from evo_jax.training import state as state_lib
 from evo_jax.training.state import TrainState
 
@@ -29,10 +29,11 @@ def train_step(
   draw = _draw(state, batch, config) if config.window.count and windows else None
   counts = objective.Counts.of(batch, draw)
   gradients_of = functools.partial(_gradients, model=model, config=config)
-  params_specs = sharding.specs(model.layout, evo_lib.abstract_params(model.config, model.vocab_size))
+  specs = sharding.specs(model.layout, evo_lib.abstract_params(model.config, model.vocab_size))
   number = 2 if config.optim.separate_clip else 1
-  gradients, sums, measured = model.layout.map_batch_shards(gradients_of, params_specs, number)(
-    state.params, (state.statistics, counts), (batch, draw)
+  map_batch_shards = model.layout.map_batch_shards
+  gradients, sums, measured = map_batch_shards(gradients_of, *partition.split(specs, config.train.trainable), number)(
+    state.params, state.frozen, (state.statistics, counts), (batch, draw)
   )
   clipped, norms = zip(*(optim.clip(gradient, config.optim.clip) for gradient in gradients))
   gradient = jax.tree.map(lambda *parts: sum(parts), *clipped)
@@ -41,11 +42,12 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - config.optim.ema)
   statistics = state.statistics.update(measured, config.warp.decay)
-  new = TrainState(state.step + 1, params, ema, optimizer_state, statistics)
+  new = TrainState(state.step + 1, params, ema, optimizer_state, statistics, state.frozen)
 
   names = ("gradient_norm",) if number == 1 else ("gradient_norm_ar", "gradient_norm_window")
   metrics = {name: mean.value for name, mean in sums.items()} | dict(zip(names, norms))
-  metrics["gradient_norm_codes"] = optax.tree.norm(gradient["codes"])
+  if "codes" in gradient:
+    metrics["gradient_norm_codes"] = optax.tree.norm(gradient["codes"])
   metrics["learning_rate"] = optim.learning_rate_schedule(config.optim, config.train.steps)(state.step)
   return new, metrics | _state_metrics(new, model, draw is not None)
 
@@ -70,7 +72,7 @@ def _draw(state: TrainState, batch: Batch, config: config_lib.Config) -> WindowD
 def _state_metrics(state: TrainState, model: evo_lib.Evo, with_windows: bool) -> dict[str, jax.Array]:
   """Metrics of a state by itself."""
   statistics = state.statistics
-  codes = model.apply({"params": state.params}, method=evo_lib.Evo.codes)
+  codes = model.apply({"params": state.whole}, method=evo_lib.Evo.codes)
   metrics = {
     "parameter_norm": optax.tree.norm(state.params),  # finite: these parameters may be saved
     "codes_spread": 1.0 - jnp.sum((statistics.unigram_V @ codes) ** 2),  # 0: all codes are one
@@ -82,9 +84,10 @@ def _state_metrics(state: TrainState, model: evo_lib.Evo, with_windows: bool) ->
   return metrics
 
 
-def _gradients(params, shared, batch, *, model: evo_lib.Evo, config: config_lib.Config):
-  """Of one shard of the batch, in microbatches, of which one is in memory at a time: gradients (of the AR term and the
-  window term where they are clipped apart, of their sum otherwise), metrics as sums and counts, and measurements.
+def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: config_lib.Config):
+  """Of one shard of the batch, in microbatches, of which one is in memory at a time: gradients of the trained
+  parameters (of the AR term and the window term where they are clipped apart, of their sum otherwise), metrics as sums
+  and counts, and measurements.
 
   shared: statistics, and the counts of the whole batch. batch: sequences and their windows.
   """
@@ -93,9 +96,11 @@ def _gradients(params, shared, batch, *, model: evo_lib.Evo, config: config_lib.
   local = model.clone(layout=model.layout.per_batch_shard())
 
   def losses(params, batch, draw):
-    net = local.bind({"params": params})
-    learned = config.model.progression == "learned"
-    terms, measured, metrics = objective.training_loss(net, statistics, batch, draw, counts, config.loss, learned)
+    net = local.bind({"params": partition.merge(params, frozen)})
+    learned, clean_frozen = config.model.progression == "learned", partition.leaves_clean_stream(params)
+    terms, measured, metrics = objective.training_loss(
+      net, statistics, batch, draw, counts, config.loss, learned, clean_frozen
+    )
     return terms, (metrics, measured)
 
   gradient = _gradient_by_term(losses) if config.optim.separate_clip else _gradient_of_sum(losses)
