@@ -18,7 +18,7 @@ from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import LogitsProcessor, draw_tokens, make_processor, token_noise
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
-from evo_jax.decoding.speculative import Drafting, every_outcome, no_record
+from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
 from evo_jax.decoding.state import MATCH, prefill, with_latents
 from evo_jax.errors import UserError
 from evo_jax.flow import latents, policies
@@ -280,6 +280,30 @@ def test_texts_do_not_depend_on_how_they_are_drafted():
     assert 24 <= g.accepted + g.rounds <= 25  # the text may be full before the last round's own token
 
 
+def test_windows_that_read_the_clean_anchor_draft():
+  """With slots that are informed by what is known alone, and a head: the texts of `ar`; and a draft's first tokens do
+  not depend on how long it is."""
+  changes = dict(model__window_attention="informed", model__window_head=8, model__window_rank=2)
+  prompts = ["a", "bcdefghij", ""]
+  write = lambda **fields: sampler(changes=tuple(changes.items()), max_tokens=14, **fields)(prompts, num=4, seed=1)
+  found = write(mode="verify", draft=3, draft_from="windows")
+  assert written(found) == written(write(mode="ar")) and sum(g.accepted for g in found) > 4
+  r = run(**changes)
+  net = r.model.clone(stacked=False).bind({"params": evo.unstack_layers(r.params)})
+  state = prefilled(2, net)
+  state = state.replace(draft=speculative.start_draft(net, r.statistics, 2, 4, "gumbel", no_record(4)))
+
+  def outputs(tokens, outcomes=(0,)):
+    drafting = Drafting(tokens, outcomes, False, reads_anchor=net.reads_clean_anchor)
+    slots = speculative.window_slots(net, state, drafting, state.length[:, None] - 1 + jnp.array(outcomes))
+    assert slots.x.shape[1] == tokens * len(outcomes) == drafting.rows(False) - 1 + tokens * (len(outcomes) - 1)
+    return modes.forward(net, state, 1, 1, slots)[1]
+
+  np.testing.assert_allclose(outputs(2), outputs(4)[:, :2], atol=1e-5)
+  np.testing.assert_allclose(outputs(2), outputs(2, (0, 1))[:, :2], atol=1e-5)
+  assert np.abs(outputs(2) - outputs(2, (0, 1))[:, 2:]).max() > 1e-3
+
+
 def test_rounds_are_counted():
   """Every committed token is a drafted one or its round's own; what stands behind an end token is neither."""
   found = sampler(mode="verify", max_tokens=14, draft=4)(["a", "abcabcab", "kl"], num=16, seed=1)
@@ -309,7 +333,7 @@ def test_a_head_rescores_drafts_from_left_to_right():
   """A head that adds nothing leaves the draws as they are; one that wants the alphabet gets it, behind any token."""
   V, T = 20, 4
   logits, hidden = jax.random.normal(jax.random.key(0), (2, T, V)), jnp.zeros((2, T, 3))
-  state = prefilled(2)
+  state = prefilled(2, run().model.clone(stacked=False).bind({"params": evo.unstack_layers(run().params)}))
   position = jnp.array([[5, 6, 7, 8], [3, 4, 5, 6]])
   previous = jnp.array([7, 2])
 
@@ -332,14 +356,74 @@ def test_a_head_rescores_drafts_from_left_to_right():
     assert all(np.isin(token, best[i, j]) for i, row in enumerate(few.tolist()) for j, token in enumerate(row))
 
 
-def prefilled(rows):
+def prefilled(rows, net):
   """A decoding state of empty prompts."""
-  r, zeros = run(), jnp.zeros((rows, 32), jnp.int32)
-  net = r.model.clone(stacked=False).bind({"params": evo.unstack_layers(r.params)})
-  ends = jnp.full(rows, 1), jnp.full(rows, 31)
-  return prefill(
-    net, zeros, jnp.arange(32) < jnp.ones((rows, 1)), 1, *ends, jax.random.split(jax.random.key(7), rows), (0,)
-  )
+  tokens = jnp.zeros((rows, 32), jnp.int32)
+  known = jnp.broadcast_to(jnp.arange(32) < 1, tokens.shape)
+  keys = jax.random.split(jax.random.key(7), rows)
+  return prefill(net, tokens, known, 1, jnp.full(rows, 1), jnp.full(rows, 31), keys, (0,))
+
+
+class World:
+  """A text of which drafts are accepted with given probabilities, on a machine with given seconds.
+
+  base, slot: seconds of a pass and of each slot. windows, text: probabilities that the next token of a draft is
+  accepted. matches: share of rounds in which the last four tokens occurred before.
+  """
+
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0):
+    self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
+    self.random, self.tokens, self.seconds, self.pending = np.random.default_rng(0), 0, 0.0, (0, 0)
+
+  def step(self, policy):
+    """A step as the policy wants it; the policy hears of it. Returns the drafting."""
+    drafting, rounds, least = policy.choose(1)
+    offered, taken, matched = (np.array(x) for x in policy.record)
+    counts, seconds = [0, 0], 0.0
+    for _ in range(rounds):
+      (length, source), T = self.pending, drafting.tokens
+      drafted = bool(length) or drafting.always
+      accepts = self.random.random(min(length, T)) < self.acceptance[source > 0]
+      accepted = int(np.cumprod(accepts).sum())
+      offered, taken, matched = 0.99 * offered, 0.99 * taken, 0.95 * matched
+      offered[source, : min(accepted + 1, length, T)] += 1
+      taken[source, :accepted] += 1
+      match = MATCH * (self.random.random() < self.matches)
+      matched[match] += 0.05
+      window = accepted in (drafting.outcomes if drafted else drafting.outcomes and (0,))
+      expected = survival(offered, taken, T).sum(axis=1)
+      by_text = drafting.from_text and match and expected[match] > (expected[0] if window else least)
+      self.pending = (T, MATCH) if by_text else (T * window, 0)
+      counts[drafted] += 1
+      self.tokens += accepted + 1
+      seconds += self.base + self.slot * drafting.rows(drafted)
+    self.seconds += seconds
+    policy.add_step(drafting, 1, counts, seconds, 0.0, (offered, taken, matched))
+    return drafting
+
+  def write(self, tokens=1000):
+    """Tokens a second beside autoregression's, and the draftings of the second half of the steps."""
+    drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
+    policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True), []
+    while self.tokens < tokens:
+      used.append(self.step(policy))
+    return self.tokens / self.seconds * (self.base + self.slot), used[len(used) // 2 :]
+
+
+def test_drafts_follow_measured_speed():
+  """Where slots cost what they do on a CPU drafts that fail leave autoregression as fast as it is, short texts, too;
+  good windows are used, few of them; a text that repeats itself drafts; where slots are free windows are long and
+  follow all outcomes."""
+  speed, _ = World(16.5, 2.2, windows=0.05).write(200)
+  assert speed > 0.95
+  speed, used = World(16.5, 2.2, windows=0.05, text=0.05, matches=0.5).write()
+  assert speed > 0.95 and np.mean([not d.outcomes for d in used]) > 0.9
+  speed, used = World(16.5, 2.2, windows=0.8).write()
+  assert speed > 1.3 and all(0 < len(d.outcomes) <= 3 for d in used)
+  speed, used = World(16.5, 2.2, windows=0.05, text=0.95, matches=0.9).write()
+  assert speed > 2 and not any(d.outcomes for d in used)
+  speed, used = World(16.5, 0.01, windows=0.8).write(2000)
+  assert speed > 3.5 and np.mean([d.always and d.tokens >= 6 for d in used]) > 0.9
 
 
 def test_caches_hold_the_clean_streams_keys_and_values():

@@ -46,7 +46,7 @@ from evo_jax.decoding.state import (
 from evo_jax.flow import interface, latents
 from evo_jax.flow.statistics import Statistics
 
-_PRIOR_TAKEN, _PRIOR_OFFERED = 0.5, 1.0  # counts that a source begins with, and that its decayed ones return to
+_PRIOR = 0.5  # acceptance of a source that was not tried, which counts as much as one draft
 _KEEP = 0.99  # of the counts of drafts, by round: a source that is not used is tried again after some hundred rounds
 _KEEP_MATCHES = 0.95
 _FEW_ROWS = 2  # rows of the vocabulary's product that cost less than a second reading of its table
@@ -76,7 +76,7 @@ class Drafting:
 
   @property
   def slots(self) -> int:
-    """S, of a window behind a clean anchor: with one for the anchor's token, where windows do not read the clean one."""
+    """S, of a window in a pass that verifies: with one for the anchor's token, unless windows read the clean anchor."""
     return self.tokens if self.reads_anchor else self.tokens + 1
 
   def rows(self, drafted: bool) -> int:
@@ -122,9 +122,17 @@ def no_record(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def survival(offered: jax.Array, taken: jax.Array, tokens: int) -> jax.Array:
-  """(..., T): probabilities that the first 1, 2, ... tokens of a draft are all accepted, by counts (..., >= T)."""
-  acceptance = (taken + _PRIOR_TAKEN) / (offered + _PRIOR_OFFERED)
-  return acceptance[..., :tokens].cumprod(axis=-1)
+  """(..., T): probabilities that the first 1, 2, ... tokens of a draft are all accepted, by counts (..., >= T).
+
+  Of what was counted little, a token is expected to be accepted as often as the one before it, and the first as often
+  as not. Arrays are numpy's or JAX's.
+  """
+  xp = jnp if isinstance(taken, jax.Array) else np
+  acceptance, products = _PRIOR, []
+  for i in range(tokens):
+    acceptance = (taken[..., i] + acceptance) / (offered[..., i] + 1.0)
+    products.append(acceptance * products[-1] if products else acceptance)
+  return xp.stack(products, axis=-1)
 
 
 def verify_rounds(
