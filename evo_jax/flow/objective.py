@@ -99,26 +99,10 @@ def training_loss(
   chex.assert_type(batch.tokens, int)
   if draw is None:
     return _autoregression(net, batch, counts, config)
-  B, T = batch.tokens.shape
   N, W = draw.time.shape[1:]
-  chex.assert_shape([draw.time, draw.time_next, draw.front], (B, N, W))
-  order = _reading_order(config, learned, clean_frozen, whole=W == T - 1)
-  fixed = jax.lax.stop_gradient if clean_frozen else lambda x: x
-  # Looked up once for both streams: the gradient of a lookup is as large as the table.
-  x_BxTxD = fixed(net.embed_tokens(batch.tokens))
-  hidden_BxLxD, cache = fixed(_read_clean(net, batch, x_BxTxD)) if order == "clean first" else (None, None)
-  nats_BxL = token_nll(net, hidden_BxLxD, batch.tokens, config.chunk) if learned else None
-  scene = _Scene.of(net, statistics, batch, draw, config, hidden_BxLxD if learned else None, nats_BxL)
-  slots = _slots_read(net, draw, order)
-  embed = functools.partial(_embed_windows, net, scene, draw, slots, x_BxTxD, config)
-  if order == "joint":
-    windows = embed(statistics.log_unigram_V)
-    hidden_BxLxD, hidden = net.forward(x_BxTxD[:, :-1], _clean_segments(batch), windows, config.one_pass)
-    hidden_BxNxWxD = _contexts(hidden, slots, draw, hidden_BxLxD)
-  else:
-    clean = hidden_BxLxD, cache
-    hidden_BxNxWxD = _read_windows(net, clean, embed, slots, statistics.log_unigram_V, draw, config)
-
+  chex.assert_shape([draw.time, draw.time_next, draw.front], (len(batch.tokens), N, W))
+  read = _read_streams(net, statistics, batch, draw, config, learned, clean_frozen)
+  scene, slots, hidden_BxLxD, hidden_BxNxWxD, nats_BxL = read
   step = scene.step(statistics, draw, config)
   distilled = None
   drafts = config.distill or draw.drafts or net.head_candidates
@@ -144,6 +128,29 @@ def training_loss(
   )
   terms = config.ar_weight * ar, config.window_weight * window / counts.windows
   return terms, *jax.lax.stop_gradient((measured, metrics))
+
+
+def _read_streams(net, statistics, batch, draw, config, learned, clean_frozen):
+  """Reads both streams: the scene; which slots of windows were read; hidden states of the clean stream (B, L, D), and
+  those that are about the windows' tokens (B, N, W, D); and, where clocks are learned, the clean stream's cross-
+  entropies (B, L) in nats. What is not read, or not yet, is None."""
+  order = _reading_order(config, learned, clean_frozen, whole=draw.time.shape[-1] == batch.tokens.shape[1] - 1)
+  fixed = jax.lax.stop_gradient if clean_frozen else lambda x: x
+  # Looked up once for both streams: the gradient of a lookup is as large as the table.
+  x_BxTxD = fixed(net.embed_tokens(batch.tokens))
+  hidden_BxLxD, cache = fixed(_read_clean(net, batch, x_BxTxD)) if order == "clean first" else (None, None)
+  nats_BxL = token_nll(net, hidden_BxLxD, batch.tokens, config.chunk) if learned else None
+  scene = _Scene.of(net, statistics, batch, draw, config, hidden_BxLxD if learned else None, nats_BxL)
+  slots = _slots_read(net, draw, order)
+  embed = functools.partial(_embed_windows, net, scene, draw, slots, x_BxTxD, config)
+  if order == "joint":
+    windows = embed(statistics.log_unigram_V)
+    hidden_BxLxD, hidden = net.forward(x_BxTxD[:, :-1], _clean_segments(batch), windows, config.one_pass)
+    hidden_BxNxWxD = _contexts(hidden, slots, draw, hidden_BxLxD)
+  else:
+    clean = hidden_BxLxD, cache
+    hidden_BxNxWxD = _read_windows(net, clean, embed, slots, statistics.log_unigram_V, draw, config)
+  return scene, slots, hidden_BxLxD, hidden_BxNxWxD, nats_BxL
 
 
 def _autoregression(net, batch, counts, config):
