@@ -405,15 +405,19 @@ def llama_step(config: config_lib.Config, tokens: np.ndarray, on_gpu: bool) -> C
 
 def run_windows(rows: Rows, args: flags.FlagValues) -> None:
   """The piece `windows`; a row for each call."""
-  rows.measure(f"call {len(rows.rows) + 1}", train_windows, args)
+  call = len(rows.rows) + 1
+  rows.measure(f"call {call}", train_windows, args, call)
 
 
-def train_windows(args: flags.FlagValues) -> dict[str, Any]:
-  """Trains windows for the rest of the time, and writes them. A short run measures the time of a step first."""
+def train_windows(args: flags.FlagValues, seed: int) -> dict[str, Any]:
+  """Trains windows for the rest of the time, and writes them. A short run measures the time of a step first.
+
+  seed: of batches and anchors: another one in each call.
+  """
   output = Path(args.output) / evo_file.NAME
   start = str(output) if output.exists() else args.windows
   workdir = bring_in(args.model, start, importer.Options())
-  changes = WINDOWS | {"data.path": args.text} | of_file(start)
+  changes = WINDOWS | {"data.path": args.text, "data.seed": seed, "train.seed": seed} | of_file(start)
   if args.small:
     changes |= {"data.batch_size": 2, "window.count": 2, "model.dtype": "float32"}
   configure = lambda **train: common.configure(
