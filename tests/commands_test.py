@@ -310,20 +310,15 @@ def test_pieces_for_a_gpu_are_measured_once(tmp_path, monkeypatch):
   assert "goes on with throughput" in succeed(*flags, "--minutes=0.01").stdout
   file = tmp_path / "throughput.json"
   assert not file.exists()
+  file.write_text('{"result": {"done": false, "rows": {"evo150m": {"batch": 3}, "evo1b": {"error": "no memory"}}}}')
   measured = succeed(*flags, "--piece=throughput").stdout
-  assert "transformers is left out: torch is not installed" in measured
-  record = json.loads(file.read_text())
-  rows = record["result"]["rows"]
-  assert record["result"]["done"] and [*rows] == ["evo150m", "evo1b"]
-  for row in rows.values():
-    assert {*row["steps"]} == {"autoregression", "windows"} and row["shape"]["layers"] == 1
-    assert all(step["tokens_per_second"] > 0 for step in row["steps"].values())
+  assert "transformers is left out: torch is not installed" in measured and "evo150m" not in measured
+  result = json.loads(file.read_text())["result"]
+  assert result["done"] and result["rows"]["evo150m"] == {"batch": 3}
+  row = result["rows"]["evo1b"]
+  assert {*row["steps"]} == {"autoregression", "windows"} and row["shape"]["layers"] == 1
+  assert all(step["tokens_per_second"] > 0 for step in row["steps"].values())
   assert succeed(*flags).stdout == "throughput: is done\n"
-  record["result"] |= {"done": False, "rows": rows | {"evo1b": {"error": "no memory"}}}
-  file.write_text(json.dumps(record))
-  assert "evo1b: {" in succeed(*flags, "--piece=throughput").stdout
-  again = json.loads(file.read_text())["result"]
-  assert again["done"] and again["rows"]["evo150m"] == rows["evo150m"] and "error" not in again["rows"]["evo1b"]
 
 
 def test_pieces_for_a_gpu_have_a_limit_of_time(tmp_path):
