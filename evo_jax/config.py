@@ -131,7 +131,7 @@ class Model(Section):
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = False  # no attention across document boundaries
-  progression: str = of_windows("shared")  # shared: one clock for a window's tokens | learned: one inferred per token
+  progression: str = pinned("shared")  # shared: one clock for all tokens of a window | learned: one inferred per token
   dtype: str = "float32"  # of computation
   param_dtype: str = "float32"  # of parameters; those that are trained are float32 beside frozen ones of any dtype
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
@@ -510,6 +510,12 @@ class Config:
       not paths.streams or max(paths.stream_counts) <= window.size,
       "stream_counts",
       f"has more streams than a window has tokens, window.size = {window.size}",
+    )
+    window.require(
+      not window.count or self.window_slots > 0, "size", "leaves nothing to draft: the clean stream has the first token"
+    )
+    model.require(
+      not (model.window_head and self.diffusion_alone), "window_head", "needs a clean stream, which nothing trains here"
     )
     learned = model.progression == "learned"
     paths.require(

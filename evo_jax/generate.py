@@ -9,10 +9,13 @@
   flow      windows of tokens, in --steps passes each, along any path (--path)
   adaptive  a sliding window: tokens that are certain, or far enough from others that jump in the same pass, jump ahead;
             --threshold, in bits with the default path, goes from 0 (autoregression) to one pass for all
-  verify    autoregression's distribution in fewer passes: windows draft tokens, the next pass verifies them
+  verify    ar's texts in fewer passes and less time: windows, or the text's own repetitions, draft tokens, and the next
+            pass verifies them. How many, and by what, follows from the speeds measured on this machine; --draft=T
+            drafts T tokens in every round, and windows follow all outcomes, for most tokens per pass
 
-In float32 adaptive with --threshold=0, and verify with --greedy, give the tokens that ar gives; in bfloat16 rounding,
-which depends on how many tokens a pass reads, decides between nearly equal ones (experiments/README.md).
+In float32 adaptive with --threshold=0, and verify, give the tokens that ar gives with the seed (verify with
+--coupling=rejection: tokens of the same distribution); in bfloat16 rounding, which depends on how many tokens a pass
+reads, decides between nearly equal ones (experiments/README.md).
 
 --output writes texts for any number of prompts into a folder, local or gs://, of .jsonl files that training reads
 (--config.data.path='OUTPUT/*.jsonl'); started again, the command goes on (`evo_jax.decoding.bulk`).
@@ -28,6 +31,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from absl import flags
 import jax
@@ -39,7 +43,7 @@ from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.prompt_files import iterate_prompts, read_prompt_files
 from evo_jax.decoding.prompts import Prompt, readable
 from evo_jax.decoding.sampler import OnText, Sampler
-from evo_jax.decoding.settings import DEFAULT_PATH, DEFAULT_TOKENS, MODES, Sampling
+from evo_jax.decoding.settings import COUPLINGS, DEFAULT_PATH, DEFAULT_TOKENS, DRAFT_SOURCES, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
 from evo_jax.run import Run, load_run
@@ -92,9 +96,7 @@ def _print_texts(args: flags.FlagValues, sampler: Sampler, prompts: list[Prompt]
   if streams:
     print("" if generations[0].text else shown(prompts[0]))
   elif args.json:
-    as_json = lambda prompt: readable(prompt) if isinstance(prompt, str) else prompt
-    generations_json = [dataclasses.asdict(g) | {"prompt": as_json(g.prompt)} for g in generations]
-    print(json.dumps(generations_json, indent=2))
+    print(json.dumps([_to_json(generation) for generation in generations], indent=2))
   else:
     for i, generation in enumerate(generations):
       print(("-" * 20 + "\n" if i else "") + shown(generation.prompt) + generation.text)
@@ -207,14 +209,27 @@ def _prompts(args: flags.FlagValues) -> list[Prompt]:
   return prompts
 
 
+def _to_json(generation: Generation) -> dict[str, Any]:
+  prompt = generation.prompt
+  fields = dataclasses.asdict(generation) | {"prompt": readable(prompt) if isinstance(prompt, str) else prompt}
+  drafts = ("accepted", "rounds", "drafted_rounds")
+  return {name: value for name, value in fields.items() if name not in drafts or value is not None}
+
+
 def _summary(generations: list[Generation], compile_seconds: float) -> str:
   tokens = sum(len(generation.tokens) for generation in generations)
   passes = sum(generation.passes for generation in generations)
   seconds = max(generation.seconds for generation in generations)
-  return (
+  summary = (
     f"{tokens} tokens in {passes} passes ({tokens / max(passes, 1):.2f} per pass), {seconds:.2f} s, and "
     f"{compile_seconds:.1f} s to compile"
   )
+  if generations[0].rounds is None:
+    return summary
+  total = lambda name: sum(getattr(generation, name) for generation in generations)
+  accepted, rounds = total("accepted"), max(total("rounds"), 1)
+  undrafted = 1.0 - total("drafted_rounds") / rounds
+  return f"{summary}; {accepted / rounds:.2f} drafted tokens accepted per round, {undrafted:.0%} of rounds had no draft"
 
 
 def define_flags() -> None:
@@ -241,7 +256,8 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "", output)
   columns = (
     "prompt, text, tokens, settled (the pass that committed each token), passes, seconds, end_id (the token by which "
-    "the model ended the text, or null)"
+    "the model ended the text, or null); with --mode=verify also accepted (drafted tokens that were committed, neither "
+    "corrections nor the tokens that come free), rounds (passes that verified) and drafted_rounds (those with a draft)"
   )
   flags.DEFINE_bool("json", False, f"Print a list of objects: {columns}.")
   flags.DEFINE_string("trace", "", "File (.html or .png) for a picture of how the first text matured.")
@@ -281,9 +297,23 @@ def _define_sampling_flags(default: Sampling) -> None:
     "times as many."
   )
   flags.DEFINE_integer("window", default.window, window)
-  flags.DEFINE_integer("draft", default.draft, "Mode verify: drafted tokens per pass, at most.")
+  draft = (
+    "Mode verify: drafted tokens per round, and windows for all outcomes: most tokens per pass. 0: length and windows "
+    "for most tokens per second, as measured on the way (4 with --coupling=rejection or --draft_passes)."
+  )
+  flags.DEFINE_integer("draft", default.draft, draft)
   draft_passes = "Mode verify: passes per round; with 1, a pass verifies and drafts the next tokens."
   flags.DEFINE_integer("draft_passes", default.draft_passes, draft_passes)
+  draft_from = (
+    "Mode verify: what drafts: windows, text (what followed its last tokens when they occurred before), or both: in "
+    "each round the one of which more tokens were accepted."
+  )
+  flags.DEFINE_enum("draft_from", default.draft_from, DRAFT_SOURCES, draft_from)
+  coupling = (
+    "Mode verify: gumbel accepts a drafted token if it is the one that ar draws with the seed, so that the text is "
+    "ar's; rejection samples another text of ar's distribution, and accepts a little more."
+  )
+  flags.DEFINE_enum("coupling", default.coupling, COUPLINGS, coupling)
   flags.DEFINE_integer("gap", default.gap, "Tokens of a gap [...] without a number.")
   flags.DEFINE_bool("endless", default.endless, "Rule out the tokens that end a text.")
   flags.DEFINE_integer("batch_size", default.batch_size, "Texts that are decoded at once.")

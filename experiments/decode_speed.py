@@ -34,8 +34,8 @@ from experiments import common
 SETTINGS = {
   "ar": dict(mode="ar"),
   "ar greedy": dict(mode="ar", greedy=True),
-  "verify": dict(mode="verify"),
-  "verify greedy": dict(mode="verify", greedy=True),
+  "verify": dict(mode="verify", draft=4),
+  "verify greedy": dict(mode="verify", greedy=True, draft=4),
   **{f"adaptive {t:g}": dict(mode="adaptive", threshold=t) for t in (0.13, 0.26, 0.35, 0.52, 1.04, 2.08)},
   **{f"even steps {k}": dict(mode="flow", steps=k) for k in (2, 4, 8, 16, 32, 64)},
   **{f"confidence {n}": dict(mode="flow", path=f"certain:{n}") for n in (2, 4, 8, 16, 32)},

@@ -30,7 +30,7 @@ from experiments.decode_speed import held_out_texts
 
 # Name: (the reference, the mode that is compared with it).
 PAIRS = {
-  "verify, greedy": (dict(mode="ar", greedy=True), dict(mode="verify", greedy=True)),
+  "verify, greedy": (dict(mode="ar", greedy=True), dict(mode="verify", greedy=True, draft=4)),
   "adaptive 0, greedy": (dict(mode="ar", greedy=True), dict(mode="adaptive", threshold=0.0, greedy=True)),
   "adaptive 0, drawn": (dict(mode="ar"), dict(mode="adaptive", threshold=0.0)),
   "one by one, greedy": (dict(mode="ar", greedy=True), dict(mode="ar", greedy=True, batch_size=1)),

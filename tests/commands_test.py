@@ -39,7 +39,7 @@ def test_generate_writes_text(trained):
     for more in (
       ("--seed=1",),
       ("--mode=adaptive", "--threshold=2"),
-      ("--mode=verify", "--seed=2", "--top_k=9"),
+      ("--mode=verify", "--seed=2", "--top_k=9", "--coupling=rejection", "--draft=2"),
       ("--mode=flow", "--steps=3", "--path=rolling", "--stepper=ancestral", "--grid=precision"),
     )
   ]

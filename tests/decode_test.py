@@ -13,11 +13,13 @@ import pytest
 from scipy import stats
 
 from evo_jax import config as config_lib
-from evo_jax.decoding import modes, settings, speculative, steps
-from evo_jax.decoding.logits import LogitsProcessor, make_processor
+from evo_jax.decoding import lookup, modes, settings, speculative, steps
+from evo_jax.decoding.draft_policy import DraftPolicy
+from evo_jax.decoding.logits import LogitsProcessor, draw_tokens, make_processor, token_noise
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
-from evo_jax.decoding.state import Draft, prefill, with_latents
+from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
+from evo_jax.decoding.state import MATCH, prefill, with_latents
 from evo_jax.errors import UserError
 from evo_jax.flow import latents, policies
 from evo_jax.flow.interface import WindowInputs
@@ -74,9 +76,11 @@ MODES = (
   dict(mode="flow", path="error:0.2", stepper="ode2"),
   dict(mode="adaptive", threshold=1.0),
   dict(mode="adaptive", path="maturity", threshold=0.7, stepper="ancestral"),
-  dict(mode="verify"),
+  dict(mode="verify", draft=4),
   dict(mode="verify", draft=2, temperature=0.7, top_k=5),
   dict(mode="verify", draft_passes=2),
+  dict(mode="verify", coupling="rejection"),
+  dict(mode="verify", draft=3, draft_from="text"),
 )
 name = lambda fields: "-".join(str(v) for v in fields.values())
 
@@ -172,16 +176,27 @@ def exact_distribution(vocab_size, length, **fields):
 @pytest.mark.parametrize(
   "fields",
   slow_but(
-    [dict(), dict(temperature=0.6), dict(top_k=2), dict(top_p=0.7), dict(draft=1), dict(draft_passes=3)], dict()
+    [
+      dict(),
+      dict(temperature=0.6),
+      dict(top_k=2),
+      dict(top_p=0.7),
+      dict(draft=1),
+      dict(draft_passes=3),
+      dict(draft_from="text"),
+      dict(coupling="gumbel"),
+    ],
+    dict(),
   ),
   ids=name,
 )
 def test_verify_has_the_distribution_of_ar(fields):
   """Chi-square over the 81 strings of four tokens (method fact 7). 8,000 draws at level 1e-3 detect frequencies that
   are off by 10 % with power above 0.9; the drafts of this untrained network are poor."""
+  fields = dict(coupling="rejection") | fields
   count, length = 8000, 4
   assert stats.ncx2.sf(stats.chi2.isf(1e-3, 80), 80, count * 0.1**2) > 0.9
-  strings, p = exact_distribution(4, length, **{k: v for k, v in fields.items() if not k.startswith("draft")})
+  strings, p = exact_distribution(4, length, **{k: v for k, v in fields.items() if k[:2] in ("te", "to")})
   fields = dict(draft=3) | fields
   found = sampler(4, max_tokens=length, mode="verify", endless=True, batch_size=8192, **fields)([""], num=count, seed=2)
   number = np.array([g.tokens for g in found]) @ 3 ** np.arange(length)[::-1] - (3**length - 1) // 2
@@ -205,13 +220,213 @@ def test_unverified_drafts_do_not_have_the_distribution_of_ar():
   assert stats.chisquare(counts, p * count).pvalue < 1e-6
 
 
-def test_greedy_verify_is_greedy_ar():
-  prompts = ["a", "bcdefghij", "kl", ""]
-  ar = sampler(max_tokens=16, mode="ar", greedy=True)(prompts)
-  for draft, passes in ((1, 1), (4, 1), (4, 2)):
-    found = sampler(max_tokens=16, mode="verify", greedy=True, draft=draft, draft_passes=passes)(prompts)
-    assert [(g.tokens, g.text) for g in found] == [(g.tokens, g.text) for g in ar]
-    assert all(g.passes <= passes * (len(g.tokens) + 1) for g in found)
+def written(generations):
+  return [(g.tokens, g.text) for g in generations]
+
+
+VERIFY = (
+  dict(draft=4),
+  dict(greedy=True, draft=3),
+  dict(temperature=0.7, top_k=5, draft=2, draft_from="windows"),
+  dict(temperature=1.5, top_p=0.8, draft=3, draft_from="text"),
+  dict(greedy=True, draft=5, draft_passes=2),
+  dict(top_p=0.9, draft=1),
+)
+
+
+@pytest.mark.parametrize("fields", slow_but(VERIFY, VERIFY[0], VERIFY[1], VERIFY[3]), ids=name)
+def test_verify_writes_what_ar_writes(fields):
+  """Token for token, at any temperature, top-k and top-p, with several end tokens and stop strings, in batches of
+  prompts of different lengths and alone; some drafted tokens are accepted, and some are not."""
+  r = dataclasses.replace(run(), tokenizer=Letters(20, end_ids=(0, 5)))
+  shape = {k: v for k, v in fields.items() if not k.startswith("draft")}
+  ar, verify = (
+    Sampler(r, Sampling(max_tokens=14, stop=("ab", "r"), **f), one_device())
+    for f in (dict(mode="ar") | shape, dict(mode="verify") | fields)
+  )
+  prompts = ["a", "bcdfghij", "", "kl", "klmklmklmklmk", "aaaaaa", "fghijklmnopqrs"]
+  for seed in (1, 2):
+    expected, found = ar(prompts, num=9, seed=seed), verify(prompts, num=9, seed=seed)
+    assert written(found) == written(expected)
+    assert len({len(g.tokens) for g in found}) > (1 if "greedy" in fields else 5)
+    assert sum(g.accepted for g in found) > 4 and any(g.rounds > g.accepted + 1 for g in found)
+    assert sum(g.rounds for g in found) < sum(g.passes for g in expected)
+  assert written(verify([prompts[4]], seed=2)) == written(expected[36:37])
+
+
+class Alternating(DraftPolicy):
+  """A policy that drafts otherwise in every step, and takes one from the text wherever there is one."""
+
+  PLANS = (
+    (Drafting(3, (0,), True), 2),
+    (Drafting(4, (), True), 3),
+    (Drafting(2, (0, 2), False), 2),
+    (Drafting(1, (), False), 1),
+    (Drafting(3, (3,), False), 5),
+  )
+
+  def choose(self, rows):
+    self.step = getattr(self, "step", -1) + 1
+    return *self.PLANS[self.step % len(self.PLANS)], 0.0
+
+
+def test_texts_do_not_depend_on_how_they_are_drafted():
+  """Windows for some outcomes or none, drafts that go on with a shorter one, rounds without a draft, plain passes."""
+  write = Sampler(run(), Sampling(mode="verify", max_tokens=24, endless=True), one_device())
+  write._drafts = Alternating(Drafting(4, (), True), True, settings.MAX_DRAFT, True)
+  prompts = ["a", "abcabc", "", "lk"]
+  found, expected = write(prompts, seed=3), sampler(mode="ar", max_tokens=24, endless=True)(prompts, seed=3)
+  assert written(found) == written(expected)
+  assert write._drafts.step >= 5
+  for g in found:
+    assert 0 < g.drafted_rounds < g.rounds == g.passes
+    assert 24 <= g.accepted + g.rounds <= 25  # the text may be full before the last round's own token
+
+
+def test_windows_that_read_the_clean_anchor_draft():
+  """With slots that are informed by what is known alone, and a head: the texts of `ar`; and a draft's first tokens do
+  not depend on how long it is."""
+  changes = dict(model__window_attention="informed", model__window_head=8, model__window_rank=2)
+  prompts = ["a", "bcdefghij", ""]
+  write = lambda **fields: sampler(changes=tuple(changes.items()), max_tokens=14, **fields)(prompts, num=4, seed=1)
+  found = write(mode="verify", draft=3, draft_from="windows")
+  assert written(found) == written(write(mode="ar")) and sum(g.accepted for g in found) > 4
+  r = run(**changes)
+  net = r.model.clone(stacked=False).bind({"params": evo.unstack_layers(r.params)})
+  state = prefilled(2, net)
+  state = state.replace(draft=speculative.start_draft(net, r.statistics, 2, 4, "gumbel", no_record(4)))
+
+  def outputs(tokens, outcomes=(0,)):
+    drafting = Drafting(tokens, outcomes, False, reads_anchor=net.reads_clean_anchor)
+    slots = speculative.window_slots(net, state, drafting, state.length[:, None] - 1 + jnp.array(outcomes))
+    assert slots.x.shape[1] == tokens * len(outcomes) == drafting.rows(False) - 1 + tokens * (len(outcomes) - 1)
+    return modes.forward(net, state, 1, 1, slots)[1]
+
+  np.testing.assert_allclose(outputs(2), outputs(4)[:, :2], atol=1e-5)
+  np.testing.assert_allclose(outputs(2), outputs(2, (0, 1))[:, :2], atol=1e-5)
+  assert np.abs(outputs(2) - outputs(2, (0, 1))[:, 2:]).max() > 1e-3
+
+
+def test_rounds_are_counted():
+  """Every committed token is a drafted one or its round's own; what stands behind an end token is neither."""
+  found = sampler(mode="verify", max_tokens=14, draft=4)(["a", "abcabcab", "kl"], num=16, seed=1)
+  for g in found:
+    passes, count = np.unique(g.settled, return_counts=True)
+    ended = len(g.tokens) < 14
+    assert g.rounds == g.passes and list(passes[:-1]) == list(range(1, g.rounds))[: len(passes) - 1]
+    assert g.accepted in (len(g.tokens) + ended - g.rounds, len(g.tokens) + ended - g.rounds + 1)
+    assert g.accepted >= sum(count[:-1] - 1) and g.drafted_rounds == max(g.rounds - 1, 0)
+  assert sampler(mode="ar", max_tokens=14)(["a"])[0].rounds is None
+
+
+def test_drafts_from_the_text():
+  """The longest suffix that occurred before, of several the last; a text that repeats itself goes on doing so."""
+  texts = ["abcdabce", "xabcyabczab", "aaaa", "abab", "abc", "bcdxabcdyabcd"]
+  tokens = np.zeros((len(texts), 24), np.int32)
+  for row, text in zip(tokens, texts):
+    row[: len(text)] = Letters(20).encode(text)
+  length = jnp.array([len(t) for t in texts])
+  found, match = lookup.continuation(jnp.asarray(tokens), length, 5)
+  assert match.tolist() == [0, 2, 3, 2, 0, 4]
+  drafts = [Letters(20, end_ids=()).decode(t) for t in np.asarray(found)]
+  assert drafts[1:4] == ["czabc", "aaaaa", "ababa"] and drafts[5] == "yabcd" and MATCH == 4
+
+
+def test_a_head_rescores_drafts_from_left_to_right():
+  """A head that adds nothing leaves the draws as they are; one that wants the alphabet gets it, behind any token."""
+  V, T = 20, 4
+  logits, hidden = jax.random.normal(jax.random.key(0), (2, T, V)), jnp.zeros((2, T, 3))
+  state = prefilled(2, run().model.clone(stacked=False).bind({"params": evo.unstack_layers(run().params)}))
+  position = jnp.array([[5, 6, 7, 8], [3, 4, 5, 6]])
+  previous = jnp.array([7, 2])
+
+  class Head:
+    def __init__(self, weight):
+      self.rescore = lambda hidden, previous, candidates, logits: (
+        logits + weight * (candidates == previous[..., None] + 1)
+      )
+
+  for processor in (make_processor(Sampling(top_k=7), (0,)), make_processor(Sampling(greedy=True), (0,))):
+    noise = None if processor.greedy else token_noise(state, position, V)
+    plain, log_q = speculative.draw_rescored(Head(0.0), processor, V, hidden, logits, previous, noise)
+    np.testing.assert_array_equal(plain, draw_tokens(state, processor, logits, position))
+    np.testing.assert_allclose(np.exp(log_q), np.exp(processor(logits)), atol=1e-6)
+    found, log_q = speculative.draw_rescored(Head(99.0), processor, V, hidden, logits, previous, noise)
+    assert found.tolist() == [[8, 9, 10, 11], [3, 4, 5, 6]]
+    np.testing.assert_allclose(jnp.take_along_axis(log_q, found[..., None], 2), 0.0, atol=1e-3)
+    few, _ = speculative.draw_rescored(Head(99.0), processor, 3, hidden, logits, previous, noise)
+    best = np.argsort(-np.asarray(processor.rule_out(logits)))[..., :3]
+    assert all(np.isin(token, best[i, j]) for i, row in enumerate(few.tolist()) for j, token in enumerate(row))
+
+
+def prefilled(rows, net):
+  """A decoding state of empty prompts."""
+  tokens = jnp.zeros((rows, 32), jnp.int32)
+  known = jnp.broadcast_to(jnp.arange(32) < 1, tokens.shape)
+  keys = jax.random.split(jax.random.key(7), rows)
+  return prefill(net, tokens, known, 1, jnp.full(rows, 1), jnp.full(rows, 31), keys, (0,))
+
+
+class World:
+  """A text of which drafts are accepted with given probabilities, on a machine with given seconds.
+
+  base, slot: seconds of a pass and of each slot. windows, text: probabilities that the next token of a draft is
+  accepted. matches: share of rounds in which the last four tokens occurred before.
+  """
+
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0):
+    self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
+    self.random, self.tokens, self.seconds, self.pending = np.random.default_rng(0), 0, 0.0, (0, 0)
+
+  def step(self, policy):
+    """A step as the policy wants it; the policy hears of it. Returns the drafting."""
+    drafting, rounds, least = policy.choose(1)
+    offered, taken, matched = (np.array(x) for x in policy.record)
+    counts, seconds = [0, 0], 0.0
+    for _ in range(rounds):
+      (length, source), T = self.pending, drafting.tokens
+      drafted = bool(length) or drafting.always
+      accepts = self.random.random(min(length, T)) < self.acceptance[source > 0]
+      accepted = int(np.cumprod(accepts).sum())
+      offered, taken, matched = 0.99 * offered, 0.99 * taken, 0.95 * matched
+      offered[source, : min(accepted + 1, length, T)] += 1
+      taken[source, :accepted] += 1
+      match = MATCH * (self.random.random() < self.matches)
+      matched[match] += 0.05
+      window = accepted in (drafting.outcomes if drafted else drafting.outcomes and (0,))
+      expected = survival(offered, taken, T).sum(axis=1)
+      by_text = drafting.from_text and match and expected[match] > (expected[0] if window else least)
+      self.pending = (T, MATCH) if by_text else (T * window, 0)
+      counts[drafted] += 1
+      self.tokens += accepted + 1
+      seconds += self.base + self.slot * drafting.rows(drafted)
+    self.seconds += seconds
+    policy.add_step(drafting, 1, counts, seconds, 0.0, (offered, taken, matched))
+    return drafting
+
+  def write(self, tokens=1000):
+    """Tokens a second beside autoregression's, and the draftings of the second half of the steps."""
+    drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
+    policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True), []
+    while self.tokens < tokens:
+      used.append(self.step(policy))
+    return self.tokens / self.seconds * (self.base + self.slot), used[len(used) // 2 :]
+
+
+def test_drafts_follow_measured_speed():
+  """Where slots cost what they do on a CPU drafts that fail leave autoregression as fast as it is, short texts, too;
+  good windows are used, few of them; a text that repeats itself drafts; where slots are free windows are long and
+  follow all outcomes."""
+  speed, _ = World(16.5, 2.2, windows=0.05).write(200)
+  assert speed > 0.95
+  speed, used = World(16.5, 2.2, windows=0.05, text=0.05, matches=0.5).write()
+  assert speed > 0.95 and np.mean([not d.outcomes for d in used]) > 0.9
+  speed, used = World(16.5, 2.2, windows=0.8).write()
+  assert speed > 1.3 and all(0 < len(d.outcomes) <= 3 for d in used)
+  speed, used = World(16.5, 2.2, windows=0.05, text=0.95, matches=0.9).write()
+  assert speed > 2 and not any(d.outcomes for d in used)
+  speed, used = World(16.5, 0.01, windows=0.8).write(2000)
+  assert speed > 3.5 and np.mean([d.always and d.tokens >= 6 for d in used]) > 0.9
 
 
 def test_caches_hold_the_clean_streams_keys_and_values():
@@ -234,8 +449,8 @@ def test_caches_hold_the_clean_streams_keys_and_values():
       state = with_latents(state, net.codes())
       step = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor)
     if mode == "verify":
-      state = state.replace(draft=Draft.empty(3, 3, model.rows))
-      step = lambda state: speculative.verify_round(net, statistics, state, processor, 3)
+      state = state.replace(draft=speculative.start_draft(net, statistics, 3, 3, "gumbel", no_record(3)))
+      step = lambda state: speculative.verify_round(net, state, processor, Drafting(3, every_outcome(3), True), True)
     state = modes.run_passes(step, state, 40)
     return state, net.clean(state.tokens)[1]
 
@@ -470,11 +685,15 @@ def test_a_mesh_gives_the_same_texts():
     ),
     *(
       ({flag: value}, f"--{flag}={value}: is not positive")
-      for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size")
+      for flag in ("max_tokens", "steps", "draft_passes", "gap", "batch_size")
       for value in (0, -(2**63))
     ),
+    (dict(draft=-1), "--draft=-1: is negative"),
+    (dict(draft_from="thin air"), "--draft_from=thin air: is not one of both, windows, text"),
+    (dict(draft_from="text", draft_passes=2), "--draft_from=text: goes with --draft_passes=1"),
+    (dict(coupling="loose"), "--coupling=loose: is not one of gumbel, rejection"),
     (dict(steps=2**63), "--steps=9223372036854775808: is more than 65536"),
-    (dict(draft_passes=6), "--draft_passes=6: is more than --draft and one"),
+    (dict(draft_passes=6), "--draft_passes=6: is more than the 4 tokens of --draft and one"),
     (dict(window=2**31), "--window=2147483648: is more than the context"),
     (dict(mode="flow", grid="nan"), "--grid=nan"),
     (dict(mode="flow", grid="0.9,nan,0.1"), "--grid=0.9,nan,0.1"),

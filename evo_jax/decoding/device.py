@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,6 +81,10 @@ class DeviceModel:
   def to_host(self, value: Any) -> Any:
     """The value with numpy arrays, also where other processes hold parts of it. Copies, since states are donated."""
     return jax.tree.map(np.array, self._replicate(value) if jax.process_count() > 1 else value)
+
+  def agree(self, values: Any) -> Any:
+    """Process 0's numbers, in all processes, which must run the same programs."""
+    return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
 
 
 @jax.jit

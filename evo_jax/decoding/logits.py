@@ -29,15 +29,23 @@ class LogitsProcessor:
 
   def __call__(self, logits: jax.Array) -> jax.Array:
     """Log-probabilities (..., V) in nats, -inf where a token is ruled out."""
+    return self.shape(self.rule_out(logits))
+
+  def rule_out(self, logits: jax.Array) -> jax.Array:
+    """The logits (..., V), -inf where a row is no token or one that is suppressed."""
+    if not self.suppressed and self.vocab_size is None:
+      return logits
     vocabulary = jnp.arange(logits.shape[-1])
-    if self.suppressed or self.vocab_size is not None:
-      ruled_out = is_any_of(vocabulary, self.suppressed)
-      if self.vocab_size is not None:
-        ruled_out |= vocabulary >= self.vocab_size
-      logits = jnp.where(ruled_out, -jnp.inf, logits)
+    ruled_out = is_any_of(vocabulary, self.suppressed)
+    if self.vocab_size is not None:
+      ruled_out |= vocabulary >= self.vocab_size
+    return jnp.where(ruled_out, -jnp.inf, logits)
+
+  def shape(self, logits: jax.Array) -> jax.Array:
+    """Log-probabilities (..., C) in nats of any C candidates by their logits."""
     if self.greedy:
       best = jnp.argmax(logits, axis=-1, keepdims=True)
-      return jnp.where(vocabulary == best, 0.0, -jnp.inf)
+      return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
     # The greatest is 0 first, so that nothing overflows, and at high temperatures the order of the others is kept.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
     if self.top_k and self.top_k < logits.shape[-1]:
@@ -75,13 +83,19 @@ def make_processor(
 def draw_tokens(
   state: DecodingState, processor: LogitsProcessor, logits_BxTxV: jax.Array, position_BxT: jax.Array
 ) -> jax.Array:
-  """Tokens (B, T) int32. Each position has a key of its own, since it is drawn only once."""
+  """Tokens (B, T) int32. Each position has noise of its own, since it is drawn only once (or again, as a draft)."""
   log_p_BxTxV = processor(logits_BxTxV)
-  if processor.greedy:
-    return jnp.argmax(log_p_BxTxV, axis=-1).astype(jnp.int32)
+  if not processor.greedy:
+    log_p_BxTxV += token_noise(state, position_BxT, log_p_BxTxV.shape[-1])
+  return jnp.argmax(log_p_BxTxV, axis=-1).astype(jnp.int32)
 
-  def draw(key, log_p, position):
+
+def token_noise(state: DecodingState, position_BxT: jax.Array, vocab_rows: int) -> jax.Array:
+  """(B, T, V) float32 standard Gumbel noise of a row's positions: the token with the greatest sum of log-probability
+  and noise is a draw from the distribution (Gumbel-max)."""
+
+  def noise(key, position):
     key = jax.random.fold_in(jax.random.fold_in(key, KEY_TOKEN), position)
-    return jax.random.categorical(key, log_p).astype(jnp.int32)
+    return jax.random.gumbel(key, (vocab_rows,))
 
-  return jax.vmap(jax.vmap(draw, in_axes=(None, 0, 0)))(state.key, log_p_BxTxV, position_BxT)
+  return jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(state.key, position_BxT)

@@ -22,6 +22,10 @@ class Generation:
   text: what was written; after infilling, the whole text with its gaps filled. tokens: ids of what was written, which
   decode to the text. settled: number of the pass that committed each of them. seconds: until this text was done,
   without compilation. end_id: the token by which the model ended the text behind them; None: something else ended it.
+  Of mode verify, else None: rounds: passes that verified, each of which commits a token of its own. drafted_rounds:
+  those of them that had a draft to verify. accepted: the drafted tokens that they committed, neither the corrections
+  nor the tokens that come free behind accepted ones; so a text has `accepted + rounds` tokens, with an end token, but
+  for its last round, which need not have a token of its own. All with what a stop string cuts off.
   """
 
   prompt: Prompt
@@ -31,16 +35,23 @@ class Generation:
   passes: int
   seconds: float
   end_id: int | None = None
+  accepted: int | None = None
+  rounds: int | None = None
+  drafted_rounds: int | None = None
 
 
 class Snapshot(NamedTuple):
-  """The part of a decoding state that the host looks at; see `DecodingState`. The last four are for traces."""
+  """The part of a decoding state that the host looks at; see `DecodingState`. `accepted`, `rounds` and
+  `drafted_rounds` are of mode verify, the last four for traces."""
 
   tokens: np.ndarray
   length: np.ndarray
   done: np.ndarray
   passes: np.ndarray
   committed_pass: np.ndarray
+  accepted: np.ndarray | None = None
+  rounds: np.ndarray | None = None
+  drafted_rounds: np.ndarray | None = None
   time: np.ndarray | None = None
   top_tokens: np.ndarray | None = None
   draft_tokens: np.ndarray | None = None
@@ -49,11 +60,20 @@ class Snapshot(NamedTuple):
   @classmethod
   def select(cls, state: DecodingState) -> "Snapshot":
     """The state's arrays, still on their devices."""
-    arrays = (state.tokens, state.length, state.done, state.passes, state.committed_pass)
-    if state.top_tokens is None:
-      return cls(*arrays)
-    draft = (None, None) if state.draft is None else (state.draft.tokens, state.draft.pending)
-    return cls(*arrays, state.time, state.top_tokens, *draft)
+    arrays = dict(
+      tokens=state.tokens,
+      length=state.length,
+      done=state.done,
+      passes=state.passes,
+      committed_pass=state.committed_pass,
+    )
+    if (draft := state.draft) is not None:
+      record = draft.record
+      arrays |= dict(accepted=record.accepted, rounds=record.rounds, drafted_rounds=record.drafted_rounds)
+    if state.top_tokens is not None:
+      arrays |= dict(time=state.time, top_tokens=state.top_tokens)
+      arrays |= {} if draft is None else dict(draft_tokens=draft.tokens, draft_pending=draft.pending)
+    return cls(**arrays)
 
   def row(self, i: int) -> "Snapshot":
     return Snapshot(*(None if array is None else array[i] for array in self))
@@ -112,7 +132,9 @@ class Progress:
     """The finished text."""
     text, tokens, committed = self._filled(row) if self._infill else self._written(row)
     end = None if self._infill else self._end_id(row, tokens)
-    return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, end)
+    counts = (row.accepted, row.rounds, row.drafted_rounds)
+    counts = (None if count is None else int(count) for count in counts)
+    return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, end, *counts)
 
   def _written(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """Text, tokens and their passes behind the prompt."""

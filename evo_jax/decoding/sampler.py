@@ -17,15 +17,16 @@ import jax
 import numpy as np
 
 from evo_jax.data.tokenizers import Tokenizer, special_ids
-from evo_jax.decoding import modes, settings, steps
+from evo_jax.decoding import modes, settings, speculative, steps
 from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import make_processor
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Generation, Progress, Snapshot
 from evo_jax.decoding.prompts import Prompt, Request, make_requests, pack
 from evo_jax.decoding.recorder import TraceRecorder
 from evo_jax.decoding.settings import Sampling
-from evo_jax.decoding.state import DecodingState, Draft, prefill, with_latents
+from evo_jax.decoding.state import DecodingState, prefill, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
 from evo_jax.errors import UserError
@@ -48,6 +49,7 @@ class Sampler:
     """
     self.run, self.sampling = run, sampling or Sampling()
     self._schedule = _make_schedule(run, self.sampling)
+    self._drafts = _make_drafts(run, self.sampling) if self.sampling.mode == "verify" else None
     self._device = DeviceModel(run, run.mesh if mesh is None else mesh)
 
   @property
@@ -127,7 +129,7 @@ class Sampler:
     sampling, device, tokenizer, schedule = self.sampling, self._device, self.run.tokenizer, self._schedule
     buffers, prefix = pack(requests, tokenizer.begin_id, device.row_multiple, self._room())
 
-    def program(net, statistics, buffers, seed):
+    def program(net, statistics, buffers, seed, record):
       fold = lambda digest, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), number)
       keys = jax.vmap(fold)(buffers.digest, buffers.repetition)
       state = prefill(
@@ -143,20 +145,23 @@ class Sampler:
         flat_cache=device.mesh.size == 1,
       )
       if sampling.mode == "verify":
-        return state.replace(draft=Draft.empty(len(keys), sampling.draft, device.vocab_rows))
+        tokens, coupling = sampling.draft_tokens, sampling.coupling
+        return state.replace(draft=speculative.start_draft(net, statistics, len(keys), tokens, coupling, record))
       if sampling.mode == "ar":
         return state
       prior = statistics.log_unigram_V if schedule.self_conditioning else None
       return with_latents(state, net.codes(), prior, schedule.size)
 
-    state: DecodingState = device.run(("start", traced, prefix), program, buffers, np.uint32(seed))
+    record = self._drafts and self._drafts.record
+    state: DecodingState = device.run(("start", traced, prefix), program, buffers, np.uint32(seed), record)
     processor = make_processor(sampling, _suppressed(tokenizer, sampling.endless, infill), tokenizer.vocab_size)
-    return RunningBatch(sampling, schedule, processor, state, np.zeros(state.done.shape, bool), infill)
+    stopped = np.zeros(state.done.shape, bool)
+    return RunningBatch(sampling, schedule, processor, state, stopped, infill, self._drafts)
 
   def _room(self) -> int:
     """Positions behind the longest text that the slots of a pass may reach."""
     if self._schedule is None:
-      return 2 * self.sampling.draft + 4
+      return self.sampling.draft_tokens + 1
     return 2 * self._schedule.size + modes.uncached_slots(self._schedule.size)
 
 
@@ -176,6 +181,20 @@ def _suppressed(tokenizer: Tokenizer, endless: bool, infill: bool) -> tuple[int,
   may_end = () if endless else tokenizer.end_ids
   written = () if infill else (*may_end, *tokenizer.turn_end_ids)
   return tuple(i for i in special_ids(tokenizer) if i not in written)
+
+
+def _make_drafts(run: Run, sampling: Sampling) -> DraftPolicy:
+  """How mode verify drafts."""
+  from_windows, tokens = sampling.draft_from != "text", sampling.draft_tokens
+  drafting = speculative.Drafting(
+    tokens=tokens,
+    outcomes=speculative.every_outcome(tokens) if from_windows and sampling.draft_passes == 1 else (),
+    from_text=sampling.draft_from != "windows" and sampling.draft_passes == 1,
+    passes=sampling.draft_passes,
+    coupling=sampling.coupling,
+    reads_anchor=run.model.reads_clean_anchor,
+  )
+  return DraftPolicy(drafting, sampling.adapts_drafts, tokens, from_windows)
 
 
 def _make_schedule(run: Run, sampling: Sampling) -> WindowSchedule | None:

@@ -15,6 +15,9 @@ from evo_jax.flow.warp import Warp
 MODES = ("ar", "flow", "adaptive", "verify")
 DEFAULT_PATH = {"flow": "diagonal", "adaptive": "spread"}  # of the modes that decode windows along a path
 MAX_DRAFT = 16
+DEFAULT_DRAFT = 4  # drafted tokens, where they are neither given nor adapted
+COUPLINGS = ("gumbel", "rejection")
+DRAFT_SOURCES = ("both", "windows", "text")
 DEFAULT_TOKENS = 200  # of a text at most, where `Sampling.max_tokens` is None
 _GRIDS = ("time", "precision")
 STEPS_PATHS = ("diagonal", "rolling", "random", "learned")  # whose number is Sampling.steps
@@ -39,11 +42,23 @@ class Sampling:
   stepper: str = "ode"  # flow, adaptive: ode, ode2 (second order) or ancestral
   threshold: float = 0.25  # adaptive
   window: int = 0  # flow, adaptive: tokens of a window; 0: `default_window`
-  draft: int = 4  # verify: drafted tokens per pass at most; each text drafts as many as are often accepted
+  draft: int = 0  # verify: drafted tokens per round, with windows for all outcomes; 0: by measured speed
   draft_passes: int = 1  # verify: passes per round; with 1, a pass verifies and drafts
+  draft_from: str = "both"  # verify: windows, text (its own repetitions), or both: the better bet
+  coupling: str = "gumbel"  # verify: gumbel (the text is ar's with the seed) or rejection (its distribution is ar's)
   gap: int = 16  # infilling: tokens of a gap without a number
   endless: bool = False  # tokens that end a text are ruled out: every text gets max_tokens (but for half a character)
   batch_size: int = 64  # texts that are decoded at once
+
+  @property
+  def adapts_drafts(self) -> bool:
+    """Whether measured speed says how mode verify drafts. Not with rejection: texts would depend on it."""
+    return self.mode == "verify" and not self.draft and self.draft_passes == 1 and self.coupling == "gumbel"
+
+  @property
+  def draft_tokens(self) -> int:
+    """Tokens of mode verify's drafts: of all, or of the longest where they are adapted."""
+    return MAX_DRAFT if self.adapts_drafts else self.draft or DEFAULT_DRAFT
 
 
 def default_window(sampling: Sampling, config: config_lib.Config) -> int:
@@ -80,7 +95,7 @@ def _check_ranges(sampling: Sampling) -> None:
   """Checks each parameter by itself."""
   s = sampling
   _require(s, s.mode in MODES, "mode", f"is not one of {', '.join(MODES)}")
-  for flag in ("max_tokens", "steps", "draft", "draft_passes", "gap", "batch_size"):
+  for flag in ("max_tokens", "steps", "draft_passes", "gap", "batch_size"):
     _require(s, getattr(s, flag) is None or getattr(s, flag) >= 1, flag, "is not positive")
   for flag in ("temperature", "top_p", "threshold"):
     _require(s, math.isfinite(getattr(s, flag)), flag, "is not a finite number")
@@ -89,11 +104,20 @@ def _check_ranges(sampling: Sampling) -> None:
   _require(s, 0 < s.top_p <= 1, "top_p", "is not in (0, 1]")
   _require(s, s.window >= 0, "window", "is negative")
   _require(s, s.steps <= schedules.MOST, "steps", f"is more than {schedules.MOST}")
-  _require(s, s.draft <= MAX_DRAFT, "draft", f"is more than {MAX_DRAFT}: a pass has a window for every drafted token")
-  problem = "is more than --draft and one: each pass but the last drafts a token or more"
-  _require(s, s.draft_passes <= s.draft + 1, "draft_passes", problem)
+  _check_draft(s)
   _require(s, s.stepper in steppers.STEPPERS, "stepper", f"is not one of {', '.join(steppers.STEPPERS)}")
   _check_stop(s.stop)
+
+
+def _check_draft(s: Sampling) -> None:
+  _require(s, s.draft >= 0, "draft", "is negative")
+  _require(s, s.draft <= MAX_DRAFT, "draft", f"is more than {MAX_DRAFT}: a pass has a window for every drafted token")
+  problem = f"is more than the {s.draft_tokens} tokens of --draft and one: each pass but the last drafts one or more"
+  _require(s, s.draft_passes <= s.draft_tokens + 1, "draft_passes", problem)
+  _require(s, s.draft_from in DRAFT_SOURCES, "draft_from", f"is not one of {', '.join(DRAFT_SOURCES)}")
+  _require(s, s.coupling in COUPLINGS, "coupling", f"is not one of {', '.join(COUPLINGS)}")
+  problem = "goes with --draft_passes=1; only windows draft in passes of their own"
+  _require(s, s.draft_passes == 1 or s.draft_from != "text", "draft_from", problem)
 
 
 def _check_stop(stop: tuple[str, ...]) -> None:

@@ -22,41 +22,44 @@ from evo_jax.flow import interface, latents
 
 # The first number that is folded into a row's key: no two draws share a key.
 KEY_START, KEY_TOKEN, KEY_PASS, KEY_POLICY, KEY_DRAFT = range(5)
+MATCH = 4  # tokens at the end of a text that are looked up in it at most
+
+
+@flax.struct.dataclass
+class DraftRecord:
+  """What became of drafts so far. T: tokens of the longest draft.
+
+  accepted: (B,) int32, drafted tokens that were committed. drafted_rounds: (B,) int32, rounds that verified a draft;
+  rounds: (B,) int32, all.
+  offered, taken: (B, 1 + MATCH, T) float32, by source (see `Draft`) and position in the draft: how often the tokens
+  before it were all accepted, and how often it was, too; decayed with every round.
+  matched: (B, 1 + MATCH) float32, shares of recent rounds in which the text's last 0, 1, ... tokens occurred before.
+  """
+
+  accepted: jax.Array
+  rounds: jax.Array
+  drafted_rounds: jax.Array
+  offered: jax.Array
+  taken: jax.Array
+  matched: jax.Array
 
 
 @flax.struct.dataclass
 class Draft:
   """Tokens drafted for the positions behind the committed prefix.
 
-  tokens: (B, T) int32. log_q: (B, T, V) float32, the log-probabilities that they were drawn from. pending: (B,) int32,
-  how many of them are there to be verified. length: (B,) int32, how many a row drafts. accepted, rejected: (B,)
-  float32, decayed counts, from which `length` is chosen.
+  tokens: (B, T) int32. pending: (B,) int32, how many of them are to be verified. source: (B,) int32, what drafted them:
+  0 windows; n the text itself, where its last n tokens, of at most MATCH, occurred before. log_q: (B, T, V) float32,
+  the log-probabilities that they were drawn from; None: their draws share the noise of autoregression's.
+  unknown_x: (B, D), the embedded slot of an unknown token.
   """
 
   tokens: jax.Array
-  log_q: jax.Array
   pending: jax.Array
-  length: jax.Array
-  accepted: jax.Array
-  rejected: jax.Array
-
-  @classmethod
-  def empty(cls, rows: int, max_tokens: int, vocab_rows: int) -> "Draft":
-    """Nothing drafted yet, in buffers of `max_tokens` tokens a row."""
-    none, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
-    length = jnp.full(rows, min(max_tokens, 2), jnp.int32)
-    return cls(
-      jnp.zeros((rows, max_tokens), jnp.int32), jnp.zeros((rows, max_tokens, vocab_rows)), none, length, zero, zero
-    )
-
-  def with_tokens(self, tokens_BxT: jax.Array, log_q_BxTxV: jax.Array) -> "Draft":
-    """New drafted tokens, of which each row keeps its own `length`."""
-    rest = self.tokens.shape[1] - tokens_BxT.shape[1]
-    return self.replace(
-      tokens=jnp.pad(tokens_BxT, [(0, 0), (0, rest)]),
-      pending=self.length,
-      log_q=jnp.pad(log_q_BxTxV, [(0, 0), (0, rest), (0, 0)]),
-    )
+  source: jax.Array
+  log_q: jax.Array | None
+  unknown_x: jax.Array
+  record: DraftRecord
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import numpy as np
 
 from evo_jax.decoding import modes, speculative
 from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.draft_policy import DraftPolicy, mean_record
 from evo_jax.decoding.logits import LogitsProcessor
 from evo_jax.decoding.modes import WindowSchedule
-from evo_jax.decoding.settings import MAX_DRAFT, Sampling
+from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.state import DecodingState
 
 _PASSES = 8  # between two looks of the host
-_DRAFT_SIZES = (1, 2, 3, 4, 6, 8, 12, MAX_DRAFT)  # for which programs are compiled
 
 
 @dataclasses.dataclass
@@ -23,8 +24,8 @@ class RunningBatch:
   """A batch that is being decoded, as the host holds it; the steps replace its state.
 
   schedule: of windows, in modes that have them. stopped: (B,) bool, rows that the host has ended. infill: whether gaps
-  are filled. window: of flow that is traced, the schedule of the windows on their way and the number of their next
-  pass; None: new ones are to begin.
+  are filled. drafts: how mode verify drafts. window: of flow that is traced, the schedule of the windows on their way
+  and the number of their next pass; None: new ones are to begin.
   """
 
   sampling: Sampling
@@ -33,6 +34,7 @@ class RunningBatch:
   state: DecodingState
   stopped: np.ndarray
   infill: bool
+  drafts: DraftPolicy | None = None
   window: tuple[WindowSchedule, int] | None = None
 
   @property
@@ -68,17 +70,22 @@ def adaptive_step(device: DeviceModel, batch: RunningBatch) -> None:
 
 
 def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
-  """Some rounds, over as many drafted tokens as the row that drafts most; then draft lengths are adapted."""
-  passes, draft_passes = batch.passes, batch.sampling.draft_passes
-  done, length = device.to_host((batch.state.done, batch.state.draft.length))
-  wanted = int(np.max(np.where(done, 1, length)))
-  tokens = min(next(size for size in _DRAFT_SIZES if size >= wanted), batch.sampling.draft)
+  """Some rounds, drafted as the policy says, which learns from them."""
+  policy, rows = batch.drafts, len(batch.stopped)
+  drafting, rounds, least = policy.choose(rows)
+  rounds = 1 if batch.traced else rounds
+  start, compiled_before = time.perf_counter(), device.compile_seconds
 
-  def program(net, statistics, state, processor):
-    step = lambda state: speculative.verify_round(net, statistics, state, processor, tokens, draft_passes)
-    return speculative.adapt_draft_length(modes.run_passes(step, state, passes))
+  def program(net, statistics, state, processor, rounds, least):
+    return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
 
-  batch.state = _run(device, batch, ("verify", passes, tokens), program)
+  batch.state, counts = _run(device, batch, ("verify", drafting), program, np.int32(rounds), np.float32(least))
+  if policy.adapts:
+    record = batch.state.draft.record
+    *record, done, counts = device.to_host((record.offered, record.taken, record.matched, batch.state.done, counts))
+    compiled = device.compile_seconds - compiled_before
+    seconds, compiled = device.agree((time.perf_counter() - start - compiled, compiled))
+    policy.add_step(drafting, rows, counts, seconds, compiled, mean_record(*record, ~done))
 
 
 def flow_step(device: DeviceModel, batch: RunningBatch) -> None:

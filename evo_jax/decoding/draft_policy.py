@@ -1,0 +1,174 @@
+"""How mode verify drafts when the length is not given: what promises most tokens a second, by what was measured.
+
+On the host, between looks: seconds of passes, as a base and a price per slot, corrected by what each program took; and
+acceptance by source and position, which the decoding state counts. A draft that was not tried begins, and one that
+was not tried for long ends, with a hopeful prior, so that each is tried, briefly and seldom. With noise keyed by
+position no text depends on any of this.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+import dataclasses
+import statistics
+
+import numpy as np
+
+from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
+
+_ROUNDS = 8  # between two looks of the host
+_PROBE_ROUNDS = 4  # where little is known of a source
+_LITTLE = 4.0  # windows' drafts that were judged
+_TEXT_LENGTHS = (4, 2, 8, 16)  # T of drafts from the text alone; the first where nothing is known
+_WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+_GAIN = 1.05  # that another compiled program must promise
+_GAIN_TO_COMPILE = 1.15
+_SLOT_SHARE = 0.1  # of a pass's seconds that a slot more of each row takes, where nothing was measured: a CPU's share
+_STEPS = 32  # steps whose seconds are remembered
+
+
+class PassTimes:
+  """Seconds of passes by their slots of each row: a base and a price per slot, and a factor for each program."""
+
+  def __init__(self):
+    self._steps = deque(maxlen=_STEPS)  # (passes, slots, seconds)
+    self._factors = defaultdict(lambda: deque(maxlen=7))
+    self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
+
+  def add(self, program: Drafting, passes: int, slots: int, seconds: float) -> None:
+    """A step of `passes` passes over `slots` slots altogether."""
+    self._steps.append((passes, slots, seconds))
+    self._base, self._slot = self._fit()
+    self._factors[program].append(seconds / (passes * self._base + slots * self._slot))
+
+  def seconds(self, program: Drafting, slots: int) -> float:
+    """Of a pass over so many slots."""
+    factor = statistics.median([*self._factors[program], 1.0]) if program in self._factors else 1.0
+    return (self._base + slots * self._slot) * factor
+
+  def _fit(self) -> tuple[float, float]:
+    """Seconds of a pass and of a slot, by least squares of relative errors; a slot's share is drawn to the usual."""
+    passes, slots, seconds = np.array(self._steps).T
+    scale = np.median(passes / seconds)
+    usual = 0.3 * scale * np.array([_SLOT_SHARE, -1.0])
+    rows = np.concatenate([np.stack([passes, slots], 1) / seconds[:, None], usual[None]])
+    base, slot = np.linalg.lstsq(rows, np.append(np.ones(len(seconds)), 0.0))[0]
+    return max(float(base), 0.05 / scale), max(float(slot), 1e-4 / scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+  """What a drafting promises. rate: tokens a second of one text. least_accepted: see `speculative.verify_rounds`."""
+
+  drafting: Drafting
+  rate: float
+  least_accepted: float
+
+
+class DraftPolicy:
+  """Chooses how a sampler's batches are drafted.
+
+  Where the length is given, drafts have it, windows follow every outcome, and the text drafts where more of it was
+  accepted: what is most tokens a pass. Else `choose` adapts all three.
+  """
+
+  def __init__(self, drafting: Drafting, adapts: bool, max_tokens: int, from_windows: bool):
+    """drafting: as given; where it is adapted, its other fields. max_tokens: T of the longest drafts."""
+    self._drafting, self.adapts, self.max_tokens = drafting, adapts, max_tokens
+    self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
+    self._times = defaultdict(PassTimes)  # by rows of a batch
+    self._compiled: set[tuple[int, Drafting]] = set()
+    self._compile_seconds = self._seconds = 0.0
+    self._current: Drafting | None = None
+    self.record = no_record(max_tokens)  # of one text: offered, taken, matched
+
+  def choose(self, rows: int) -> tuple[Drafting, int, float]:
+    """The next step of a batch of so many rows: drafting, rounds and `least_accepted`."""
+    if not self.adapts:
+      return self._drafting, _ROUNDS, 0.0
+    survive = survival(*self.record[:2], self.max_tokens)
+    best, best_rate = None, 0.0
+    for drafting in self._candidates:
+      if patience := self._patience(drafting, rows):
+        forecast = self._forecast(drafting, self._times[rows], survive[:, : drafting.tokens])
+        if forecast.rate * patience > best_rate:
+          best, best_rate = forecast, forecast.rate * patience
+    self._current = best.drafting
+    known = self.record[0][0, 0] >= _LITTLE if best.drafting.outcomes else (rows, best.drafting) in self._compiled
+    return best.drafting, _ROUNDS if known else _PROBE_ROUNDS, best.least_accepted
+
+  def add_step(
+    self,
+    drafting: Drafting,
+    rows: int,
+    rounds: tuple[int, int],
+    seconds: float,
+    compile_seconds: float,
+    record: tuple[np.ndarray, np.ndarray, np.ndarray],
+  ) -> None:
+    """What a step showed. rounds: without and with a draft; record: the means over the batch's texts."""
+    self.record = record
+    self._compiled.add((rows, drafting))
+    self._compile_seconds += compile_seconds
+    self._seconds += seconds
+    plain, drafted = map(int, rounds)
+    if plain + drafted:
+      slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
+      self._times[rows].add(drafting, plain + drafted, slots, seconds)
+
+  def _patience(self, drafting: Drafting, rows: int) -> float:
+    """What a rate is multiplied by: changes must be worth it, and compilation must not take longer than decoding.
+
+    The first program without windows, which is `ar` where the text drafts nothing, comes before all others; it, and
+    the first one with windows, are compiled whatever that takes.
+    """
+    kinds = {bool(d.outcomes) for n, d in self._compiled if n == rows}
+    if drafting.outcomes and False not in kinds:
+      return 0.0
+    if drafting == self._current or (bool(drafting.outcomes) not in kinds and not drafting.outcomes):
+      return 1.0
+    if (rows, drafting) in self._compiled:
+      return 1.0 / _GAIN if drafting.outcomes else 1.0
+    if bool(drafting.outcomes) not in kinds or self._compile_seconds < self._seconds:
+      return 1.0 / _GAIN_TO_COMPILE
+    return 0.0
+
+  def _forecast(self, drafting: Drafting, times: PassTimes, survive_xT: np.ndarray) -> Forecast:
+    """Tokens a second of each row in the long run: rounds without and with a draft follow as a Markov chain.
+
+    survive_xT: (1 + MATCH, T), see `survival`.
+    """
+    plain, drafted = (times.seconds(drafting, drafting.rows(kind)) for kind in (False, True))
+    least = drafted / plain - 1.0
+    expected = survive_xT.sum(axis=1)
+    uses = self.record[2] * (expected > (expected[0] if drafting.outcomes else least)) * drafting.from_text
+    uses[0] = 0.0  # nothing matched
+    by_text = float(uses.sum())
+    share = (1.0 - by_text) if drafting.outcomes else 0.0
+    reach = (share * survive_xT[0] + uses @ survive_xT) / max(share + by_text, 1e-9)
+    if drafting.outcomes:
+      outcome = np.append(1.0, reach) - np.append(reach, 0.0)  # probabilities of 0, ..., T accepted tokens
+      follows = float(outcome[list(drafting.outcomes)].sum())
+      again = follows + (1.0 - follows) * by_text
+      share_drafted = 1.0 / (2.0 - again)  # a round without a draft always leaves one
+    else:
+      share_drafted = by_text
+    tokens = 1.0 + share_drafted * float(reach.sum())
+    seconds = share_drafted * drafted + (1.0 - share_drafted) * plain
+    return Forecast(drafting, tokens / seconds, least)
+
+
+def _candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Drafting]:
+  """All draftings that may be chosen, first those without windows."""
+  for tokens in _TEXT_LENGTHS if given.from_text else _TEXT_LENGTHS[:1]:
+    yield dataclasses.replace(given, tokens=tokens, outcomes=())
+  for tokens in window_lengths:
+    for outcomes in dict.fromkeys([(0,), (tokens,), (0, tokens), every_outcome(tokens)]):
+      yield dataclasses.replace(given, tokens=tokens, outcomes=outcomes)
+
+
+def mean_record(
+  offered_Bx: np.ndarray, taken_Bx: np.ndarray, matched_Bx: np.ndarray, active_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Means of the records of rows that are active; of all, if none is."""
+  rows = active_B if active_B.any() else np.ones_like(active_B)
+  return tuple(a[rows].mean(axis=0) for a in (offered_Bx, taken_Bx, matched_Bx))
