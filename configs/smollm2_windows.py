@@ -17,12 +17,21 @@ def get_config():
   c.model.heads = 9
   c.model.kv_heads = 3
   c.model.hidden = 1536
-  c.model.context = 256
   c.model.context_limit = 8192
   c.model.vocab_size = 49_152
   c.model.rope_base = 100_000.0
   c.model.norm_casts_first = True
   c.model.tie_embeddings = True
+  c.data.path = ""
+  c.data.tokenizer = "huggingface"
+  add_windows(c)
+  return c
+
+
+def add_windows(c):
+  """Changes the configuration of an imported model: its windows are trained to draft, nothing else is trained."""
+  c.model.context = min(256, c.model.context_limit)
+  c.model.remat = "none"
   c.model.code_dim = 8
   c.model.time_dim = 4
   c.model.window_rank = 32
@@ -38,10 +47,9 @@ def get_config():
   c.loss.bound_windows = 0
   c.loss.distill = 1.0
   c.loss.position_decay = 4.0
+  c.loss.chunk = 0
   c.optim.learning_rate = 1e-3
   c.optim.schedule = "wsd"
-  c.data.path = ""
-  c.data.tokenizer = "huggingface"
   c.data.batch_size = 4
   c.train.trainable = "windows"
   c.train.steps = 2000
@@ -50,4 +58,3 @@ def get_config():
   c.eval.sequences = 32
   c.eval.batch_size = 4
   c.eval.samples = 0
-  return c

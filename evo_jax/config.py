@@ -511,6 +511,12 @@ class Config:
       "stream_counts",
       f"has more streams than a window has tokens, window.size = {window.size}",
     )
+    window.require(
+      not window.count or self.window_slots > 0, "size", "leaves nothing to draft: the clean stream has the first token"
+    )
+    model.require(
+      not (model.window_head and self.diffusion_alone), "window_head", "needs a clean stream, which nothing trains here"
+    )
     learned = model.progression == "learned"
     paths.require(
       learned == (paths.learned > 0), "learned", f"does not go with model.progression = {model.progression}"

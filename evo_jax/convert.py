@@ -63,7 +63,9 @@ def bring_in(args: flags.FlagValues, mesh: jax.sharding.Mesh) -> None:
     source.close()
   if jax.process_index() == 0:
     print(describe(source.config, imported))
-    print(f"{args.workdir}: step 0; --config={args.workdir}/config.py goes on training it")
+    print(
+      f"{args.workdir}: step 0; --config={args.workdir}/config.py goes on training it, windows.py its windows alone"
+    )
 
 
 def describe(config: dict, imported: importer.Imported) -> str:

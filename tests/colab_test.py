@@ -1,12 +1,15 @@
-"""The notebook runs from top to bottom, in a few small steps."""
+"""The notebooks run from top to bottom, in a few small steps."""
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 from conftest import ROOT, environment
 import pytest
+
+from evo_jax.pretrained.source import open_source
 
 # What a notebook has and a plain interpreter does not.
 _DISPLAY = """
@@ -27,29 +30,57 @@ _SMALLER = {
   "run.config.model.context, 16)": "run.config.model.context, 2)",
   "max_tokens=64": "max_tokens=20",
 }
+_SMALLER_FASTER = {
+  "max_tokens=100, **fields": "max_tokens=12, **fields",
+  "num=4, max_tokens=100": "num=8, max_tokens=40",
+  '"config.train.steps": STEPS}': '"config.train.steps": STEPS, "config.window.count": 4, "config.train.log_every": 1}',
+}
 
 
-@pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
-  notebook = json.loads((pathlib.Path(ROOT) / "colab" / "evo_in_ten_minutes.ipynb").read_text())
+def run_notebook(name, smaller, folder, **variables):
+  """Runs a notebook's statements in a folder, without those that install; what they print."""
+  notebook = json.loads((pathlib.Path(ROOT) / "colab" / name).read_text())
   cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and "install" not in c["metadata"].get("tags", ())]
   source = "\n\n".join("".join(c["source"]) for c in cells)
-  for large, small in _SMALLER.items():
+  for large, small in smaller.items():
     assert large in source, large
     source = source.replace(large, small)
-  (tmp_path / "notebook.py").write_text(_DISPLAY + source)
-  (tmp_path / "configs").symlink_to(pathlib.Path(ROOT) / "configs")
+  (folder / "notebook.py").write_text(_DISPLAY + source)
+  (folder / "configs").symlink_to(pathlib.Path(ROOT) / "configs")
   done = subprocess.run(
     [sys.executable, "notebook.py"],
     capture_output=True,
     text=True,
-    cwd=tmp_path,
+    cwd=folder,
     timeout=900,
-    env=environment() | {"EVO_STEPS": "4", "EVO_WORKDIR": "run", "PYTHONPATH": ROOT},
+    env=environment() | {"EVO_STEPS": "4", "EVO_WORKDIR": "run", "PYTHONPATH": ROOT} | variables,
   )
   assert done.returncode == 0, done.stderr
-  assert "streams:8" in done.stdout
-  assert all(f"--- {mode}: " in done.stdout for mode in ("ar", "flow", "adaptive", "verify"))
-  assert done.stdout.count("displayed") == 2
+  return done.stdout
+
+
+@pytest.mark.slow
+def test_evo_in_ten_minutes(tmp_path):
+  shown = run_notebook("evo_in_ten_minutes.ipynb", _SMALLER, tmp_path)
+  assert "streams:8" in shown
+  assert all(f"--- {mode}: " in shown for mode in ("ar", "flow", "adaptive", "verify"))
+  assert shown.count("displayed") == 2
   assert (tmp_path / "trace.html").exists() and (tmp_path / "trace.png").exists()
-  assert done.stdout.count("(self):\n    return self._") == 2
+  assert shown.count("(self):\n    return self._") == 2
+
+
+@pytest.mark.slow
+def test_your_model_faster(tmp_path):
+  """With a small model of the same architecture, whose windows are trained and not added."""
+  model, references = tmp_path / "model", pathlib.Path(ROOT) / "tests" / "pretrained"
+  shutil.copytree(references / "smollm2", model)
+  shutil.copy(references / "tokenizer" / "tokenizer.json", model)
+  settings = json.loads((references / "tokenizer" / "tokenizer_config.json").read_text())
+  settings["chat_template"] = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+  (model / "tokenizer_config.json").write_text(json.dumps(settings))
+  shown = run_notebook("your_model_faster.ipynb", _SMALLER_FASTER, tmp_path, EVO_SOURCE=str(model), EVO_WINDOWS="")
+  assert shown.count("the same text: True") == 3 and shown.count("displayed") == 3
+  exported = sorted(path.name for path in (tmp_path / "run-export").iterdir())
+  assert {"config.json", "evo.safetensors", "model.safetensors", "tokenizer.json"} <= set(exported)
+  before, after = (open_source(str(folder)) for folder in (model, tmp_path / "run-export"))
+  assert all(after.read(name).tobytes() == before.read(name).tobytes() for name in before.names())

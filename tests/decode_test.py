@@ -34,8 +34,8 @@ class Letters:
   unit, identity, binary = "character", "letters", False
   separator_id, turn_end_ids = 0, ()
 
-  def __init__(self, vocab_size, begin_id=0, end_ids=(0,)):
-    self.vocab_size, self.begin_id, self.end_ids = vocab_size, begin_id, end_ids
+  def __init__(self, vocab_size, begin_id=0, end_ids=(0,), unknown_ids=()):
+    self.vocab_size, self.begin_id, self.end_ids, self.unknown_ids = vocab_size, begin_id, end_ids, unknown_ids
 
   def encode(self, text):
     return np.array([ord(c) - 96 for c in text], np.int32)
@@ -46,6 +46,9 @@ class Letters:
 
   def lost(self, text):
     return "".join(c for c in text if not 0 < ord(c) - 96 < self.vocab_size)
+
+  def lengths(self):
+    return ~np.isin(np.arange(self.vocab_size), [0, self.begin_id, *self.end_ids, *self.unknown_ids])
 
 
 @functools.cache
@@ -547,17 +550,17 @@ def test_the_smallest_nucleus_is_the_most_probable_token(top_p):
 @pytest.mark.parametrize("fields", slow_but(MODES[::2], MODES[0]), ids=name)
 def test_only_text_and_what_ends_it_is_drawn(fields):
   """At any temperature, in any mode: neither rows beyond the vocabulary, of which this network has four, nor the begin
-  token, and in a gap no special token at all."""
-  r = dataclasses.replace(run(), tokenizer=Letters(20, begin_id=7, end_ids=(3, 5)))
+  token, nor what stands for no text, and in a gap no special token at all."""
+  r = dataclasses.replace(run(), tokenizer=Letters(20, begin_id=7, end_ids=(3, 5), unknown_ids=(9,)))
   assert r.model.rows == 24
   write = Sampler(
     r, Sampling(max_tokens=14, temperature=1e9, **{k: v for k, v in fields.items() if k[:2] != "te"}), one_device()
   )
   tokens = [token for g in write([""], num=64) for token in g.tokens]
-  assert set(tokens) == set(range(20)) - {0, 3, 5, 7}
+  assert set(tokens) == set(range(20)) - {0, 3, 5, 7, 9}
   if fields["mode"] in ("flow", "adaptive"):
     found = write(["b[...9]b"], num=64, infill=True)
-    assert {token for g in found for token in g.tokens} == set(range(20)) - {0, 3, 5, 7}
+    assert {token for g in found for token in g.tokens} == set(range(20)) - {0, 3, 5, 7, 9}
     assert all(len(g.tokens) == 9 and len(g.text) == 11 for g in found)
 
 

@@ -1,9 +1,11 @@
 """Shipped configurations by name, in a checkout and in a wheel that is installed elsewhere."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 from conftest import ROOT, assert_refused, call, environment, train_flags
 import pytest
@@ -77,7 +79,11 @@ def modules(package):
 @pytest.mark.slow
 def test_an_installed_wheel_trains_away_from_the_checkout(tmp_path, text):
   pytest.importorskip("setuptools", minversion="77", reason="older ones cannot build this project")
-  python, site_packages = install(build_wheel(tmp_path), tmp_path)
+  wheel = build_wheel(tmp_path)
+  with zipfile.ZipFile(wheel) as archive:
+    odd = [name for name in archive.namelist() if not re.match(r"evo_jax/.*\.py$|evo_jax-[^/]*\.dist-info/", name)]
+  assert not odd
+  python, site_packages = install(wheel, tmp_path)
   elsewhere = tmp_path / "elsewhere"
   elsewhere.mkdir()
   package = succeed(python, "-c", "import evo_jax; print(evo_jax.__path__[0])", folder=elsewhere).strip()

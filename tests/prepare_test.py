@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,35 @@ def test_files_that_change_are_prepared_again(tmp_path, small):
   file.write_bytes(lines(["d"]))
   with pytest.raises(UserError, match="holds the tokens of other files"):
     prepare(tmp_path / "o", input, valid_share=0, test_share=0)
+
+
+def test_a_shard_of_another_data_set_is_no_part_of_this_one(tmp_path):
+  """Of a file of the same name and size."""
+  file, manifests = tmp_path / "a.txt", {}
+  for letter in "ab":
+    file.write_text(letter * 5000)
+    manifests[letter] = prepare(tmp_path / letter, file)
+  shutil.copy(tmp_path / "b" / "000-00000-0000.train", tmp_path / "a")
+  assert texts(tmp_path / "b", manifests["b"], "train") == ["b" * 4500]
+  assert texts(tmp_path / "a", manifests["a"], "valid") == ["a" * 250]
+  with pytest.raises(UserError, match="0000.train: record 0 is damaged: .* belongs to another data set"):
+    texts(tmp_path / "a", manifests["a"], "train")
+
+
+def test_an_older_format_is_refused(tmp_path, small):
+  file, manifest = tmp_path / "a.txt", tmp_path / "o" / "manifest.json"
+  file.write_text("text " * 1000)
+  prepare(tmp_path / "o", file)
+  manifest.write_text(manifest.read_text().replace(f'"version": {shards.VERSION}', '"version": 1'))
+  with pytest.raises(UserError, match=r"manifest.json: has version 1 of the format, not 2: prepare the text again"):
+    prepare(tmp_path / "o", file)
+  (tmp_path / "b.jsonl").write_bytes(lines(["b" * 3000] * 20) + b"[")
+  with pytest.raises(UserError, match="is not JSON"):
+    prepare(tmp_path / "p", tmp_path / "b.jsonl", max_skipped=0)
+  begun = tmp_path / "p" / ".work" / "flags.json"
+  begun.write_text(json.dumps({**json.loads(begun.read_text()), "version": [1, 2, 3, 4]}))
+  with pytest.raises(UserError, match="/p: was begun by another version of evo_jax"):
+    prepare(tmp_path / "p", tmp_path / "b.jsonl", max_skipped=0)
 
 
 def parquet(texts, **options):

@@ -32,6 +32,7 @@ from evo_jax.network import evo as evo_lib
 from evo_jax.network.transformer import rms_norm
 from evo_jax.parallel import sharding
 from evo_jax.pretrained import architectures, exporter, importer, source, tokenizer_json
+from evo_jax.pretrained.evo_file import EvoFile
 from evo_jax.run import Run, load_run
 
 REFERENCES = pathlib.Path(ROOT) / "tests" / "pretrained"
@@ -314,19 +315,44 @@ def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path)
     "--config.eval.samples=0",
     "--config.eval.paths=('ar',)",
     "--config.train.log_every=1",
+    "--config.model.window_rank=2",  # windows that nothing has trained may have any parameters
+    "--config.model.window_twins=True",
+    "--config.model.code_dim=6",
   )
   refused = call("evo_jax.main", *flags, "--config.model.rope_base=5.0")
   assert_refused(refused, "config.model.rope_base: 5.0 does not fit")
   assert_refused(call("evo_jax.main", *flags, "--config.model.context=256"), "more than model.context_limit = 128")
+  unfit = call("evo_jax.main", *flags, "--config.train.trainable=blocks/window_*")
+  assert_refused(unfit, "config.train.trainable: 'blocks/window_*' leaves out parameters of windows, which begin anew")
   done = call("evo_jax.main", *flags, "--config.train.steps=2")
-  assert done.returncode == 0 and "goes on after step 0" in done.stdout, done.stderr
+  assert done.returncode == 0 and "windows begin anew" in done.stdout, done.stderr
+  assert "goes on after step 0" in done.stdout
   before, after = load_run(str(workdir), mesh=one_device()), load_run(str(tmp_path / "run"), mesh=one_device())
   assert after.step == 2 and after.config.optim.ema == 0.5
   change = np.abs(np.asarray(before.params["embedding"] - after.params["embedding"], np.float32)).max()
   assert 0 < change < 1e-2
-  assert_refused(call("evo_jax.main", *flags, "--config.model.context=64"), "config.model.context: 64 does not fit")
+  for field in ("model.context=64", "model.window_rank=3"):
+    assert_refused(call("evo_jax.main", *flags, f"--config.{field}"), f"config.{field.replace('=', ': ')} does not fit")
+  # What was trained goes out, and comes in over the model as it was, bit for bit.
+  exporter.export_run(after, str(tmp_path / "run"), str(tmp_path / "out"))
+  opened = source.open_source(str(REFERENCES / "smollm2")), source.open_source(str(REFERENCES / "mistral"))
+  file = EvoFile(tmp_path / "out" / "evo.safetensors")
+  config = importer.make_config(opened[0], importer.Options(), file)
+  assert (config.model.window_rank, config.model.code_dim, config.window.count) == (2, 6, 1)
+  model = evo_lib.Evo(config.model, TOKENS)
+  items = importer.load_items(opened[0], model, config, one_device(), file)
+  for path, value in traverse_util.flatten_dict(items["params"]).items():
+    want = traverse_util.flatten_dict((after if evo_lib.is_of_windows(path) else before).params)[path]
+    np.testing.assert_array_equal(np.asarray(value), np.asarray(want), err_msg="/".join(path))
+  assert np.abs(np.asarray(items["params"]["blocks"]["window_qkv_b"])).max() > 0
+  other = importer.make_config(opened[1], importer.Options(), file)
+  with pytest.raises(UserError, match="it is of another model"):
+    importer.load_items(opened[1], evo_lib.Evo(other.model, TOKENS), other, one_device(), file)
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # as if it had been killed before it saved
-  assert load_run(str(tmp_path / "run"), mesh=one_device()).step == 0
+  begun = load_run(str(tmp_path / "run"), mesh=one_device())
+  assert begun.step == 0
+  blocks = begun.params["blocks"]
+  np.testing.assert_array_equal(np.asarray(blocks["window_qkv"]), np.asarray(blocks["w_qkv"]))
 
 
 def test_windows_are_trained_on_frozen_weights(imported, text, tmp_path):

@@ -131,7 +131,7 @@ def test_a_slow_bucket_is_seen_in_the_metrics(mixed, tmp_path, monkeypatch):
   done = train(tmp_path, "slow://tokens", **MIXED, **{"data.threads": 2, "eval.sequences": 1})
   assert done.returncode == 0, done.stderr
   assert rows(tmp_path) == rows(mixed / "run")
-  assert metrics_lib.read_metrics(tmp_path / "metrics.jsonl")[-1]["data_wait"] > 0.7
+  assert metrics_lib.read_metrics(tmp_path / "metrics.jsonl")[-1]["data_wait"] > 0.3  # 0.9 where nothing else runs
 
 
 def test_held_out_text_of_runs_and_of_prepared_folders_is_measured(mixed, tmp_path):

@@ -1,4 +1,4 @@
-"""The README's commands, word for word, one after another, as a newcomer runs them."""
+"""The commands of the README, and of those beside the code, word for word and in order, as a newcomer runs them."""
 
 import json
 import pathlib
@@ -9,12 +9,13 @@ import sys
 from conftest import ROOT, environment, run
 import pytest
 
-README = (pathlib.Path(ROOT) / "README.md").read_text()
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.M | re.S)
+FILES = ["README.md", *(f"evo_jax/{name}/README.md" for name in ("data", "decoding", "pretrained", "planning", "flow"))]
+READMES = {name: (pathlib.Path(ROOT) / name).read_text() for name in FILES}
+BLOCKS = [block for text in READMES.values() for block in re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.M | re.S)]
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", "").splitlines()]
 INSTALLS = [command for command in COMMANDS if "pip install" in command]
 LONG = [command for command in COMMANDS if re.search(r"-m (evo_jax\.(main|plan)|pytest)\b", command)]
-SHORT = [command for command in COMMANDS if command not in LONG]
+SHORT = [command for command in COMMANDS if command not in LONG + INSTALLS]
 
 
 def shell(command, folder, timeout=600):
@@ -44,8 +45,7 @@ def checkout(tmp_path_factory):
     "eval.samples": 1,
     "eval.sample_tokens": 20,
   }
-  command = re.search(r"python -m evo_jax\.main --config=configs/tiny\.py", INSTALLS[0])[0]
-  done = shell(" ".join([command, *(f"--config.{field}={value}" for field, value in shorter.items())]), folder)
+  done = shell(" ".join([LONG[0], *(f"--config.{field}={value}" for field, value in shorter.items())]), folder)
   assert done.returncode == 0, done.stderr
   assert re.findall(r"^(\w+(?::\d+)?) +\d\.\d+ ", done.stdout, re.M) == [
     "ar",
@@ -60,7 +60,8 @@ def checkout(tmp_path_factory):
 
 @pytest.mark.slow
 def test_short_commands(checkout):
-  assert len(SHORT) >= 7 and sum("evo_jax.generate" in command for command in SHORT) >= 4
+  assert LONG[0] == "python -m evo_jax.main --config=tiny"
+  assert len(SHORT) >= 11 and sum("evo_jax.generate" in command for command in SHORT) >= 4
   for command in SHORT:
     done = shell(command, checkout)
     assert done.returncode == 0 and "Traceback" not in done.stderr, (command, done.stdout, done.stderr)
@@ -82,13 +83,30 @@ def test_ci_runs_the_test_command():
   assert "-m pytest" in INSTALLS[-1] and INSTALLS[-1] in (pathlib.Path(ROOT) / ".ci" / "run").read_text()
 
 
+@pytest.mark.parametrize("name", [*FILES, "experiments/README.md"])
+def test_links_lead_to_files_and_headings(name):
+  """GitHub's anchors are headings in lower case, without punctuation, with hyphens for spaces."""
+  root = pathlib.Path(ROOT)
+  text = re.sub(r"`[^`]*`", "", (root / name).read_text())  # without code
+  links = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text)
+  assert links
+  for path, anchor in links:
+    if "://" not in path:
+      file = (root / name).parent / path if path else root / name
+      assert file.exists(), (name, path)
+      if anchor:
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+        anchors = ["#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in anchors, (name, path, anchor)
+
+
 @pytest.mark.extended
 def test_long_commands(tmp_path):
   """In a fresh clone and a fresh environment, which they make; all but the tests themselves and plans of pods."""
   assert subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"]).returncode == 0
   folder = tmp_path / "clone"
   commands = [c for c in COMMANDS if "pytest" not in c and "evo_jax.plan" not in c]
-  assert "-m venv" in commands[0]
+  assert "-m venv" in commands[0] and commands[1] == LONG[0]
   for command in commands:
     done = shell(f"PATH=$PWD/.venv/bin:$PATH; {command}", folder, timeout=1800)
     assert done.returncode == 0 and "Traceback" not in done.stderr, (command, done.stdout, done.stderr)

@@ -76,14 +76,35 @@ def test_damage_is_named_when_it_is_read(folder, damage, message):
   assert re.search(message, problems[0]) and problems[1:] == [""] * 4
 
 
-def test_mistaken_shards_are_found(folder):
+def test_mistaken_shards_are_found(folder, tmp_path):
   shards, _ = write(folder, [3000, 3000])
+  kept = folder.read("0.train")
   folder.write_all("0.train", folder.read("1.train"))
-  with pytest.raises(UserError, match="0.train: record 0 is damaged"):
+  with pytest.raises(UserError, match="0.train: record 0 is damaged: .* belongs to another data set"):
     shards_lib.TokenStream(folder, shards, "uint16").read(0, 1)
-  other = dataclasses.replace(shards[1], checksum="0" * 32)
+  folder.write_all("0.train", kept)
+  other = dataclasses.replace(shards[0], checksum=shards[0].checksum[:-1] + "?")
   (problem,) = [problem for _, problem in shards_lib.TokenStream(folder, (other,), "uint16").check()]
   assert "is not the file that the manifest describes" in problem
+
+
+@pytest.mark.parametrize("place", [0, 1500, 4999])
+def test_a_shard_of_the_same_name_and_size_of_another_data_set_is_found_wherever_it_is_read(folder, tmp_path, place):
+  """Though the two differ in one token alone."""
+  tokens = np.random.default_rng(0).integers(0, 2**16, 5000).astype("<u2")
+  shards, other = [], Folder(str(tmp_path / "other"))
+  for one, value in ((folder, 7), (other, 8)):
+    tokens[place] = value
+    with shards_lib.shard_writer(one, "0.train", tokens.dtype) as writer:
+      writer.append(tokens)
+      shards.append(writer.finish(1, 5000))
+  folder.write_all("0.train", other.read("0.train"))
+  assert shards[0].tokens == shards[1].tokens and shards[0].checksum != shards[1].checksum
+  stream = shards_lib.TokenStream(folder, (shards[0],), "uint16")
+  for start in (0, 1024, 4998):
+    with pytest.raises(UserError, match=r"0.train: record \d is damaged: .* belongs to another data set"):
+      stream.read(start, 2)
+  np.testing.assert_array_equal(shards_lib.TokenStream(folder, (shards[1],), "uint16").read(0, 5000), tokens)
 
 
 def test_a_file_appears_when_it_is_complete(folder):
@@ -96,7 +117,12 @@ def test_a_file_appears_when_it_is_complete(folder):
 
 @pytest.mark.parametrize(
   "content, message",
-  [(None, "there is none"), (b"{", "is damaged"), (b"[]", "is damaged"), (b'{"version": 99}', "version 99")],
+  [
+    (None, "there is none"),
+    (b"{", "is damaged"),
+    (b"[]", "is damaged"),
+    (b'{"version": 1}', "version 1 of the format, not 2: prepare the text again"),
+  ],
 )
 def test_manifests_that_cannot_be_read_are_named(folder, content, message):
   if content is not None:

@@ -128,3 +128,44 @@ def test_no_more_than_a_chunk_of_logits_is_in_memory(scene):
   shapes = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((rows, 8), jnp.float32)
   used = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
   assert used < 0.2 * 4 * rows * tokens
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize("informed", [False, True])
+def test_distillation_is_the_divergence_from_the_teacher_and_so_are_its_gradients(scene, chunk, informed):
+  """With the student's evidence in both beliefs; the teacher receives no gradient. It is 0 where both are equal."""
+  arrays, bias, token, weight = scene
+  clean = jax.random.normal(jax.random.key(9), (B, 4, D))
+  index = jnp.array([[0, 0, 2, 3, 1], [3, 1, 1, 0, 2]])
+  clean_token = token[:, :4]
+
+  def found(arrays, clean):
+    evidence = (arrays["ys"][1:], arrays["codes"]) if informed else ((), None)
+    belief = interface.Beliefs(arrays["hidden"], *evidence)
+    teacher = interface.Teacher(clean, clean_token, index)
+    return vocabulary.distillation(chunk, Layout(), (3, 2), belief, token, teacher, arrays["table"], bias)
+
+  def ours(arrays):
+    result = found(arrays, clean)
+    return jnp.sum(weight[0] * result.kl + weight[1] * result.log_p)
+
+  def logits(arrays):
+    y = arrays["ys"][1] @ arrays["codes"].T if informed else 0.0
+    teacher = jnp.take_along_axis(clean @ arrays["table"].T + bias, index[..., None], 1) + y
+    return arrays["hidden"] @ arrays["table"].T + bias + y, jax.lax.stop_gradient(teacher)
+
+  def plain(arrays):
+    q, p = map(jax.nn.log_softmax, logits(arrays))
+    return jnp.sum(weight[0] * jnp.sum(jnp.exp(p) * (p - q), -1) + weight[1] * latents_lib.pick(q, token))
+
+  same(ours, plain, arrays)
+  result, (q, p) = found(arrays, clean), logits(arrays)
+  np.testing.assert_array_equal(result.best, jnp.argsort(-q)[..., :3])
+  teacher = jax.nn.log_softmax(clean @ arrays["table"].T + bias)
+  np.testing.assert_array_equal(result.teacher_best, jnp.argsort(-teacher)[..., :2])
+  np.testing.assert_allclose(result.teacher_log_p_BxL, latents_lib.pick(teacher, clean_token), rtol=1e-5)
+  if not chunk:
+    total_variation = 0.5 * jnp.sum(jnp.abs(jax.nn.softmax(q) - jax.nn.softmax(p)), -1)
+    np.testing.assert_allclose(result.overlap, 1 - total_variation, atol=1e-6)
+  equal = {**arrays, "hidden": jnp.take_along_axis(clean, index[..., None], 1)}
+  np.testing.assert_allclose(found(equal, clean).kl, 0.0, atol=2e-6)

@@ -98,7 +98,6 @@ def saved(trained, workdir, step):
 CONTENTS = [
   ("model.width", 64),
   ("model.rope_base", 500.0),
-  ("model.progression", "learned"),
   ("optim.ema", 0.0),
   ("warp.knots", 8),
   ("data.tokenizer", "chars27"),
@@ -109,6 +108,8 @@ ORDER = [
   ("data.seed", 1),
   ("train.seed", 1),
   ("train.trainable", "windows"),
+  ("model.progression", "learned"),  # windows' own parameters begin anew at step 0
+  ("model.window_rank", 2),
   ("data.weights", (2.0,)),
   ("data.path", "text"),  # another one
 ]

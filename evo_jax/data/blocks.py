@@ -113,11 +113,11 @@ def _read_lines(file: str, first: bytes, chunks: Iterator[bytes], field: str) ->
   for chunk in itertools.chain([first], chunks):
     raw = rest + chunk
     end = _last_line_end(raw)
-    rest = raw[end:]
-    if end:
-      yield Block(file, "lines", raw[:end], number)
-      number += _count_lines(raw[:end])
-      empty = empty and not raw[:end].strip()
+    lines, rest = raw[:end], raw[end:]
+    if lines:
+      yield Block(file, "lines", lines, number)
+      number += _count_lines(lines)
+      empty = empty and not lines.strip()
     if len(rest) > LONGEST_LINE:
       line = _Line(rest, chunks)
       yield from _read_long_line(file, line, field, number)
@@ -136,6 +136,11 @@ def _last_line_end(raw: bytes) -> int:
 
 def _count_lines(raw: bytes) -> int:
   return len(raw.splitlines()) if b"\r" in raw else raw.count(b"\n")
+
+
+def split_lines(raw: bytes) -> list[bytes]:
+  """As bytes.splitlines, in half of the time where lines end with a line feed; then the last may be an empty one."""
+  return raw.splitlines() if b"\r" in raw else raw.split(b"\n")
 
 
 class _Line:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evo_jax.data import json_lines
-from evo_jax.data.blocks import EMPTY, Block, read_blocks
+from evo_jax.data.blocks import EMPTY, Block, read_blocks, split_lines
 from evo_jax.data.conversations import MESSAGES, Conversations
 from evo_jax.data.formats import shown
 from evo_jax.errors import UserError
@@ -138,18 +138,15 @@ def documents_of(
 
 
 def _documents_of_lines(block: Block, field: str, conversations: Conversations | None) -> Iterator[Document]:
-  for number, line in enumerate(block.content.splitlines(), block.first):
+  for number, line in enumerate(split_lines(block.content), block.first):
     if line := line.removeprefix(codecs.BOM_UTF8).strip():
-      document = _decode(line)
-      if not document.problem:
-        try:
-          document = _document_of_line(json_lines.parse(document.text), field, conversations)
-        except json_lines.BadLine as error:
-          document = Document(None, problem=str(error))
-      if document.problem:
-        yield document._replace(place=f"line {number} ")
-      elif document.raw:
-        yield document
+      try:
+        document = _document_of_line(json_lines.parse(line), field, conversations)
+      except json_lines.BadLine as error:
+        yield Document(None, problem=str(error), place=f"line {number} ")
+      else:
+        if document.raw:
+          yield document
 
 
 def _document_of_line(value: Any, field: str, conversations: Conversations | None) -> Document:

@@ -1,17 +1,11 @@
-"""Documents to tokens: which split they belong to, long ones in parts, and the processes that do it side by side."""
+"""Documents to tokens: which split they belong to, and long ones in parts."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
 import hashlib
 import itertools
-import multiprocessing
-from multiprocessing import connection
-import os
 import re
-import threading
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +14,7 @@ from evo_jax.data.blocks import Block
 from evo_jax.data.conversations import Conversations
 from evo_jax.data.documents import Document, Tally, documents_of
 from evo_jax.data.shards import SPLITS
+from evo_jax.data.token_ids import join_documents
 from evo_jax.data.tokenizers import Tokenizer
 
 PART = 1 << 20  # characters; longer documents are encoded in parts of at most so many
@@ -57,9 +52,11 @@ class Encoder:
   def _lengths(self) -> np.ndarray:
     return self.tokenizer.lengths()
 
-  def text_bytes(self, tokens: np.ndarray) -> int:
-    """Bytes of text that a document's tokens (n,) stand for, as evaluation counts them; special tokens have none."""
-    return max(0, int(self._lengths[tokens].sum() + self._lengths[self.tokenizer.separator_id]))
+  def size_of(self, document: Document) -> int:
+    """Bytes of a document's text, or those that its tokens stand for, as evaluation counts them; special ones: none."""
+    if document.tokens is None:
+      return len(document.raw)
+    return max(0, int(self._lengths[document.tokens].sum() + self._lengths[self.tokenizer.separator_id]))
 
   def documents(self, block: Block) -> Iterator[Document]:
     """The documents of a block that holds them whole."""
@@ -100,8 +97,8 @@ def digest_of(raw: bytes) -> bytes:
 
 def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozenset[int]) -> Encoded:
   """The documents of blocks that hold them whole. duplicates: numbers, among the good ones, of those to be left out."""
-  result, dtype, number = Encoded(), encoder.dtype, itertools.count()
-  separator = np.full(1, encoder.tokenizer.separator_id, dtype)
+  result, number = Encoded(), itertools.count()
+  documents = {split: [] for split in SPLITS}
   for block in blocks:
     for document in encoder.documents(block):
       result.tally.add(block.file, document)
@@ -109,20 +106,26 @@ def encode(encoder: Encoder, blocks: list[Block], rule: str, duplicates: frozens
         continue
       if next(number) in duplicates:
         result.duplicates += 1
-        continue
-      raw = document.raw
-      digest = digest_of(raw) if rule == "hash" else b""
-      if document.tokens is None:
-        tokens, size = _encode_whole(encoder, raw if encoder.tokenizer.binary else document.text), len(raw)
+      elif rule == "end":
+        _add_ranges(encoder, document, result)
       else:
-        tokens, size = document.tokens.astype(dtype), encoder.text_bytes(document.tokens)
-      for split, (a, b) in encoder.ranges(rule, digest, len(tokens)).items():
-        result.tokens[split] += [tokens[a:b], separator]
-        result.documents[split] += 1
-        result.text_bytes[split] += size * b // len(tokens) - size * a // len(tokens)
-  for split, parts in result.tokens.items():
-    result.tokens[split] = [np.concatenate(parts, dtype=dtype)] if parts else []
+        documents[encoder.split_of(digest_of(document.raw)) if rule == "hash" else rule].append(document)
+  for split, found in documents.items():
+    if found:
+      tokens, counts = _encode_documents(encoder, found)
+      result.tokens[split].append(tokens)
+      result.documents[split] += sum(map(bool, counts))
+      result.text_bytes[split] += sum(encoder.size_of(document) for document, count in zip(found, counts) if count)
   return result
+
+
+def _add_ranges(encoder: Encoder, document: Document, result: Encoded) -> None:
+  """Gives each split its part of a document, the end of which is held out."""
+  tokens, size = _encode_document(encoder, document), encoder.size_of(document)
+  for split, (a, b) in encoder.ranges("end", b"", len(tokens)).items():
+    result.tokens[split] += [tokens[a:b], np.full(1, encoder.tokenizer.separator_id, encoder.dtype)]
+    result.documents[split] += 1
+    result.text_bytes[split] += size * b // len(tokens) - size * a // len(tokens)
 
 
 def encode_part(encoder: Encoder, text: str | bytes, begins: bool) -> np.ndarray:
@@ -136,8 +139,20 @@ def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
   return [digest_of(document.raw) for document in documents if not document.problem]
 
 
-def _encode_whole(encoder: Encoder, text: str | bytes) -> np.ndarray:
-  if isinstance(text, bytes) or len(text) <= PART:
+def _encode_documents(encoder: Encoder, documents: list[Document]) -> tuple[np.ndarray, list[int]]:
+  """As the tokenizer's `encode_documents`; long texts in parts, and tokens that are there as they are."""
+  tokenizer = encoder.tokenizer
+  texts = [document.raw if tokenizer.binary else document.text for document in documents if document.tokens is None]
+  if len(texts) == len(documents) and (tokenizer.binary or max(map(len, texts)) <= PART):
+    return tokenizer.encode_documents(texts)
+  return join_documents([_encode_document(encoder, document) for document in documents], tokenizer.separator_id)
+
+
+def _encode_document(encoder: Encoder, document: Document) -> np.ndarray:
+  if document.tokens is not None:
+    return document.tokens.astype(encoder.dtype)
+  text = document.raw if encoder.tokenizer.binary else document.text
+  if encoder.tokenizer.binary or len(text) <= PART:
     return encode_part(encoder, text, True)
   parts = (encode_part(encoder, part, i == 0) for i, part in enumerate(cut([text], encoder.tokenizer, PART)))
   return np.concatenate(list(parts))
@@ -176,44 +191,3 @@ def _place_to_cut(text: str, latest: int, tokenizer: Tokenizer, size: int) -> in
       if np.array_equal(both, tokenizer.encode(before + after)):
         return place
   return latest
-
-
-class Here(futures.Executor):
-  """Runs everything at once, in the calling thread."""
-
-  def submit(self, function: Callable, /, *args, **kwargs) -> futures.Future:
-    future = futures.Future()
-    future.set_result(function(*args, **kwargs))
-    return future
-
-
-def start_workers(count: int, encoder: Encoder) -> tuple[futures.Executor, Callable[..., Any]]:
-  """An executor of `count` processes, or of this one for 1; and the function to submit: call(function, *arguments).
-
-  The functions are those above, which get the encoder in front of their arguments.
-  """
-  if count <= 1:
-    return Here(), lambda function, *args: function(encoder, *args)
-  # Not forked: this process has threads, of JAX and others.
-  processes = multiprocessing.get_context("spawn")
-  return futures.ProcessPoolExecutor(count, processes, _start_worker, (encoder,)), _call
-
-
-_ENCODER: Encoder | None = None  # of a worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-  global _ENCODER
-  _ENCODER = encoder
-  os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Ends this process when the one that started it is gone, however it ended."""
-  connection.wait([multiprocessing.parent_process().sentinel])
-  os._exit(1)
-
-
-def _call(function: Callable, *args) -> Any:
-  return function(_ENCODER, *args)

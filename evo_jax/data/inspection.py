@@ -6,7 +6,7 @@ import numpy as np
 
 from evo_jax.data import shards
 from evo_jax.data.shards import SPLITS, Manifest, TokenStream
-from evo_jax.data.tokenizers import Tokenizer, special_ids
+from evo_jax.data.tokenizers import Tokenizer, special_ids, structural_ids
 
 _SAMPLE = 1 << 20  # tokens of a split that statistics are taken from
 _SHOWN = 300  # characters of a document
@@ -41,7 +41,7 @@ def statistics(stream: TokenStream, split: shards.Split, manifest: Manifest, tok
     yield f"  tokens per document: 5 % have at most {low:,}, half {middle:,}, 95 % {high:,}; longest {lengths.max():,}"
   yield f"  bytes of text per token: {split.text_bytes / max(1, split.tokens - split.documents):.3f}"
   counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
-  counts[special_ids(tokenizer)] = 0
+  counts[structural_ids(tokenizer)] = 0
   unknown = tokenizer.lengths() == 0
   in_part = np.array([count and "\ufffd" in tokenizer.decode([i]) for i, count in enumerate(counts)], bool)
   total = max(1, counts.sum())

@@ -18,15 +18,18 @@ class BadLine(ValueError):
   """A line that cannot be used; the message says why."""
 
 
-def parse(line: str) -> Any:
+def parse(line: bytes) -> Any:
   """The value of a line, which has no white space at its ends. Raises BadLine."""
   try:
-    value, end = DECODER.raw_decode(line)
+    text = line.decode()
+    value, end = DECODER.raw_decode(text)
+  except UnicodeDecodeError as error:
+    raise BadLine(f"is not UTF-8 text (byte {error.start})") from error
   except json.JSONDecodeError as error:
     raise BadLine(f"is not JSON ({error.msg})") from error
   except RecursionError as error:
     raise BadLine("is JSON that is nested too deeply") from error
-  if end < len(line):
+  if end < len(text):
     raise BadLine("is not JSON (Extra data)")
   return value
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from evo_jax.data import encoding, items, storage
 from evo_jax.data.plan import Group
+from evo_jax.data.workers import Workers
 from evo_jax.errors import UserError
 
 _THREADS = 16
@@ -22,22 +23,22 @@ class Passes:
   """
 
   def __init__(self, encoder: encoding.Encoder, workers: int, total: int, progress: Callable[[int, int], None]):
-    self.encoder, self._workers = encoder, workers
+    self.encoder, self._count, self._workers = encoder, workers, Workers(workers, encoder)
     self._total, self._progress = total, progress
     self._threads = 1
     self._done, self._lock, self._stop = 0, threading.Lock(), threading.Event()
 
   def __enter__(self) -> "Passes":
-    self._pool, self._call = encoding.start_workers(self._workers, self.encoder)
+    self._workers.__enter__()
     return self
 
   def __exit__(self, *error) -> None:
     self._stop.set()
-    self._pool.shutdown(cancel_futures=True)
+    self._workers.__exit__(*error)
 
   def each(self, groups: list[Group], do: Callable[[Group], None]) -> None:
     """Calls `do` for each group, several at a time."""
-    self._threads = max(1, min(len(groups), 1 + self._workers // 4, _THREADS))
+    self._threads = max(1, min(len(groups), 1 + self._count // 4, _THREADS))
     # Ctrl-C is for this process: those that are started by a thread inherit what it blocks.
     block = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with futures.ThreadPoolExecutor(self._threads, initializer=block) as threads:
@@ -55,9 +56,9 @@ class Passes:
           future.cancel()
     self._stop.clear()
 
-  def submit(self, function: Callable, *args) -> futures.Future:
-    """Lets a worker call a function of `encoding`."""
-    return self._pool.submit(self._call, function, *args)
+  def submit(self, function: Callable, *args) -> Callable[[], Any]:
+    """Lets a worker call a function of `encoding`; what waits for its result."""
+    return self._workers.submit(function, *args)
 
   def read(self, group: Group) -> Iterator[items.Item]:
     """The items of a group. Raises CancelledError when another thread has failed."""
@@ -75,13 +76,13 @@ class Passes:
     moved(group.size)
 
   def results(
-    self, some: Iterator[items.Item], submit: Callable[[items.Item], futures.Future | None]
+    self, some: Iterator[items.Item], submit: Callable[[items.Item], Callable[[], Any] | None]
   ) -> Iterator[tuple[items.Item, Any]]:
     """Items with what became of them, in order; as many are on their way as keep the workers busy."""
     waiting = collections.deque()
     for item in some:
       waiting.append((item, submit(item)))
-      if len(waiting) > 2 * self._workers // self._threads + 1:
+      if len(waiting) > 2 * self._count // self._threads + 1:
         yield _result(*waiting.popleft())
     while waiting:
       yield _result(*waiting.popleft())
@@ -96,5 +97,5 @@ class Passes:
       self._progress(self._done, self._total)
 
 
-def _result(item: items.Item, future: futures.Future | None) -> tuple[items.Item, Any]:
-  return item, future.result() if future else None
+def _result(item: items.Item, wait: Callable[[], Any] | None) -> tuple[items.Item, Any]:
+  return item, wait() if wait else None

@@ -12,7 +12,6 @@ Held out for validation and testing are, of --input: documents by a hash of thei
 
 import collections
 from collections.abc import Callable, Iterator
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -93,6 +92,8 @@ def _begin(folder: Folder, flags: dict[str, Any]) -> None:
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{folder.shown(name)}: is damaged; remove {folder.shown(WORK)}") from error
   else:
+    if earlier.get("version") != begun["version"]:
+      raise UserError(f"{folder.path}: was begun by another version of evo_jax; use another one, or remove it")
     _check_flags(folder, earlier, begun)
 
 
@@ -206,7 +207,7 @@ class _Piece:
       "duplicates": total.duplicates,
     }
 
-  def _submit(self, item: items.Item) -> concurrent.futures.Future | None:
+  def _submit(self, item: items.Item) -> Callable[[], Any] | None:
     if item.part is None:
       left_out = self._left_out.of(item.number)
       return self._run.submit(encoding.encode, item.blocks, self._group.rule, left_out)

@@ -9,12 +9,15 @@ A data set is a folder, local or in a bucket:
 A split of a source is one stream of tokens, of documents with a separator behind each: its shards, one after another.
 A shard is a run of records of RECORD tokens, the last of which may be shorter:
 
-  checksum             uint32: CRC-32 of the tokens, started from CRC-32(name of the shard) + number of the record
+  checksum             uint32: CRC-32 of the tokens, started from CRC-32(name of the shard) + number of the record, XOR
+                       the shard's mark
   tokens               uint16, or uint32 where the vocabulary needs it
 
 All numbers are little-endian. Records have one size, so that any token is found without an index, and each is checked
-when it is read: damaged, moved and mistaken ones are found. A sequence of 4,096 tokens at any place takes one read, of
-1.25 times its bytes (with records of 256 tokens 1.07 times, but a third more time; with records of 4,096, 2.0 times).
+when it is read: damaged and moved ones are found, and those of another shard of the same name. For a shard's mark is
+the beginning of its checksum in the manifest, a hash of all its tokens: a file that another data set's manifest
+describes does not fit this one's. A sequence of 4,096 tokens at any place takes one read, of 1.25 times its bytes (with
+records of 256 tokens 1.07 times, but a third more time; with records of 4,096, 2.0 times).
 """
 
 import bisect
@@ -37,18 +40,24 @@ SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 RECORD = 1024  # tokens
-VERSION = 1  # of the format; another one cannot be read
+_WAITING = 256  # records that are written at a time
+VERSION = 2  # of the format; another one cannot be read. 1 had no marks
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of tokens. checksum: of its records' checksums."""
+  """A file of tokens. checksum: of its records' CRCs, in hexadecimal."""
 
   file: str
   tokens: int
   documents: int  # that begin in it
   text_bytes: int  # of UTF-8
   checksum: str
+
+  @property
+  def mark(self) -> int:
+    """What its records' checksums are marked with."""
+    return int(self.checksum[:8], 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +135,10 @@ def read_manifest(path: str) -> Manifest:
   try:
     values = json.loads(raw)
     if values["version"] != VERSION:
-      raise UserError(f"{folder.shown(MANIFEST)}: has version {values['version']} of the format; this reads {VERSION}")
+      raise UserError(
+        f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {VERSION}: prepare the text "
+        "again, into another folder (python -m evo_jax.prepare)"
+      )
     sources = [dict(source, splits=_splits(source["splits"])) for source in values.pop("sources")]
     return Manifest(**values, sources=tuple(Source(**source) for source in sources))
   except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -199,8 +211,8 @@ class TokenStream:
       try:
         checksums = hashlib.sha256()
         for start in range(0, shard.tokens, 1 << 20):
-          for checksum, _ in self._records(shard, start, min(shard.tokens, start + (1 << 20))):
-            checksums.update(int(checksum).to_bytes(4, "little"))
+          for crc, _ in self._records(shard, start, min(shard.tokens, start + (1 << 20))):
+            checksums.update(crc.to_bytes(4, "little"))
         size = self._folder.size(shard.file)
         if size != _shard_bytes(shard.tokens, self._record):
           problem = f"{self._folder.shown(shard.file)}: has {size:,} bytes, not those of {shard.tokens:,} tokens"
@@ -218,7 +230,7 @@ class TokenStream:
     return np.concatenate(tokens)[skip : skip + stop - start]
 
   def _records(self, shard: Shard, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Checksum and tokens of each record that has some of the tokens [start, stop) of a shard."""
+    """CRC and tokens of each record that has some of the tokens [start, stop) of a shard."""
     size, each = self._record["tokens"].shape[0], self._record.itemsize
     first, last = start // size, -(-stop // size)
     end = min(last * each, _shard_bytes(shard.tokens, self._record))
@@ -228,75 +240,90 @@ class TokenStream:
       raise UserError(f"{self._folder.shown(shard.file)}: is missing") from error
     whole = len(raw) // each
     records = np.frombuffer(raw, self._record, whole)
-    seed = _seed(shard.file)
     for number, checksum, tokens in zip(range(first, last), records["checksum"].tolist(), records["tokens"]):
-      self._verify(shard, number, checksum, tokens, seed)
-      yield checksum, tokens
+      yield self._verify(shard, number, checksum, tokens), tokens
     if first + whole < last:  # the shorter one at the end, or what is left of a file that was cut off
       rest = raw[whole * each :]
       if len(raw) < end - first * each or len(rest) < 4:
         raise UserError(f"{self._folder.shown(shard.file)}: is cut off: it ends before record {first + whole} does")
       checksum, tokens = int.from_bytes(rest[:4], "little"), np.frombuffer(rest[4:], self._record["tokens"].base)
-      self._verify(shard, first + whole, checksum, tokens, seed)
-      yield checksum, tokens
+      yield self._verify(shard, first + whole, checksum, tokens), tokens
 
-  def _verify(self, shard: Shard, number: int, checksum: int, tokens: np.ndarray, seed: int) -> None:
-    if zlib.crc32(tokens, (seed + number) % 2**32) != checksum:
-      raise UserError(f"{self._folder.shown(shard.file)}: record {number} is damaged: its checksum is wrong")
+  def _verify(self, shard: Shard, number: int, checksum: int, tokens: np.ndarray) -> int:
+    """The record's CRC, if its checksum is right."""
+    crc = zlib.crc32(tokens, (_seed(shard.file) + number) % 2**32)
+    if crc ^ shard.mark != checksum:
+      raise UserError(
+        f"{self._folder.shown(shard.file)}: record {number} is damaged: its checksum is wrong, or the file belongs to "
+        "another data set"
+      )
+    return crc
 
 
 class ShardWriter:
   """Writes the tokens of one shard. There is no file unless tokens come. Use `shard_writer`."""
 
   def __init__(self, stack: contextlib.ExitStack, folder: Folder, name: str, dtype: np.dtype):
-    self._stack, self._folder, self._name, self._dtype = stack, folder, name, np.dtype(dtype)
-    self._record = _record_type(self._dtype, RECORD)
-    self._file, self._rest, self._checksums = None, [], hashlib.sha256()
-    self._waiting, self._records, self._tokens = 0, 0, 0
+    self._stack, self._folder, self._name = stack, folder, name
+    self._file, self._checksums = None, hashlib.sha256()
+    self._records = np.empty(_WAITING, _record_type(np.dtype(dtype), RECORD))
+    self._waiting, self._written = 0, 0  # tokens, records
 
   def append(self, tokens: np.ndarray) -> None:
     """Adds (n,) tokens."""
-    self._rest.append(tokens)
-    self._waiting += len(tokens)
-    if self._waiting >= 256 * RECORD:
-      self._flush()
+    while len(tokens):
+      tokens = tokens[self._fill(tokens) :]
+      if self._waiting == _WAITING * RECORD:
+        self._write()
 
   def finish(self, documents: int, text_bytes: int) -> Shard | None:
     """Writes what is left. Returns the shard, of so many documents and bytes of text, or None where it has no token."""
-    self._flush()
-    rest = np.concatenate([np.zeros(0, self._dtype), *self._rest])
-    if len(rest):
-      self._write(self._checksum(rest).tobytes() + rest.tobytes())
-    tokens = self._tokens + len(rest)
-    return Shard(self._name, tokens, documents, text_bytes, self._checksums.hexdigest()[:32]) if tokens else None
-
-  def _flush(self) -> None:
-    """Writes all full records."""
-    tokens = np.concatenate([np.zeros(0, self._dtype), *self._rest], dtype=self._dtype, casting="unsafe")
-    count = len(tokens) // RECORD
-    records = np.empty(count, self._record)
-    records["tokens"] = tokens[: count * RECORD].reshape(count, RECORD)
-    records["checksum"] = self._checksum(tokens[: count * RECORD])
+    count = self._written * RECORD + self._waiting
+    self._write()
+    shard = Shard(self._name, count, documents, text_bytes, self._checksums.hexdigest()[:32])
     if count:
-      self._write(records.view(np.uint8).data)
-    self._tokens += count * RECORD
-    self._rest = [tokens[count * RECORD :]]
-    self._waiting = len(self._rest[0])
+      self._mark(shard)
+    return shard if count else None
 
-  def _checksum(self, tokens: np.ndarray) -> np.ndarray:
-    """(n,) uint32, the checksums of the next records."""
-    raw, size = memoryview(tokens).cast("B") if len(tokens) else b"", RECORD * self._dtype.itemsize
-    seed, starts = _seed(self._name) + self._records, range(0, len(raw), size)
-    checksums = [zlib.crc32(raw[at : at + size], (seed + i) % 2**32) for i, at in enumerate(starts)]
-    self._records += len(checksums)
-    checksums = np.array(checksums, "<u4")
-    self._checksums.update(checksums.data)
-    return checksums
+  def _fill(self, tokens: np.ndarray) -> int:
+    """Takes tokens that fill the record that is begun, or else whole ones. Returns how many."""
+    row, column = divmod(self._waiting, RECORD)
+    waiting = self._records["tokens"]
+    if column or len(tokens) < RECORD:
+      count = min(RECORD - column, len(tokens))
+      waiting[row, column : column + count] = tokens[:count]
+    else:
+      rows = min(_WAITING - row, len(tokens) // RECORD)
+      count = rows * RECORD
+      waiting[row : row + rows] = tokens[:count].reshape(rows, RECORD)
+    self._waiting += count
+    return count
 
-  def _write(self, raw: bytes | memoryview) -> None:
+  def _write(self) -> None:
+    """Writes the tokens that wait, with their CRCs where checksums will stand; the last record may be shorter."""
+    if not self._waiting:
+      return
+    whole, rest = divmod(self._waiting, RECORD)
+    tokens = [*self._records["tokens"][:whole], *([self._records["tokens"][whole, :rest]] if rest else [])]
+    seed = _seed(self._name) + self._written
+    crcs = np.array([zlib.crc32(part, (seed + i) % 2**32) for i, part in enumerate(tokens)], "<u4")
+    self._checksums.update(crcs.data)
+    self._records["checksum"][: len(crcs)] = crcs
     if self._file is None:
       self._file = self._stack.enter_context(self._folder.write(self._name))
-    self._file.write(raw)
+    self._file.write(self._records.view(np.uint8).data[: _shard_bytes(self._waiting, self._records.dtype)])
+    self._written, self._waiting = self._written + len(crcs), 0
+
+  def _mark(self, shard: Shard) -> None:
+    """Turns all CRCs in the file into checksums."""
+    size = _shard_bytes(shard.tokens, self._records.dtype)
+    raw = self._records.view(np.uint8).data
+    for start in range(0, size, len(raw)):
+      self._file.seek(start)
+      count = self._file.readinto(raw[: size - start])
+      self._records["checksum"] ^= np.uint32(shard.mark)
+      self._file.seek(start)
+      self._file.write(raw[:count])
 
 
 @contextlib.contextmanager

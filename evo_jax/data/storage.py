@@ -118,7 +118,10 @@ class Folder:
 
   @contextlib.contextmanager
   def write(self, name: str) -> Iterator[BinaryIO]:
-    """A stream to a file that appears, or replaces another, once the stream is closed without an error."""
+    """A stream to a file that appears, or replaces another, once the stream is closed without an error.
+
+    What was written to it can be read and changed meanwhile.
+    """
     path = self._at(name)
     with self._errors(name, "written"), contextlib.ExitStack() as stack:
       if self.local:
@@ -127,7 +130,7 @@ class Folder:
       else:
         temporary = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "file")
       stack.callback(_unlink, temporary)
-      with open(temporary, "xb") as file:
+      with open(temporary, "x+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

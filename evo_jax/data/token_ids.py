@@ -1,4 +1,4 @@
-"""What all tokenizers do with token ids before they decode them."""
+"""What all tokenizers do with token ids, behind `encode` and before `decode`."""
 
 import numpy as np
 
@@ -14,3 +14,10 @@ def before_end(tokens: np.ndarray, end_ids: tuple[int, ...], vocab_size: int) ->
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
     raise UserError(f"token {outside} is outside the vocabulary of {vocab_size}")
   return tokens
+
+
+def join_documents(documents: list[np.ndarray], separator_id: int) -> tuple[np.ndarray, list[int]]:
+  """The tokens of at least one document, a separator behind each that has any, and how many each has."""
+  separator = np.full(1, separator_id, documents[0].dtype)
+  parts = [part for tokens in documents if len(tokens) for part in (tokens, separator)]
+  return np.concatenate([separator[:0], *parts]), [len(tokens) for tokens in documents]

@@ -1,6 +1,6 @@
 """Tokenizers: UTF-8 bytes, 27 characters, SentencePiece; Hugging Face's are in `huggingface`.
 
-The three here have one special id, 0: it begins a sequence, separates documents and ends a text.
+The three here have one id, 0, that begins a sequence, separates documents and ends a text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from evo_jax.data.huggingface import HuggingFace
-from evo_jax.data.token_ids import before_end
+from evo_jax.data.token_ids import before_end, join_documents
 from evo_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -29,7 +29,8 @@ _NOT_TRAINED_ON = re.compile("[\x00\u2581\u2585]")  # the trainer leaves out lin
 class Tokenizer(Protocol):
   """Text to token ids and back. Special ids stand for no text.
 
-  `encode` is told whether a text is the beginning of one: some tokenizers put a space there.
+  `encode` is told whether a text is the beginning of one: some tokenizers put a space there. No special id is among the
+  result, but for that of unknown characters where a vocabulary lacks some.
   """
 
   vocab_size: int
@@ -41,7 +42,8 @@ class Tokenizer(Protocol):
   end_ids: tuple[int, ...]  # any of them ends a text
   turn_end_ids: tuple[int, ...]  # any of them ends a turn of a conversation
 
-  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...  # no special id is among the result
+  def encode(self, text: str | bytes, begins: bool = True) -> np.ndarray: ...
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]: ...  # `join_documents`
   def decode(self, tokens: np.ndarray) -> str: ...
   def lost(self, text: str) -> str: ...  # its characters that `encode` would not give back
   def lengths(self) -> np.ndarray: ...
@@ -49,8 +51,16 @@ class Tokenizer(Protocol):
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-  """The ids that stand for no text, sorted."""
-  return sorted({tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids})
+  """The ids that no text is written with, sorted.
+
+  They begin, separate and end texts, or stand for none: unknown characters, roles of a conversation, unused ids.
+  """
+  return sorted({*structural_ids(tokenizer), *np.flatnonzero(tokenizer.lengths() == 0).tolist()})
+
+
+def structural_ids(tokenizer: Tokenizer) -> list[int]:
+  """The ids that begin, separate and end texts."""
+  return [tokenizer.begin_id, tokenizer.separator_id, *tokenizer.end_ids, *tokenizer.turn_end_ids]
 
 
 def continuing(tokenizer: Tokenizer) -> Tokenizer:
@@ -74,6 +84,15 @@ class Bytes:
     """(n,) uint16 ids; text is taken as UTF-8."""
     raw = text.encode() if isinstance(text, str) else text
     return np.add(np.frombuffer(raw, np.uint8), 1, dtype=np.uint16)
+
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    raws = [text.encode() if isinstance(text, str) else text for text in texts]
+    counts = [len(raw) for raw in raws]
+    joined = b"".join(part for raw in raws if raw for part in (raw, b"\0"))
+    tokens = np.add(np.frombuffer(joined, np.uint8), 1, dtype=np.uint16)
+    tokens[np.cumsum([count + 1 for count in counts if count]) - 1] = self.separator_id
+    return tokens, counts
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id; bytes that are not UTF-8 become U+FFFD."""
@@ -112,6 +131,10 @@ class Chars27:
     letter = (raw >= ord("a")) & (raw <= ord("z"))
     keep = letter | np.concatenate([[True], letter[:-1]])[: len(raw)]
     return np.where(letter, raw - (ord("a") - 2), 1).astype(np.uint8)[keep]
+
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    return join_documents([self.encode(text) for text in texts], self.separator_id)
 
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
@@ -174,6 +197,10 @@ class SentencePiece:
       ids += [self._space, self._processor.Encode(part, return_type="numpy")]
     return np.concatenate(ids, dtype=np.uint16 if self.vocab_size <= 2**16 else np.uint32, casting="unsafe")
 
+  def encode_documents(self, texts: list[str] | list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """As `join_documents` of all documents' tokens."""
+    return join_documents([self.encode(text) for text in texts], self.separator_id)
+
   def decode(self, tokens: np.ndarray) -> str:
     """Text up to the first end id."""
     return self._processor.DecodeIds(before_end(tokens, self.end_ids, self.vocab_size).tolist())
@@ -188,7 +215,7 @@ class SentencePiece:
     Nothing is normalized, so that the lengths of a text's pieces add up to the text's.
     """
     lengths = np.asarray([self._piece_length(i) for i in range(self.vocab_size)], np.int64)
-    lengths[special_ids(self)] = 0
+    lengths[structural_ids(self)] = 0
     return lengths
 
   def files(self) -> dict[str, bytes]:
@@ -201,7 +228,7 @@ class SentencePiece:
     return [(self._processor.IdToPiece(i), self._processor.GetScore(i)) for i in ids]
 
   def _piece_length(self, i: int) -> int:
-    if self._processor.IsControl(i):
+    if self._processor.IsControl(i) or self._processor.IsUnknown(i) or self._processor.IsUnused(i):
       return 0
     if self._processor.IsByte(i):
       return 1
@@ -220,7 +247,7 @@ def load_tokenizer(name: str, folder: str = "") -> Tokenizer:
 
 def _one_each(tokenizer: Tokenizer) -> np.ndarray:
   lengths = np.ones(tokenizer.vocab_size, np.int64)
-  lengths[special_ids(tokenizer)] = 0
+  lengths[structural_ids(tokenizer)] = 0
   return lengths
 
 

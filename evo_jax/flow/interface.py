@@ -85,15 +85,18 @@ class Distillation:
 
   log_p: log-probabilities of the tokens. kl: KL divergences from the clean stream's beliefs. overlap: sums over the
   vocabulary of the smaller of both probabilities, 1 - their total variation; None where the vocabulary is read in
-  chunks. teacher_log_p_BxL, teacher_log_sum_BxL: log-probabilities of the tokens in the clean stream, and what its
-  logits are normalized by, without gradient.
+  chunks. best: (B, ..., count) int32, the tokens with the highest logits, the best first. teacher_log_p_BxL,
+  teacher_log_sum_BxL, teacher_best: log-probabilities of the tokens in the clean stream, what its logits are
+  normalized by, and its best tokens (B, L, count), without gradient.
   """
 
   log_p: jax.Array
   kl: jax.Array
   overlap: jax.Array | None
+  best: jax.Array
   teacher_log_p_BxL: jax.Array
   teacher_log_sum_BxL: jax.Array
+  teacher_best: jax.Array
 
 
 def outer_sum(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -120,10 +123,9 @@ class Network(Protocol):
   def embed_unknown(self, prior_logits: jax.Array, chunk: int = 0) -> jax.Array: ...
   def logits(self, hidden: jax.Array) -> jax.Array: ...
   def token_logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array: ...
-  def best_tokens(self, hidden: jax.Array, count: int, chunk: int = 0) -> jax.Array: ...
   def rescore(self, hidden, previous_token, candidates, logits) -> jax.Array: ...
   def log_probs(self, beliefs, tokens, chunk: int = 0) -> tuple[tuple[jax.Array, ...], ...]: ...
-  def distillation(self, student: Beliefs, tokens, teacher: Teacher, chunk: int = 0) -> Distillation: ...
+  def distillation(self, student: Beliefs, tokens, teacher: Teacher, best, chunk: int = 0) -> Distillation: ...
   def clock_prior(self, hidden_BxNxD, size, passes_BxN) -> tuple[jax.Array, jax.Array, jax.Array]: ...
   def clock_posterior(
     self, hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN

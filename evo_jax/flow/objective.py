@@ -99,10 +99,42 @@ def training_loss(
   chex.assert_type(batch.tokens, int)
   if draw is None:
     return _autoregression(net, batch, counts, config)
-  B, T = batch.tokens.shape
   N, W = draw.time.shape[1:]
-  chex.assert_shape([draw.time, draw.time_next, draw.front], (B, N, W))
-  order = _reading_order(config, learned, clean_frozen, whole=W == T - 1)
+  chex.assert_shape([draw.time, draw.time_next, draw.front], (len(batch.tokens), N, W))
+  read = _read_streams(net, statistics, batch, draw, config, learned, clean_frozen)
+  scene, slots, hidden_BxLxD, hidden_BxNxWxD, nats_BxL = read
+  step = scene.step(statistics, draw, config)
+  distilled = None
+  drafts = config.distill or draw.drafts or net.head_candidates
+  if hidden_BxLxD is not None and scene.bound < N and drafts:
+    distilled = _distill(net, scene, batch, draw, slots, hidden_BxNxWxD, hidden_BxLxD, config)
+  clean = None if hidden_BxLxD is None or learned else (Beliefs(hidden_BxLxD), batch.tokens[:, 1:])
+  log_p_bound, log_p_ce, log_p_clean = _log_probs(
+    net, scene, step, hidden_BxNxWxD, clean, distilled, clean_frozen, config
+  )
+  if log_p_clean is not None:
+    nats_BxL = latents_lib.jump_nll(log_p_clean)
+  expected = _expected_code(net, scene, hidden_BxNxWxD) if config.integrand == "rate" else None
+  nats_BxNxW = jnp.where(scene.unknown, latents_lib.jump_nll(jnp.concatenate([log_p_bound[0], log_p_ce], axis=1)), 0.0)
+  head = None
+  if distilled is not None and net.head_candidates:
+    head = _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config)
+  loss_nats = _loss_nats(scene, nats_BxNxW, distilled, head, config)
+  window, path_nats, bound_nats = _window_sums(scene, draw, step.nll(log_p_bound, expected), loss_nats, config)
+  ar = jnp.zeros(()) if nats_BxL is None or clean_frozen else _sum_counted(nats_BxL, batch) / counts.tokens
+  measured = _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats)
+  metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) | _draft_metrics(
+    scene, draw, distilled, head
+  )
+  terms = config.ar_weight * ar, config.window_weight * window / counts.windows
+  return terms, *jax.lax.stop_gradient((measured, metrics))
+
+
+def _read_streams(net, statistics, batch, draw, config, learned, clean_frozen):
+  """Reads both streams: the scene; which slots of windows were read; hidden states of the clean stream (B, L, D), and
+  those that are about the windows' tokens (B, N, W, D); and, where clocks are learned, the clean stream's cross-
+  entropies (B, L) in nats. What is not read, or not yet, is None."""
+  order = _reading_order(config, learned, clean_frozen, whole=draw.time.shape[-1] == batch.tokens.shape[1] - 1)
   fixed = jax.lax.stop_gradient if clean_frozen else lambda x: x
   # Looked up once for both streams: the gradient of a lookup is as large as the table.
   x_BxTxD = fixed(net.embed_tokens(batch.tokens))
@@ -118,31 +150,7 @@ def training_loss(
   else:
     clean = hidden_BxLxD, cache
     hidden_BxNxWxD = _read_windows(net, clean, embed, slots, statistics.log_unigram_V, draw, config)
-
-  step = scene.step(statistics, draw, config)
-  distilled = None
-  if hidden_BxLxD is not None and (config.distill or draw.drafts):
-    distilled = _distill(net, scene, batch, draw, hidden_BxNxWxD, hidden_BxLxD, config)
-  clean = None if hidden_BxLxD is None or learned else (Beliefs(hidden_BxLxD), batch.tokens[:, 1:])
-  log_p_bound, log_p_ce, log_p_clean = _log_probs(
-    net, scene, step, hidden_BxNxWxD, clean, distilled, clean_frozen, config
-  )
-  if log_p_clean is not None:
-    nats_BxL = latents_lib.jump_nll(log_p_clean)
-  expected = _expected_code(net, scene, hidden_BxNxWxD) if config.integrand == "rate" else None
-  nats_BxNxW = jnp.where(scene.unknown, latents_lib.jump_nll(jnp.concatenate([log_p_bound[0], log_p_ce], axis=1)), 0.0)
-  head = None
-  if net.head_candidates and W > 1 and scene.bound < N:
-    head = _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config)
-  loss_nats = _loss_nats(scene, nats_BxNxW, distilled, head, config)
-  window, path_nats, bound_nats = _window_sums(scene, draw, step.nll(log_p_bound, expected), loss_nats, config)
-  ar = jnp.zeros(()) if nats_BxL is None or clean_frozen else _sum_counted(nats_BxL, batch) / counts.tokens
-  measured = _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats)
-  metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) | _draft_metrics(
-    scene, draw, distilled, head
-  )
-  terms = config.ar_weight * ar, config.window_weight * window / counts.windows
-  return terms, *jax.lax.stop_gradient((measured, metrics))
+  return scene, slots, hidden_BxLxD, hidden_BxNxWxD, nats_BxL
 
 
 def _autoregression(net, batch, counts, config):
@@ -319,21 +327,32 @@ def _scale_gradient(hidden_BxLxD, cache, scale):
   return through(hidden_BxLxD), cache.replace(k=through(cache.k), v=through(cache.v))
 
 
-def _distill(net, scene, batch, draw, hidden_BxNxWxD, hidden_BxLxD, config) -> Distillation:
-  """The beliefs of the windows that are not trained by the bound, (B, N - bound, W), beside the clean stream's."""
-  _, hidden = scene.split(hidden_BxNxWxD)
-  _, token = scene.split(scene.token_BxNxW)
-  _, latent = scene.split(scene.latent)
-  # Without any evidence there is none to add.
-  evidence = () if draw.all_unknown else (latent.y,)
-  student = Beliefs(hidden, evidence, scene.fixed_codes_VxM if evidence else None)
-  teacher = _teacher(scene, batch.tokens[:, 1:], draw, hidden_BxLxD)
-  return net.distillation(student, token, teacher, config.chunk)
+def _distill(net, scene, batch, draw, slots, hidden_BxNxWxD, hidden_BxLxD, config) -> Distillation:
+  """The beliefs of the windows that are not trained by the bound, (B, N - bound, W), beside the clean stream's; with
+  the best tokens that the head scores."""
+  _, (hidden, token, latent) = scene.split((hidden_BxNxWxD, scene.token_BxNxW, scene.latent))
+  # Without any evidence there is none to add, and a first token whose context is the clean stream's is its own.
+  alone = draw.all_unknown and slots.start > 0
+  first, evidence = int(alone), () if draw.all_unknown else (latent.y,)
+  student = Beliefs(hidden[:, :, first:], evidence, scene.fixed_codes_VxM if evidence else None)
+  teacher = _teacher(scene, batch.tokens[:, 1:], draw, hidden_BxLxD, first)
+  best = net.head_candidates, _TEACHER_TOKENS if net.head_candidates and config.distill else 0
+  found = net.distillation(student, token[..., first:], teacher, best, config.chunk)
+  if not alone:
+    return found
+  pad = lambda x, value: jnp.pad(x, ((0, 0), (0, 0), (1, 0)), constant_values=value)
+  log_p = jnp.take_along_axis(found.teacher_log_p_BxL, draw.anchor[:, scene.bound :], axis=1)[..., None]
+  return found.replace(
+    log_p=jnp.concatenate([log_p, found.log_p], axis=-1),
+    kl=pad(found.kl, 0.0),
+    overlap=None if found.overlap is None else pad(found.overlap, 1.0),
+    best=jnp.pad(found.best, ((0, 0), (0, 0), (1, 0), (0, 0))),
+  )
 
 
-def _teacher(scene, token_BxL, draw, hidden_BxLxD) -> Teacher:
-  """The clean stream about the tokens of the windows that are not trained by the bound."""
-  index = draw.anchor[:, scene.bound :, None] + jnp.arange(draw.time.shape[-1])
+def _teacher(scene, token_BxL, draw, hidden_BxLxD, first) -> Teacher:
+  """The clean stream about the tokens, from number `first` on, of the windows that are not trained by the bound."""
+  index = draw.anchor[:, scene.bound :, None] + jnp.arange(first, draw.time.shape[-1])
   return Teacher(jax.lax.stop_gradient(hidden_BxLxD), token_BxL, index)
 
 
@@ -362,11 +381,11 @@ def _log_probs(net, scene, step, hidden_BxNxWxD, clean, distilled, clean_frozen,
 
 @flax.struct.dataclass
 class _HeadTerms:
-  """What the head makes of the windows' tokens behind the first, (B, N - bound, W - 1), in nats: its loss, and, where
-  there is a teacher, the sum over the candidates of the smaller of both probabilities."""
+  """What the head makes of the windows' tokens behind the first, (B, N - bound, W - 1): its loss in nats, and the sum
+  over a slot's candidates of the smaller of its and the clean stream's probability."""
 
   nats: jax.Array
-  overlap: jax.Array | None
+  overlap: jax.Array
 
 
 def _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config) -> _HeadTerms:
@@ -375,31 +394,20 @@ def _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, confi
   normalized over these tokens. The token before is the true one."""
   _, (hidden, token) = scene.split((hidden_BxNxWxD, scene.token_BxNxW))
   hidden, previous, token = hidden[:, :, 1:], token[..., :-1], token[..., 1:]
-  candidates = net.best_tokens(hidden, net.head_candidates, config.chunk)
-  count = candidates.shape[-1]
-  scored = [candidates, token[..., None]]
-  teacher = None
-  if distilled is not None:
-    teacher = _teacher(scene, None, draw, hidden_BxLxD)
-    teacher = teacher.replace(index=teacher.index[..., 1:])
-  if config.distill:
-    scored.append(teacher.gather(net.best_tokens(teacher.hidden_BxLxD, _TEACHER_TOKENS, config.chunk)))
-  scored = jnp.concatenate(scored, axis=-1)
+  teacher = _teacher(scene, None, draw, hidden_BxLxD, 1)
+  candidates = distilled.best[:, :, 1:]
+  scored = jnp.concatenate([candidates, token[..., None], teacher.gather(distilled.teacher_best)], axis=-1)
   again = jnp.any((scored[..., :, None] == scored[..., None, :]) & jnp.tri(scored.shape[-1], k=-1, dtype=bool), axis=-1)
   only_once = lambda logits: jnp.where(again, _FORBIDDEN, logits)
   logits = net.rescore(hidden, previous, scored, net.token_logits(hidden, scored))
-  log_q = jax.nn.log_softmax(only_once(logits), axis=-1)
-  nats, overlap = -jnp.sum(jnp.where((scored == token[..., None]) & ~again, log_q, 0.0), axis=-1), None
-  if teacher is not None:
-    of_teacher = jax.lax.stop_gradient(net.token_logits(teacher.gather(teacher.hidden_BxLxD), scored))
-    log_sum = teacher.gather(distilled.teacher_log_sum_BxL)[..., None]
-    q, p = jax.nn.softmax(logits[..., :count], axis=-1), jnp.exp(of_teacher - log_sum)[..., :count]
-    overlap = jnp.sum(jnp.minimum(q, p), axis=-1)
-  if config.distill:
-    log_p = jax.nn.log_softmax(only_once(of_teacher), axis=-1)
-    kl = jnp.sum(jnp.where(again, 0.0, jnp.exp(log_p) * (log_p - log_q)), axis=-1)
-    nats = config.distill * kl + (1.0 - config.distill) * nats
-  return _HeadTerms(nats, overlap)
+  teacher_logits = jax.lax.stop_gradient(net.token_logits(teacher.gather(teacher.hidden_BxLxD), scored))
+  log_q, log_p = (jax.nn.log_softmax(only_once(x), axis=-1) for x in (logits, teacher_logits))
+  ce = -jnp.sum(jnp.where((scored == token[..., None]) & ~again, log_q, 0.0), axis=-1)
+  kl = jnp.sum(jnp.where(again, 0.0, jnp.exp(log_p) * (log_p - log_q)), axis=-1)
+  count = candidates.shape[-1]
+  p = jnp.exp(teacher_logits - teacher.gather(distilled.teacher_log_sum_BxL)[..., None])[..., :count]
+  overlap = jnp.sum(jnp.minimum(jax.nn.softmax(logits[..., :count], axis=-1), p), axis=-1)
+  return _HeadTerms(config.distill * kl + (1.0 - config.distill) * ce, overlap)
 
 
 def _loss_nats(scene, nats_BxNxW, distilled, head, config):

@@ -214,7 +214,8 @@ class Evo(nn.Module):
     if self.reads_clean_anchor:
       own = jnp.tri(S, dtype=bool) if windows.all_unknown else informed_slots(windows.time_BxNxS, jnp.arange(S))
     visibility = Visibility(first_BxN[..., None] if has_past else None, start, own)
-    time = _flatten_runs(self.time_conditioning(windows.time_BxNxS))
+    time = jnp.ones((1, 1, 1)) if windows.all_unknown else windows.time_BxNxS
+    time = _flatten_runs(self.time_conditioning(time))
     return Stream(self._angles(first_BxN[..., None] + jnp.arange(S)), visibility, time, unknown)
 
   def _angles(self, positions: jax.Array) -> rotary.Angles:
@@ -244,18 +245,15 @@ class Evo(nn.Module):
     beliefs = tuple(b.replace(hidden=self._final_norm(b.hidden)) for b in beliefs)
     return vocabulary.log_probs(chunk, self.table_layout, beliefs, tokens, self._head(), self._bias())
 
-  def distillation(self, student: Beliefs, tokens: jax.Array, teacher: Teacher, chunk: int = 0) -> Distillation:
+  def distillation(
+    self, student: Beliefs, tokens: jax.Array, teacher: Teacher, best: tuple[int, int] = (0, 0), chunk: int = 0
+  ) -> Distillation:
     """Beliefs about tokens (B, ...) beside the clean stream's: `vocabulary.distillation`, with hidden states as the
     streams give them. The teacher receives no gradient."""
     student = student.replace(hidden=self._final_norm(student.hidden))
     teacher = teacher.replace(hidden_BxLxD=self._final_norm(teacher.hidden_BxLxD))
-    return vocabulary.distillation(chunk, self.table_layout, student, tokens, teacher, self._head(), self._bias())
-
-  def best_tokens(self, hidden: jax.Array, count: int, chunk: int = 0) -> jax.Array:
-    """(..., count) int32: the tokens with the highest logits of hidden states (..., D), the best first; all tokens
-    where there are no more than `count`."""
-    normed = self._final_norm(hidden)
-    return vocabulary.best_tokens(chunk, self.table_layout, normed, self._head(), self._bias(), count)
+    layout, head, bias = self.table_layout, self._head(), self._bias()
+    return vocabulary.distillation(chunk, layout, best, student, tokens, teacher, head, bias)
 
   def token_logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
     """(..., C) float32 context logits of some tokens (..., C) by hidden states (..., D). The table receives no

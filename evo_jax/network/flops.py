@@ -35,26 +35,47 @@ def peak_flops(device_kind: str) -> float | None:
   return next((value for name, value in PEAK.items() if device_kind.startswith(name)), None)
 
 
-def forward_pass(model: config_lib.Model, vocab_rows: int, tokens: int, keys: float, windows: bool) -> float:
+def forward_pass(
+  model: config_lib.Model, vocab_rows: int, tokens: int, keys: float, windows: bool, all_unknown: bool = False
+) -> float:
   """FLOPs of one forward pass over `tokens` positions, each of which attends to `keys` others, with the logits.
 
-  windows: True for positions of windows, which also need soft inputs and time conditioning.
+  windows: True for positions of windows, which also need soft inputs and time conditioning; all_unknown: which are the
+  same for all of them. Windows' own parameters are counted by `window_adapters`.
   """
   D, E = model.width, model.head_size
   block = D * E * (2 * model.heads + 2 * model.kv_heads) + 3 * D * model.hidden
-  if windows:
-    block += 6 * D * model.time_dim
   attention = 2 * keys * E * model.heads
   outside = vocab_rows * D
-  if windows:
+  if windows and not all_unknown:
+    block += 6 * D * model.time_dim
     outside += vocab_rows * (2 * model.code_dim + D)  # evidence for the input and for the belief, expected embedding
   return 2.0 * tokens * (model.layers * (block + attention) + outside)
 
 
-def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True, visible: bool = False) -> float:
-  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many.
+def window_adapters(model: config_lib.Model, tokens: int) -> float:
+  """FLOPs of what windows' own parameters (config.model.window_*) add to a forward pass over `tokens` positions."""
+  D, F, H, C = model.width, model.hidden, model.heads * model.head_size, model.window_candidates
+  qkv = H + 2 * model.kv_heads * model.head_size
+  block = model.window_rank * (5 * D + qkv + H + 3 * F) + model.window_twins * D * qkv
+  # The head, and the candidates' rows of the table for it, for the window's own belief and for the clean stream's.
+  head = 3 * D * model.window_head + 3 * C * D if model.window_head else 0
+  return 2.0 * tokens * (model.layers * block + head)
 
-  Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it.
+
+def train_step(
+  config: config_lib.Config,
+  vocab_rows: int,
+  windows: bool = True,
+  visible: bool = False,
+  trained: float = 1.0,
+  clean_frozen: bool = False,
+) -> float:
+  """FLOPs of one training step: a forward pass, and a backward pass that takes twice as many; of a frozen parameter
+  there is no gradient, which is half of that.
+
+  Self-conditioning, a second forward pass of the windows, counts with the share of steps that have it. Distillation
+  reads logits that the clean stream has.
 
   Args:
     config: the configuration.
@@ -62,15 +83,26 @@ def train_step(config: config_lib.Config, vocab_rows: int, windows: bool = True,
     windows: False for a step before the windows start.
     visible: count only the keys that the mask admits, on average, as for model FLOPs utilization (MFU); otherwise
       attention counts as if no block of a mask were skipped.
+    trained: the share of the parameters that are trained.
+    clean_frozen: whether nothing that the clean stream reads is trained: it then has a forward pass alone.
   """
   model, L, B = config.model, config.model.context, config.data.batch_size
   W, N = config.window.size, config.window.count if windows else 0
   diffusion_alone = config.diffusion_alone and N > 0
   clean_keys = (L + 1) / 2 if visible else L
-  clean = 0.0 if diffusion_alone else 3.0 * forward_pass(model, vocab_rows, B * L, clean_keys, False)
+  slots, again = config.window_slots, config.loss.self_conditioning
   past_keys = 0 if diffusion_alone else (L - W) / 2 if visible else L  # anchors are spread evenly
-  window = forward_pass(model, vocab_rows, B * N * (W + 1), past_keys + W + 1, True)
-  return clean + window * (3.0 + config.loss.self_conditioning)
+  same = config.paths.all_unknown and slots < W
+  trained = 0.0 if clean_frozen else trained  # what windows have of their own is counted by itself
+
+  def passes(tokens, keys, of_windows):
+    forward = forward_pass(model, vocab_rows, tokens, keys, of_windows, same)
+    return forward, 3.0 * forward - (1.0 - trained) * forward_pass(model, vocab_rows, tokens, 0, of_windows, same)
+
+  clean_forward, clean = (0.0, 0.0) if diffusion_alone else passes(B * L, clean_keys, False)
+  window_forward, window = passes(B * N * slots, past_keys + slots, True)
+  own = window_adapters(model, B * N * slots)
+  return (clean_forward if clean_frozen else clean) + window + 3.0 * own + again * (window_forward + own)
 
 
 def train_run(config: config_lib.Config, vocab_rows: int) -> float:

@@ -48,8 +48,9 @@ class Stream:
 
   angles: `rotary.rotary_angles` of their positions, whose shape tells N and S; visibility: which keys they see; without
   slots of their own run it is the clean stream, or clean slots that continue it; time_BxTxR: the time conditioning,
-  T = N S; None: t is 0, of slots that belong to no window. unknown_BxT: bool, which slots are at t > 0; None: all.
-  clean: the first so many slots belong to no window; their t is 0.
+  T = N S, or one that all slots share, (1, 1, R); None: t is 0, of slots that belong to no window. unknown_BxT: bool,
+  which slots are at t > 0; None: all. clean: the first so many slots belong to no window, and are not among
+  unknown_BxT.
   """
 
   angles: Angles

@@ -206,10 +206,11 @@ def _expectations_vjp(chunk, layout, residuals, cotangents):
 expectations.defvjp(_expectations, _expectations_vjp)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def distillation(
   chunk: int,
   layout: Layout,
+  best: tuple[int, int],
   student: Beliefs,
   tokens: jax.Array,
   teacher: Teacher,
@@ -222,9 +223,10 @@ def distillation(
   logits. Each of the clean stream's logits is computed once, however many of the student's tokens are about its
   position. Of the results `log_p` and `kl` have gradients.
 
-  chunk, layout, table_VxD, bias_V: as for `log_probs`. student: with at most one evidence vector.
+  chunk, layout, table_VxD, bias_V: as for `log_probs`. best: how many of the student's and of the clean stream's best
+  tokens are asked for. student: with at most one evidence vector.
   """
-  return _distillation(chunk, layout, student, tokens, teacher, table_VxD, bias_V)[0]
+  return _distillation(chunk, layout, best, student, tokens, teacher, table_VxD, bias_V)[0]
 
 
 def _teacher_logits(student: Beliefs, teacher: Teacher, clean_logits: jax.Array) -> jax.Array:
@@ -232,14 +234,14 @@ def _teacher_logits(student: Beliefs, teacher: Teacher, clean_logits: jax.Array)
   return student.replace(hidden=None).logits(None, teacher.gather(clean_logits))[0]
 
 
-def _distillation(chunk, layout, student, tokens, teacher, table_VxD, bias_V):
+def _distillation(chunk, layout, best, student, tokens, teacher, table_VxD, bias_V):
   """The result, and the residuals. The carry holds (maximum, sum of exponentials relative to it) of the student's, the
   teacher's and the clean stream's logits, the sum of what the teacher's exceed the student's by, weighted by the
-  teacher's exponentials, and the tokens' own logits."""
+  teacher's exponentials, the tokens' own logits, and the student's and the clean stream's best tokens."""
 
   def step(carry, table, part):
     ids, bias, (codes,) = part
-    (q, p, clean), excess, own, clean_own = carry
+    (q, p, clean), excess, (own, clean_own), (top, clean_top) = carry
     belief = student.replace(codes_VxM=codes)
     logits = belief.logits(table, bias)[0]
     clean_logits = Beliefs(teacher.hidden_BxLxD).logits(table, bias)[0]
@@ -249,21 +251,25 @@ def _distillation(chunk, layout, student, tokens, teacher, table_VxD, bias_V):
     sums = _add_maximum_and_sum(q, logits), p, _add_maximum_and_sum(clean, clean_logits)
     pick = lambda token, logits: jnp.sum(jnp.where(_is_token(ids, token), logits, 0.0), axis=-1)
     excess = excess * jnp.exp(before - p[0]) + added
-    carry = sums, excess, own + pick(tokens, logits), clean_own + pick(teacher.token_BxL, clean_logits)
-    return carry, None if chunk else (logits, teacher_logits)
+    own = own + pick(tokens, logits), clean_own + pick(teacher.token_BxL, clean_logits)
+    tops = _add_best(top, logits, ids), _add_best(clean_top, clean_logits, ids)
+    return (sums, excess, own, tops), None if chunk else (logits, teacher_logits)
 
   start = lambda shape: (jnp.full(shape, -jnp.inf), jnp.zeros(shape))
   mine, all_clean = tokens.shape, teacher.token_BxL.shape
-  carry = (start(mine), start(mine), start(all_clean)), jnp.zeros(mine), jnp.zeros(mine), jnp.zeros(all_clean)
+  sums = start(mine), start(mine), start(all_clean)
+  none = lambda shape, count: (jnp.full((*shape, count), -jnp.inf), jnp.zeros((*shape, count), jnp.int32))
+  tops = none(mine, best[0]), none(all_clean, best[1])
+  carry = sums, jnp.zeros(mine), (jnp.zeros(mine), jnp.zeros(all_clean)), tops
   carry, logits = _scan_chunks(step, carry, table_VxD, _replicated((student,), bias_V), chunk, layout)
-  sums, excess, own, clean_own = carry
+  sums, excess, (own, clean_own), (top, clean_top) = carry
   log_q, log_p, log_clean = (maximum + jnp.log(total) for maximum, total in sums)
   overlap = None
   if not chunk:
     q, p = (jnp.exp(x[0] - log_sum[..., None]) for x, log_sum in zip(logits, (log_q, log_p)))
     overlap = jnp.sum(jnp.minimum(q, p), axis=-1)
   kl = excess / sums[1][1] - log_p + log_q
-  result = Distillation(own - log_q, kl, overlap, clean_own - log_clean, log_clean)
+  result = Distillation(own - log_q, kl, overlap, top[1], clean_own - log_clean, log_clean, clean_top[1])
   return result, (student, tokens, teacher, table_VxD, bias_V, log_q, log_p, logits)
 
 
@@ -274,7 +280,18 @@ def _add_maximum_and_sum(carry, logits):
   return new, total * jnp.exp(maximum - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
 
 
-def _distillation_vjp(chunk, layout, residuals, cotangent):
+def _add_best(best, logits, ids_V):
+  """(logits, tokens) of the best of those so far (..., count) and of some more logits (..., V), the best first."""
+  if not (count := best[0].shape[-1]):
+    return best
+  values, index = jax.lax.top_k(logits, min(count, len(ids_V)))
+  values = jnp.concatenate([best[0], values], axis=-1)
+  tokens = jnp.concatenate([best[1], ids_V[index]], axis=-1)
+  values, index = jax.lax.top_k(values, count)
+  return values, jnp.take_along_axis(tokens, index, axis=-1)
+
+
+def _distillation_vjp(chunk, layout, best, residuals, cotangent):
   student, tokens, teacher, table_VxD, bias_V, log_q, log_p, saved_logits = residuals
 
   def step(inputs, table, part):
@@ -301,29 +318,6 @@ def _distillation_vjp(chunk, layout, residuals, cotangent):
 
 
 distillation.defvjp(_distillation, _distillation_vjp)
-
-
-def best_tokens(
-  chunk: int, layout: Layout, hidden: jax.Array, table_VxD: jax.Array, bias_V: jax.Array, count: int
-) -> jax.Array:
-  """(..., count) int32: the rows with the highest logits of hidden states (..., D), the best first. No gradient.
-
-  chunk, layout, table_VxD, bias_V: as for `log_probs`.
-  """
-  belief, count = Beliefs(jax.lax.stop_gradient(hidden)), min(count, len(bias_V))
-
-  def step(best, table, part):
-    ids, bias, _ = part
-    values, index = jax.lax.top_k(belief.logits(table, bias)[0], min(count, len(ids)))
-    values = jnp.concatenate([best[0], values], axis=-1)
-    tokens = jnp.concatenate([best[1], ids[index]], axis=-1)
-    values, index = jax.lax.top_k(values, count)
-    return (values, jnp.take_along_axis(tokens, index, axis=-1)), None
-
-  shape = (*hidden.shape[:-1], count)
-  start = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
-  table_VxD, bias_V = jax.lax.stop_gradient((table_VxD, bias_V))
-  return _scan_chunks(step, start, table_VxD, _replicated((belief,), bias_V), chunk, layout)[0][1]
 
 
 def _is_token(ids_V: jax.Array, token: jax.Array) -> jax.Array:

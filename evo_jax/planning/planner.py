@@ -24,6 +24,7 @@ from evo_jax.network import evo as evo_lib
 from evo_jax.network import flops
 from evo_jax.parallel import sharding
 from evo_jax.planning import chips, hlo
+from evo_jax.training import partition
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 
@@ -174,7 +175,9 @@ def _plan_from_shapes(
       "code": None,
     },
     operations=operations,
-    model_operations=flops.train_step(config, vocab_rows, visible=True),
+    model_operations=flops.train_step(
+      config, vocab_rows, visible=True, **partition.describe_work(state.params, state.frozen)
+    ),
   )
 
 

@@ -266,6 +266,7 @@ def _write_records(
   }
   files.write_json(folder / RECORD, record)
   files.write_file(folder / "config.py", config_file(config).encode())
+  files.write_file(folder / "windows.py", _WINDOWS_FILE.encode())
   checkpoint.write_config(folder, config, tokenizer, parameters, None)
 
 
@@ -280,6 +281,24 @@ def config_file(config: config_lib.Config) -> str:
     "def get_config():\n  c = config.default()\n" + "\n".join(lines) + "\n"
     '  c.data.tokenizer_path = str(Path(__file__).parent / "tokenizer")\n  return c\n'
   )
+
+
+_WINDOWS_FILE = '''"""Trains windows of the imported model of this folder, which stays as it is, as smollm2_windows:
+
+  python -m evo_jax.main --config=DIR/windows.py --config.data.path='text/*.jsonl'
+"""
+
+from pathlib import Path
+import runpy
+
+from evo_jax.configs import smollm2_windows
+
+
+def get_config():
+  c = runpy.run_path(str(Path(__file__).parent / "config.py"))["get_config"]()
+  smollm2_windows.add_windows(c)
+  return c
+'''
 
 
 def read_record(folder: epath.Path) -> dict[str, Any] | None:

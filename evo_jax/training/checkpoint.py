@@ -105,8 +105,7 @@ class CheckpointStore:
       path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree).items() if evo_lib.is_of_windows(path)
     }
     try:
-      with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(self.folder / "0" / "params").item_metadata.tree
+      saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / "0" / "params").tree
       return shapes(saved) == {path: shape for item in items.values() for path, shape in shapes(item).items()}
     except Exception:  # Orbax and TensorStore raise many kinds
       return True

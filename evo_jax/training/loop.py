@@ -7,6 +7,7 @@ every random draw follow from the step alone, so that a run that is killed and s
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -89,6 +90,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
     parameters = evo_lib.count_parameters(config.model, tokenizer.vocab_size)
     fingerprints = [corpus.fingerprint for corpus in corpora]
     previous = checkpoint.check_resumable(folder, config, tokenizer, fingerprints)
+    if previous and any(pin == "windows" for *_, pin in config_lib.differences(previous, config)):
+      state_lib.check_begins_windows(model, config)
     if jax.process_index() == 0:
       checkpoint.write_config(folder, config, tokenizer, parameters, fingerprints)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -137,6 +140,10 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     stop = stack.enter_context(_stop_on_signal())
     step_fn = step_lib.make_step(setup.model, config, mesh, jax.devices()[0].device_kind)
 
+    operations = functools.partial(
+      flops.train_step, config, setup.model.rows, visible=True, **partition.describe_work(state.params, state.frozen)
+    )
+
     pending = None  # metrics of the step before, read while the next one runs
     saved = done
     for step in range(done + 1, config.train.steps + 1):
@@ -153,7 +160,7 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
       due = _due(config, step, stop.asked(step))  # asked once: a signal may come at any time
       if due.log or due.evaluate or due.save:
         pending = None
-        row = report.row(step, metrics, flops.train_step(config, setup.model.rows, windows, visible=True))
+        row = report.row(step, metrics, operations(windows=windows))
         if due.evaluate and evaluate is not None:
           with report.throughput.waits("evaluation"):
             row |= evaluate(state.averaged, state.statistics)
@@ -186,6 +193,7 @@ def _restore_or_initialize(setup: Setup, checkpoints: checkpoint.CheckpointStore
   done, items = checkpoints.restore_latest(state_lib.abstract_items(model, config, mesh))
   if "statistics" not in items:
     say("windows begin anew: step 0 has others")
+    state_lib.check_begins_windows(model, config)
     items = state_lib.begin_windows(model, config, mesh, items)
   if done < config.train.steps:
     say(f"goes on after step {done}" + _consequences(setup.previous, config, done))

@@ -53,6 +53,12 @@ def leaves_clean_stream(trained: dict[str, Any]) -> bool:
   return all(map(evo_lib.is_of_windows, traverse_util.flatten_dict(trained)))
 
 
+def describe_work(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+  """What `network.flops.train_step` is to know of a partition, by shapes."""
+  sizes = [sum(leaf.size for leaf in traverse_util.flatten_dict(part).values()) for part in (trained, frozen)]
+  return {"trained": sizes[0] / sum(sizes), "clean_frozen": leaves_clean_stream(trained)}
+
+
 def check_trains(config: config_lib.Config, trained: dict[str, Any]) -> None:
   """Raises UserError where nothing that is trained receives a gradient, as long as there are no windows."""
   if not leaves_clean_stream(trained):

@@ -130,15 +130,7 @@ def init_windows(
 def begin_windows(
   model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh, items: dict[str, Any]
 ) -> dict[str, Any]:
-  """The items of a checkpoint of step 0 that has other windows, with windows as before training. Raises UserError where
-  some of their parameters would not be trained: then no checkpoint would have them."""
-  abstract = meta.unbox(evo_lib.abstract_params(config.model, model.vocab_size))
-  _, frozen = partition.split(abstract, config.train.trainable)
-  config.train.require(
-    not any(map(evo_lib.is_of_windows, traverse_util.flatten_dict(frozen))),
-    "trainable",
-    "leaves out parameters of windows, which begin anew: they must all be trained (windows, or all)",
-  )
+  """The items of a checkpoint of step 0 that has other windows, with windows as before training."""
   name = "params" if "params" in items else "ema"
   params, statistics = init_windows(model, config, mesh, partition.merge(items[name], items.get("frozen", {})))
   trained, frozen = partition.split(params, config.train.trainable)
@@ -148,6 +140,18 @@ def begin_windows(
     begun["frozen"] = frozen
   begun[name] = trained
   return begun if "ema" not in items else begun | {"ema": jax.tree.map(jnp.copy, trained)}
+
+
+def check_begins_windows(model: evo_lib.Evo, config: config_lib.Config) -> None:
+  """Raises UserError where windows cannot begin anew, since some of their parameters would not be trained: then no
+  checkpoint would have them."""
+  abstract = meta.unbox(evo_lib.abstract_params(config.model, model.vocab_size))
+  _, frozen = partition.split(abstract, config.train.trainable)
+  config.train.require(
+    not any(map(evo_lib.is_of_windows, traverse_util.flatten_dict(frozen))),
+    "trainable",
+    "leaves out parameters of windows, which begin anew: they must all be trained (windows, or all)",
+  )
 
 
 def project_embedding(key: jax.Array, embedding_VxD: jax.Array, vocab_size: int, code_dim: int) -> jax.Array:
