@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -191,7 +192,10 @@ def _command() -> str:
 
 
 def commit() -> str:
-  """The commit that is checked out, with "-dirty" if tracked files other than results differ; "" outside a checkout."""
+  """The commit that is checked out, with "-dirty" if tracked files other than results differ; "" outside a checkout,
+  and where there is no git."""
+  if shutil.which("git") is None:
+    return ""
   git = lambda *arguments: subprocess.run(
     ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
   ).stdout.strip()

@@ -65,10 +65,9 @@ def evo_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str]
   return lambda prompt: sampler([prompt]), sampler
 
 
-def transformers_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str], Any], str]:
-  """The same by transformers, and the versions of the libraries. Raises UserError if they are not installed."""
-  torch, transformers = common.transformers()
-  c = config.model
+def make_llama(c: config_lib.Model) -> Any:
+  """A Llama of transformers in this shape, with random float32 weights. Raises UserError where it is missing."""
+  _, transformers = common.transformers()
   llama = transformers.LlamaConfig(
     vocab_size=c.vocab_size,
     hidden_size=c.width,
@@ -83,7 +82,13 @@ def transformers_generate(config: config_lib.Config, tokens: int) -> tuple[Calla
     eos_token_id=None,
     pad_token_id=0,
   )
-  model = transformers.LlamaForCausalLM(llama).eval()
+  return transformers.LlamaForCausalLM(llama)
+
+
+def transformers_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str], Any], str]:
+  """The same by transformers, and the versions of the libraries. Raises UserError if they are not installed."""
+  torch, transformers = common.transformers()
+  model = make_llama(config.model).eval()
 
   @torch.inference_mode()
   def generate(prompt):

@@ -72,6 +72,23 @@ def test_the_library_function_is_attend_on_the_clean_stream():
   )
 
 
+def test_cudnn_attention_is_attend_on_the_clean_stream():
+  """Both from the same bfloat16 arrays; the plain one computes in float32."""
+  if jax.default_backend() != "gpu":
+    pytest.skip("needs a GPU")
+  q, k, v = (x.astype(jnp.bfloat16) for x in (draw(0, 2, K, G, 1, L, E), draw(1, 2, K, L, E), draw(2, 2, K, L, E)))
+  weights, visibility = draw(99, *q.shape), Visibility(jnp.arange(L)[None, None] + 1)
+
+  def form(kind, dtype):
+    attend = lambda q, k, v: by(kind)(q.astype(dtype), (k.astype(dtype), v.astype(dtype)), visibility, causal=True)
+    total = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32) * weights)
+    return jax.jit(attend)(q, k, v), *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+  for got, wanted in zip(form("cudnn", jnp.bfloat16), form("xla", jnp.float32)):
+    wanted = np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=0.02, atol=0.02 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_change_nothing(causal):
   q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from conftest import ROOT, assert_refused, call, environment
+from conftest import ROOT, assert_refused, call, environment, need_devices
 import jax
 import numpy as np
 import pytest
@@ -196,6 +196,7 @@ def test_training_reads_a_conversation_as_the_model_wrote_it(talker, tmp_path):
 
 
 def test_a_fingerprint_is_the_model_on_any_mesh(talker):
+  need_devices(8)
   mesh = lambda **axes: sharding.make_mesh(config_lib.Mesh(**axes))
   runs = [run_lib.load_run(str(talker), mesh=m) for m in (mesh(data=8), mesh(data=1, fsdp=8))]
   one, other = map(run_lib.fingerprint, runs)

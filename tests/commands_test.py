@@ -1,7 +1,9 @@
 """The other commands and the README's, as a user runs them."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from conftest import ROOT, assert_refused, call, environment, run, train_flags
 import pytest
 
 from evo_jax import config as config_lib
+from evo_jax.errors import UserError
 
 
 def succeed(module, *flags, **kwargs):
@@ -287,8 +290,55 @@ def test_half_set_clusters_are_refused(monkeypatch, arguments, variables, messag
 
 
 def test_a_platform_that_is_not_there_is_named(tmp_path):
+  if shutil.which("nvidia-smi"):
+    pytest.skip("cuda may be there")
   done = run("evo_jax.main", "--config=tiny", f"--workdir={tmp_path}", variables={"JAX_PLATFORMS": "cuda"})
   assert_refused(done, "JAX_PLATFORMS=cuda: cannot be used here (")
+
+
+@pytest.mark.slow
+def test_pieces_for_a_gpu_are_measured_once(tmp_path, monkeypatch):
+  """In small on the CPU: a row that failed is measured again, the others are kept."""
+  from experiments import common
+
+  def missing():
+    raise UserError("torch is not installed")
+
+  monkeypatch.setattr(common, "transformers", missing)
+  flags = ("experiments.on_gpu", f"--output={tmp_path}", "--small", "--only=throughput")
+  assert_refused(call("experiments.on_gpu", f"--output={tmp_path}", "--only=decode,golden"), "--model is needed by dec")
+  assert "goes on with throughput" in succeed(*flags, "--minutes=0.01").stdout
+  file = tmp_path / "throughput.json"
+  assert not file.exists()
+  measured = succeed(*flags, "--piece=throughput").stdout
+  assert "transformers is left out: torch is not installed" in measured
+  record = json.loads(file.read_text())
+  rows = record["result"]["rows"]
+  assert record["result"]["done"] and [*rows] == ["evo150m", "evo1b"]
+  for row in rows.values():
+    assert {*row["steps"]} == {"autoregression", "windows"} and row["shape"]["layers"] == 1
+    assert all(step["tokens_per_second"] > 0 for step in row["steps"].values())
+  assert succeed(*flags).stdout == "throughput: is done\n"
+  record["result"] |= {"done": False, "rows": rows | {"evo1b": {"error": "no memory"}}}
+  file.write_text(json.dumps(record))
+  assert "evo1b: {" in succeed(*flags, "--piece=throughput").stdout
+  again = json.loads(file.read_text())["result"]
+  assert again["done"] and again["rows"]["evo150m"] == rows["evo150m"] and "error" not in again["rows"]["evo1b"]
+
+
+def test_pieces_for_a_gpu_have_a_limit_of_time(tmp_path):
+  from experiments import on_gpu
+
+  python = lambda code, seconds: on_gpu.run_limited("piece", [sys.executable, "-c", code], dict(os.environ), seconds)
+  assert python("print('fine')", 60) == ""
+  assert python("print('a line'); raise SystemExit(3)", 60) == "failed with exit status 3: a line"
+  waits = "import subprocess; subprocess.run(['sleep', '1000'])"  # whose process has to end, too
+  assert python(waits, 1) == "stopped after 1 s, its time"
+  (tmp_path / "golden.json").write_text('{"result": {"done": true}}')
+  for failure in ("stopped", ""):
+    on_gpu.record_failure(tmp_path, "golden", failure)
+    record = json.loads((tmp_path / "golden.json").read_text())
+    assert record == {"result": {"done": True}} | ({"failure": "stopped"} if failure else {})
 
 
 @pytest.mark.extended

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import chex
+from conftest import need_devices
 import jax
 import jax.numpy as jnp
 from model_test import build
@@ -648,6 +649,7 @@ def test_calls_of_similar_shape_share_compiled_code(monkeypatch):
 @pytest.mark.slow
 def test_a_mesh_gives_the_same_texts():
   """Rows sharded over data and fsdp, heads and vocabulary over tensor: the tokens of one device."""
+  need_devices(8)
   mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
   changes = dict(model__kv_heads=2)
   for fields in (dict(mode="ar"), dict(mode="adaptive", threshold=1.0), dict(mode="verify", draft=2)):

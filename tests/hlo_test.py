@@ -3,7 +3,7 @@ and no others."""
 
 import math
 
-from conftest import small_config
+from conftest import need_devices, small_config
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -24,6 +24,7 @@ V = 24
 
 def compiled_step(mesh_sizes, **changes):
   """A training step's program as text, the mesh, and the parameters with their shardings."""
+  need_devices(math.prod(mesh_sizes))
   config = small_config(model__kv_heads=2, model__remat="save:qkv,attention,gate,up", **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh_sizes))
   model = evo_lib.Evo(config.model, V, sharding.Layout.of(mesh))
@@ -35,6 +36,7 @@ def compiled_step(mesh_sizes, **changes):
 
 
 def test_loops_count_with_their_trip_count_and_bytes_as_rings_send_them():
+  need_devices(8)
   mesh = sharding.make_mesh(config_lib.Mesh(2, 4, 1))
 
   def body(x_local):

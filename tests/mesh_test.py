@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 
-from conftest import assert_refused, call, train_flags
+from conftest import assert_refused, call, need_devices, train_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +108,7 @@ def test_commands_read_a_run_on_any_mesh(runs, on_one_device, devices, mesh):
 
 def test_a_run_is_restored_straight_into_its_shards(trained):
   """No device holds more than its eighth of a sharded parameter."""
+  need_devices(8)
   mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=8))
   run = run_lib.load_run(str(trained), mesh=mesh)
   shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(run.params)]

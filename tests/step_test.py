@@ -3,7 +3,7 @@
 import functools
 
 import chex
-from conftest import call, small_config, train_flags
+from conftest import call, need_devices, small_config, train_flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ def random_batch(counted=None):
 @functools.cache
 def program(mesh=(1, 1, 1), **changes):
   """The compiled step of a configuration on the first devices, and a function that makes its initial state."""
+  need_devices(np.prod(mesh))
   config = small_config(model__kv_heads=2, **changes)
   mesh = sharding.make_mesh(config_lib.Mesh(*mesh), jax.devices()[: np.prod(mesh)])
   model = state_lib.make_model(config, tokenizers.Bytes(), mesh)
