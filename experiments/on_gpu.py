@@ -68,7 +68,7 @@ _LEAST = 2  # seconds that a piece is begun with
 
 GPU_TESTS = ("model", "attention", "vocabulary", "objective", "decode")
 BATCHES = {1: 8, 8: 16, 64: 64}  # texts by batch size
-GOLDEN = {"train.log_every": 1, "train.eval_every": 0, "eval.samples": 0, "eval.sequences": 16}
+GOLDEN = {"train.log_every": 1, "train.eval_every": 0, "eval.samples": 0, "eval.paths": ("ar", "diagonal:4")}
 # Batch sizes to try, the largest that fits is taken: two models, their gradients and their moments are in memory.
 THROUGHPUT = {"evo150m": (32, 16, 8), "evo1b": (8, 4, 2, 1)}
 WINDOWS = {"data.batch_size": 32, "model.dtype": "bfloat16", "eval.sequences": 8}
@@ -405,15 +405,19 @@ def llama_step(config: config_lib.Config, tokens: np.ndarray, on_gpu: bool) -> C
 
 def run_windows(rows: Rows, args: flags.FlagValues) -> None:
   """The piece `windows`; a row for each call."""
-  rows.measure(f"call {len(rows.rows) + 1}", train_windows, args)
+  call = len(rows.rows) + 1
+  rows.measure(f"call {call}", train_windows, args, call)
 
 
-def train_windows(args: flags.FlagValues) -> dict[str, Any]:
-  """Trains windows for the rest of the time, and writes them. A short run measures the time of a step first."""
+def train_windows(args: flags.FlagValues, seed: int) -> dict[str, Any]:
+  """Trains windows for the rest of the time, and writes them. A short run measures the time of a step first.
+
+  seed: of batches and anchors: another one in each call.
+  """
   output = Path(args.output) / evo_file.NAME
   start = str(output) if output.exists() else args.windows
   workdir = bring_in(args.model, start, importer.Options())
-  changes = WINDOWS | {"data.path": args.text} | of_file(start)
+  changes = WINDOWS | {"data.path": args.text, "data.seed": seed, "train.seed": seed} | of_file(start)
   if args.small:
     changes |= {"data.batch_size": 2, "window.count": 2, "model.dtype": "float32"}
   configure = lambda **train: common.configure(
@@ -553,6 +557,7 @@ def environment(scratch: Path, small: bool) -> dict[str, str]:
   """Variables of a piece: JAX takes the memory that it needs, so that other processes and torch find some, too, and
   processes share what they compile."""
   defaults = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": str(scratch / "jax")}
+  defaults |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} if small else {}  # which compiles sooner
   fixed = {"JAX_PLATFORMS": platform(small), "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
   return defaults | os.environ | fixed
 
