@@ -53,6 +53,9 @@ class Numbers:
   def lost(self, text):
     return ""
 
+  def lengths(self):
+    return (np.arange(self.vocab_size) != self.begin_id).astype(int)
+
 
 def evo_generate(config: config_lib.Config, tokens: int) -> tuple[Callable[[str], Any], Sampler]:
   """A function that generates `tokens` tokens after a prompt, and its sampler."""

@@ -511,7 +511,7 @@ def test_own_tokenizers_go_out_as_tokenizer_json(kind, tmp_path):
 
 @pytest.mark.extended
 def test_transformers_loads_what_goes_out(trained, imported, tmp_path):
-  """Without this project's code, and computes the same."""
+  """Without this project's code, and computes the same, of an imported model every bit of it."""
   transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
   for name, workdir in [("trained", trained), *((name, imported(name)[1]) for name in MODELS)]:
     run = load_run(str(workdir), mesh=one_device())
@@ -520,9 +520,9 @@ def test_transformers_loads_what_goes_out(trained, imported, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
     assert tokenizer(PROMPT, add_special_tokens=False).input_ids == run.tokenizer.encode(PROMPT).tolist()
     if name != "trained":
-      tokens, want = reference(name)["tokens"], reference(name)["logits"]
-      got = model(torch.tensor(tokens[None]).long()).logits[0].detach().numpy()[reference(name)["positions"]]
-      np.testing.assert_array_equal(got, want)
+      original = transformers.AutoModelForCausalLM.from_pretrained(REFERENCES / name, dtype=torch.float32).eval()
+      tokens = torch.tensor(reference(name)["tokens"][None]).long()
+      np.testing.assert_array_equal(*(m(tokens).logits.detach().numpy() for m in (model, original)))
       continue
     tokens = np.arange(1, 33)[None]
     want = np.asarray(jax.jit(run.model.apply)({"params": run.params}, tokens))[..., : run.tokenizer.vocab_size]
