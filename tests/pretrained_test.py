@@ -405,6 +405,40 @@ def test_windows_are_trained_on_frozen_weights(imported, text, tmp_path):
   assert load_run(str(tmp_path / "again"), mesh=one_device()).step == 2
 
 
+@pytest.mark.slow
+def test_partial_evidence_in_short(imported, text, tmp_path):
+  """Two steps of two kinds of windows, measured on every path, sampled, compared and drawn."""
+  from experiments import partial_evidence as experiment
+
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "steps.json").write_text('{"steps": 2}')  # as of a run that was stopped
+  flags = (
+    f"--model={imported('smollm2')[1]}",
+    f"--text={text}",
+    f"--valid={text}",
+    f"--workdir={tmp_path}/runs",
+    f"--output={tmp_path}",
+    "--small",
+    "--seeds=1",
+  )
+  done = call("experiments.partial_evidence", *flags, "--only=jumps,evidence")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "partial_evidence.json").read_text())["result"]
+  jumps, evidence = result["runs"]
+  assert (jumps["name"], evidence["name"]) == ("jumps", "evidence") and jumps["positions"] == evidence["positions"]
+  for run in (jumps, evidence):
+    assert set(run["points"]) == {path for paths in experiment.paths_of(run["name"]).values() for path in paths}
+    assert all(0 < p["passes_per_token"] <= 1.25 and p["bits"] > 0 for p in run["points"].values())
+    assert len({p["bits"] for p in run["points"].values()}) > 0.8 * len(run["points"])
+  np.testing.assert_allclose(jumps["points"]["ar"]["each"], evidence["points"]["ar"]["each"])  # the model is frozen
+  assert [row["setting"] for row in evidence["samples"]][-2:] == ["flow diagonal:4", "adaptive maturity:0.2"]
+  assert {"jumps", "jumps, jumps", "evidence, jumps", "evidence, evidence"} < set(result["budgets"][0])
+  best = [row["jumps"]["bits"] for row in result["budgets"]]
+  assert len(best) == len(experiment.BUDGETS)
+  assert (tmp_path / "partial_evidence.png").stat().st_size > 10_000
+  assert_refused(call("experiments.partial_evidence", *flags[1:]), "--model is needed")
+
+
 def test_float16_is_read_but_not_trained_in(imported, tmp_path):
   _, workdir, said = imported("llama2")
   assert "in float16" in said
