@@ -5,7 +5,8 @@
   python -m evo_jax.main --config=llama3_8b --workdir=DIR --config.data.path='text/*.jsonl' \\
       --config.data.tokenizer_path=DIR/tokenizer
 
-What it takes on a pod: python -m evo_jax.plan --config=llama3_8b --topology=v5p:2x4x4,v5e:8x8
+As planned by compilation, a billion tokens take 1.9 hours on v5p:2x4x4 (MFU 55.9 %, 13.3 GiB of a chip's memory) and
+3.4 hours on v5e:8x8 (35.6 %, 7.1 GiB): python -m evo_jax.plan --config=llama3_8b --topology=v5p:2x4x4,v5e:8x8
 """
 
 from evo_jax import config as config_lib

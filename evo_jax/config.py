@@ -131,7 +131,7 @@ class Model(Section):
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
   isolate_documents: bool = False  # no attention across document boundaries
-  progression: str = pinned("shared")  # shared: one clock for all tokens of a window | learned: one inferred per token
+  progression: str = of_windows("shared")  # shared: one clock for a window's tokens | learned: one inferred per token
   dtype: str = "float32"  # of computation
   param_dtype: str = "float32"  # of parameters; those that are trained are float32 beside frozen ones of any dtype
   attention: str = "auto"  # auto (splash on TPUs, xla elsewhere) | xla | splash | cudnn. They differ by rounding only
