@@ -32,6 +32,8 @@ from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.configs import smollm2_windows
+from evo_jax.data import batches as batches_lib
+from evo_jax.data import corpora as corpora_lib
 from evo_jax.decoding.prompts import Request
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import STEPS_PATHS, Sampling
@@ -40,7 +42,7 @@ from evo_jax.flow import schedules
 from experiments import common, decode_speed, frontier
 
 # What all kinds change in configs/smollm2_windows.py: windows are wide enough for a sixteenth of a pass per token, and
-# learn from the text, since the clean stream's belief, the teacher there, knows nothing of evidence or tokens ahead.
+# learn from the text, since the clean stream, the teacher there, knows nothing of what is known of later tokens.
 BASE = {
   "model.code_dim": 32,
   "model.window_head": 0,
@@ -48,6 +50,7 @@ BASE = {
   "window.count": 16,
   "loss.distill": 0.0,
   "loss.position_decay": 0.0,
+  "optim.warmup": 30,
   "train.checkpoint_every": 50,
   "train.log_every": 1,
 }
@@ -145,6 +148,7 @@ def main() -> None:
   common.pyplot()  # a missing matplotlib is an error now, not after the measurements
   names = common.select(args.only, KINDS)
   scale = SCALES["small" if args.small else "full"]
+  check_text(configure(names[0], 0, 1, scale, args), args.valid)
   steps = read_steps(scale, args)
   runs = [run_kind(name, seed, steps, scale, args) for seed in range(args.seeds) for name in names]
   budgets = compare(runs)
@@ -164,6 +168,13 @@ def configure(name: str, seed: int, steps: int, scale: dict[str, Any], args: fla
   text = {"data.path": args.text, "data.valid": args.valid}
   run = {"train.steps": steps, "train.seed": seed, "data.seed": seed}
   return common.configure(values, BASE, no_paths, KINDS[name], scale["changes"], text, run)
+
+
+def check_text(config: config_lib.Config, path: str) -> None:
+  """Raises UserError unless the held-out text has sequences that select strategies and others that measure them."""
+  corpora = corpora_lib.load_corpora(config.data, corpora_lib.load_tokenizer(config.data))
+  if len(batches_lib.held_out(corpora, "valid", config.model.context, 4).tokens) < 4:
+    raise UserError(f"--valid={path}: has fewer than four sequences of {config.model.context} tokens")
 
 
 def read_steps(scale: dict[str, Any], args: flags.FlagValues) -> int:

@@ -414,8 +414,8 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
   (tmp_path / "runs" / "steps.json").write_text('{"steps": 2}')  # as of a run that was stopped
   flags = (
     f"--model={imported('smollm2')[1]}",
-    f"--text={text}",
-    f"--valid={text}",
+    f"--text={text.parent}/0*.txt",
+    f"--valid={text.parent}/1*.txt",
     f"--workdir={tmp_path}/runs",
     f"--output={tmp_path}",
     "--small",
@@ -430,7 +430,8 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
     assert set(run["points"]) == {path for paths in experiment.paths_of(run["name"]).values() for path in paths}
     assert all(0 < p["passes_per_token"] <= 1.25 and p["bits"] > 0 for p in run["points"].values())
     assert len({p["bits"] for p in run["points"].values()}) > 0.8 * len(run["points"])
-  np.testing.assert_allclose(jumps["points"]["ar"]["each"], evidence["points"]["ar"]["each"])  # the model is frozen
+  frozen = (run["points"]["ar"]["each"] for run in (jumps, evidence))
+  np.testing.assert_allclose(*frozen, atol=2e-5)  # they are rounded to 1e-5
   assert [row["setting"] for row in evidence["samples"]][-2:] == ["flow diagonal:4", "adaptive maturity:0.2"]
   assert {"jumps", "jumps, jumps", "evidence, jumps", "evidence, evidence"} < set(result["budgets"][0])
   best = [row["jumps"]["bits"] for row in result["budgets"]]
