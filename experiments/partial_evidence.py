@@ -93,8 +93,8 @@ EVIDENCE_PATHS = {
     "scaffold:2:8",
     "scaffold:1:8:0.8",
     "scaffold:1:8",
-    "scaffold:1:16:0.8",
-    "scaffold:1:16",
+    "scaffold:1:16:0.8",  # scaffold:1:16 is diagonal:2
+    "scaffold:1:16:0.25",
   ),
 }
 # Paths that texts are sampled along in mode flow, and in mode adaptive with their number as the threshold.
