@@ -91,10 +91,13 @@ def transformers():
 
 
 class MeasuredRun:
-  """A configuration that is trained in `workdir` and measured on paths, each once: what exists on disk is reused."""
+  """A configuration that is trained in `workdir` and measured on paths, each once: what exists on disk is reused.
 
-  def __init__(self, config: config_lib.Config, workdir: str | Path):
-    self.config, self.workdir = config, Path(workdir)
+  model: an imported model's work directory, from whose weights training begins; default: from nothing.
+  """
+
+  def __init__(self, config: config_lib.Config, workdir: str | Path, model: str = ""):
+    self.config, self.workdir, self._model = config, Path(workdir), model
     self._run = None
 
   def measure(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
@@ -119,28 +122,68 @@ class MeasuredRun:
         measured[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
         file.write_text(json.dumps({"step": self.config.train.steps} | measured))
         print(
-          f"{self.workdir.name}: {split} {path:<16}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
+          f"{self.workdir.name}: {split} {path:<18}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
           f"{entry['passes_per_token']:.4g} passes per token",
           flush=True,
         )
     return {path: measured[path] for path in paths}
 
   def _measure_path(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
-    if self._run is None:
-      self._train()
+    run = self.trained()
     held_out = batches_lib.held_out(
       self._corpora, split, self.config.model.context, sequences, self.config.model.isolate_documents
     ).rows(slice(None, None, every))
-    return self._evaluator.measure(self._run.params, self._run.statistics, held_out, (path,))[0]
+    return self._evaluator.measure(run.params, run.statistics, held_out, (path,))[0]
 
-  def _train(self) -> None:
-    """Trains, as far as the work directory's checkpoint has not, and loads the result. Raises UserError."""
-    with loop.prepare(self.config, str(self.workdir)) as setup:
-      if loop.train(setup) is None:
-        raise UserError(f"{self.workdir}: training was stopped; the same command continues")
-    self._run = run_lib.load_run(str(self.workdir))
-    self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
-    self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, self._run.mesh)
+  def trained(self) -> run_lib.Run:
+    """The run, trained as far as the work directory's checkpoint has not been. Raises UserError."""
+    if self._run is None:
+      train(self.config, self.workdir, self._model)
+      self._run = run_lib.load_run(str(self.workdir))
+      self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
+      self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, self._run.mesh)
+    return self._run
+
+
+def train(config: config_lib.Config, folder: Path, model: str = "") -> None:
+  """Trains in a folder, or goes on there, from the weights of an imported model's work directory, if given. Raises
+  UserError."""
+  if model and not folder.exists():
+    partial = folder.with_name(f"{folder.name}.copied")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(model, partial, copy_function=_link)
+    partial.rename(folder)
+  with loop.prepare(config, str(folder)) as setup:
+    if loop.train(setup) is None:
+      raise UserError(f"{folder}: training was stopped; the same command continues")
+
+
+def _link(source: str, target: str) -> str:
+  """The weights are shared, all that is written anew is copied."""
+  if "checkpoints" in Path(source).parts:
+    os.link(source, target)
+    return target
+  return shutil.copy2(source, target)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+  """The rows that training in a folder has logged."""
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_seconds(config: config_lib.Config, folder: Path) -> list[float]:
+  """Seconds per step, by row of the log, of training in a folder, without compilation and saving."""
+  tokens = config.data.batch_size * config.model.context
+  return [tokens / row["tokens_per_second"] for row in read_metrics(folder) if "tokens_per_second" in row]
+
+
+def time_training(config: config_lib.Config, folder: Path, model: str) -> list[float]:
+  """`step_seconds` of a run that is made anew in a folder, from an imported model's weights, and removed again."""
+  shutil.rmtree(folder, ignore_errors=True)
+  train(config, folder, model)
+  seconds = step_seconds(config, folder)
+  shutil.rmtree(folder)
+  return seconds
 
 
 def time_steps(

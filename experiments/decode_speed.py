@@ -54,9 +54,10 @@ def distinct(texts: list[list[int]], n: int) -> float:
   return sum(len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)
 
 
-def token_entropy(texts: list[list[int]]) -> float:
-  """Entropy of the token frequencies in bits."""
-  _, count = np.unique(np.concatenate([np.array(t, int) for t in texts]), return_counts=True)
+def token_entropy(texts: list[list[int]], n: int = 1) -> float:
+  """Entropy in bits of the frequencies of n-grams of tokens."""
+  grams = np.array([t[i : i + n] for t in texts for i in range(len(t) - n + 1)], int)
+  _, count = np.unique(grams, axis=0, return_counts=True)
   p = count / count.sum()
   return float(-(p * np.log2(p)).sum())
 

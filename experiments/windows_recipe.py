@@ -14,9 +14,7 @@ temperature 1. Runs that were stopped go on.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-import shutil
 from typing import Any
 
 from absl import flags
@@ -29,7 +27,6 @@ from evo_jax.data.chat import ChatTokenizer
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
-from evo_jax.training import loop
 from experiments import common
 from experiments.verify_speed import count, read_kind, sampling
 
@@ -84,14 +81,14 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
   changes = SETTINGS[name] | {"data.path": path, "data.tokenizer_path": str(Path(args.model) / "tokenizer")}
   timed = folder.with_name(f"{name}.json")  # a run that was stopped goes on for as many steps as it was given
   if not timed.exists():
-    seconds = seconds_per_step(changes, folder.with_name(f"{name}.timed"), args.model)
-    timed.write_text(json.dumps(seconds))
+    config = configure(changes | {"train.log_every": 2}, _TIMED_STEPS)
+    seconds = common.time_training(config, folder.with_name(f"{name}.timed"), args.model)
+    timed.write_text(json.dumps(min(seconds)))
   seconds = json.loads(timed.read_text())
   steps = max(int(60 * args.minutes / seconds), 1)
   config = configure(changes, steps, args.seed)
-  train(config, folder, args.model)
-  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  last = [row for row in rows if row["step"] > 0.8 * steps and "window_kl" in row]
+  common.train(config, folder, args.model)
+  last = [row for row in common.read_metrics(folder) if row["step"] > 0.8 * steps and "window_kl" in row]
   run = run_lib.load_run(str(folder))
   result = {
     "name": name,
@@ -110,37 +107,6 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
 def configure(changes: dict[str, Any], steps: int, seed: int = 0) -> config_lib.Config:
   changes = changes | {"train.steps": steps, "train.seed": seed, "train.checkpoint_every": 100, "eval.sequences": 8}
   return common.configure(common.load_config("smollm2_windows"), changes)
-
-
-def train(config: config_lib.Config, folder: Path, model: str) -> None:
-  """Trains in a folder, from the weights of an imported model's work directory. Raises UserError."""
-  if not folder.exists():
-    partial = folder.with_name(f"{folder.name}.copied")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial, copy_function=_link)
-    partial.rename(folder)
-  with loop.prepare(config, str(folder)) as setup:
-    if loop.train(setup) is None:
-      raise UserError(f"{folder}: training was stopped; the same command continues")
-
-
-def _link(source: str, target: str) -> str:
-  """The weights are shared, all that is written anew is copied."""
-  if "checkpoints" in Path(source).parts:
-    os.link(source, target)
-    return target
-  return shutil.copy2(source, target)
-
-
-def seconds_per_step(changes: dict[str, Any], folder: Path, model: str) -> float:
-  """Of a setting's training, by a short run that is removed again."""
-  shutil.rmtree(folder, ignore_errors=True)
-  config = configure(changes | {"train.log_every": 2}, _TIMED_STEPS)
-  train(config, folder, model)
-  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  shutil.rmtree(folder)
-  rate = max(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-  return config.data.batch_size * config.model.context / rate
 
 
 def trained_parameters(params: dict[str, Any]) -> int:

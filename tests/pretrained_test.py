@@ -405,6 +405,51 @@ def test_windows_are_trained_on_frozen_weights(imported, text, tmp_path):
   assert load_run(str(tmp_path / "again"), mesh=one_device()).step == 2
 
 
+@pytest.mark.slow
+def test_partial_evidence_in_short(imported, text, tmp_path):
+  """Windows of a frozen model learn from partial evidence; every path is measured, texts are sampled, and all is drawn."""
+  from experiments import partial_evidence as experiment
+
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "steps.json").write_text('{"steps": 60}')  # as of a run that was stopped
+  model = imported("smollm2")[1]
+  files = (f"--text={text.parent}/0*.txt", f"--valid={text.parent}/1*.txt")
+  flags = (*files, f"--workdir={tmp_path}/runs", f"--output={tmp_path}", "--small", "--seeds=1", "--only=evidence")
+  done = call("experiments.partial_evidence", f"--model={model}", *flags)
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "partial_evidence.json").read_text())["result"]
+  (run,) = result["runs"]
+  assert set(run["points"]) == {path for paths in experiment.paths_of("evidence").values() for path in paths}
+  assert all(0 < p["passes_per_token"] <= 1.25 and 0 < p["bits"] < 20 for p in run["points"].values())
+  assert run["points"]["ar"]["each"] == run["points"]["staircase"]["each"] != run["points"]["diagonal:16"]["each"]
+  settings = [
+    "held-out text",
+    "ar",
+    "flow streams:2",
+    "adaptive spread:0.5",
+    "flow diagonal:4",
+    "adaptive maturity:0.2",
+  ]
+  assert [row["setting"] for row in run["samples"]] == settings
+  names = {"budget", "jumps", "evidence, jumps", "evidence, evidence"}
+  assert [set(row) for row in result["budgets"]] == [names] * len(experiment.BUDGETS)
+  assert (tmp_path / "partial_evidence.png").stat().st_size > 10_000
+
+  folder = tmp_path / "runs" / "evidence-0"
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  mean = lambda name, part: np.mean([row[name] for row in part])
+  for name in ("ce_diagonal", "ce_rolling", "ce_independent", "window_bound"):
+    assert mean(name, rows[-10:]) < 0.95 * mean(name, rows[:10]), name
+  assert rows[-1]["warp_nats"] != rows[0]["warp_nats"]
+  before, after = (traverse_util.flatten_dict(load_run(str(folder), step).params) for step in (0, 60))
+  assert np.abs(after[("codes",)] - before[("codes",)]).max() > 1e-3
+  assert all(np.array_equal(after[path], before[path]) for path in after if not evo_lib.is_of_windows(path))
+
+  again = call("experiments.partial_evidence", f"--model={model}", *flags)
+  assert again.returncode == 0 and "step" not in again.stderr, again.stderr
+  assert_refused(call("experiments.partial_evidence", *flags), "--model is needed")
+
+
 def test_float16_is_read_but_not_trained_in(imported, tmp_path):
   _, workdir, said = imported("llama2")
   assert "in float16" in said
