@@ -407,7 +407,7 @@ def test_windows_are_trained_on_frozen_weights(imported, text, tmp_path):
 
 @pytest.mark.slow
 def test_partial_evidence_in_short(imported, text, tmp_path):
-  """Windows of a frozen model learn from partial evidence; every path is measured, texts are sampled, and all is drawn."""
+  """Windows of a frozen model learn from partial evidence; all paths are measured, texts are sampled, all is drawn."""
   from experiments import partial_evidence as experiment
 
   (tmp_path / "runs").mkdir()
@@ -421,7 +421,9 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
   (run,) = result["runs"]
   assert set(run["points"]) == {path for paths in experiment.paths_of("evidence").values() for path in paths}
   assert all(0 < p["passes_per_token"] <= 1.25 and 0 < p["bits"] < 20 for p in run["points"].values())
-  assert run["points"]["ar"]["each"] == run["points"]["staircase"]["each"] != run["points"]["diagonal:16"]["each"]
+  ar, staircase, diagonal = (np.array(run["points"][path]["each"]) for path in ("ar", "staircase", "diagonal:16"))
+  np.testing.assert_allclose(staircase, ar, atol=1e-4)  # slots at t = 0 are the clean stream's
+  assert np.abs(diagonal - ar).max() > 0.01
   settings = [
     "held-out text",
     "ar",
