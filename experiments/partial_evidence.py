@@ -108,7 +108,8 @@ EVIDENCE_SAMPLES = {
 }
 BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)  # passes per token
 
-# sequences: held-out ones that are measured; texts: sampled in each setting; tokens: of a text; settings: `settings`.
+# sequences: held-out ones that are measured; texts: sampled in each setting; tokens: of a text; every_path: whether
+# all paths are measured and sampled.
 SCALES: dict[str, dict[str, Any]] = {
   "full": {
     "minutes": 40.0,
@@ -116,7 +117,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "sequences": 16,
     "texts": 16,
     "tokens": 96,
-    "settings": None,
+    "every_path": True,
     "changes": {},
   },
   "small": {
@@ -125,7 +126,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "sequences": 4,
     "texts": 2,
     "tokens": 16,
-    "settings": 1,
+    "every_path": False,
     "changes": {
       "model.context": 32,
       "model.code_dim": 8,
@@ -192,16 +193,19 @@ def read_steps(scale: dict[str, Any], args: flags.FlagValues) -> int:
   return json.loads(file.read_text())["steps"]
 
 
-def paths_of(name: str) -> dict[str, tuple[str, ...]]:
-  """The paths of a kind of windows by strategy."""
-  return {"ar": ("ar",)} | JUMP_PATHS | ({} if name == "jumps" else EVIDENCE_PATHS)
+def paths_of(name: str, scale: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+  """The paths of a kind of windows by strategy; at a small scale the first and the last of each strategy."""
+  strategies = JUMP_PATHS | ({} if name == "jumps" else EVIDENCE_PATHS)
+  if scale["every_path"]:
+    return {"ar": ("ar",)} | strategies
+  return {"ar": ("ar",)} | {strategy: (paths[0], paths[-1]) for strategy, paths in strategies.items()}
 
 
 def run_kind(name: str, seed: int, steps: int, scale: dict[str, Any], args: flags.FlagValues) -> dict[str, Any]:
   """Trains and measures a kind of windows, as far as its folder does not hold the results."""
   config = configure(name, seed, steps, scale, args)
   measured = common.MeasuredRun(config, Path(args.workdir) / f"{name}-{seed}", args.model)
-  paths = tuple(path for strategy in paths_of(name).values() for path in strategy)
+  paths = tuple(path for strategy in paths_of(name, scale).values() for path in strategy)
   points = measured.measure("valid", scale["sequences"], paths)
   samples = sample(measured, name, scale)
   seconds = common.step_seconds(config, measured.workdir)
@@ -242,17 +246,20 @@ def stderr(values: np.ndarray) -> float | None:
   return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
-def settings(name: str, count: int | None) -> dict[str, Sampling]:
-  """How texts of a kind of windows are sampled; count: of a mode's paths; None: all."""
+def settings(name: str, scale: dict[str, Any]) -> dict[str, Sampling]:
+  """How texts of a kind of windows are sampled; at a small scale along the last path of each mode."""
+  evidence = {} if name == "jumps" else EVIDENCE_SAMPLES
+  paths = {mode: jumps + evidence.get(mode, ()) for mode, jumps in JUMP_SAMPLES.items()}
+  if not scale["every_path"]:
+    paths = {mode: mode_paths[-1:] for mode, mode_paths in paths.items()}
   result = {"ar": Sampling()}
-  for by_mode in (JUMP_SAMPLES, {} if name == "jumps" else EVIDENCE_SAMPLES):
-    for path in by_mode.get("flow", ())[:count]:
-      kind, number = schedules.parse_path(path)
-      fields = dict(path=kind, steps=number) if kind in STEPS_PATHS else dict(path=path)
-      result[f"flow {path}"] = Sampling(mode="flow", **fields)
-    for path in by_mode.get("adaptive", ())[:count]:
-      kind, number = schedules.parse_path(path)
-      result[f"adaptive {path}"] = Sampling(mode="adaptive", path=kind, threshold=number, window=BASE["window.size"])
+  for path in paths["flow"]:
+    kind, number = schedules.parse_path(path)
+    fields = dict(path=kind, steps=number) if kind in STEPS_PATHS else dict(path=path)
+    result[f"flow {path}"] = Sampling(mode="flow", **fields)
+  for path in paths["adaptive"]:
+    kind, number = schedules.parse_path(path)
+    result[f"adaptive {path}"] = Sampling(mode="adaptive", path=kind, threshold=number, window=BASE["window.size"])
   return result
 
 
@@ -261,7 +268,7 @@ def sample(measured: common.MeasuredRun, name: str, scale: dict[str, Any]) -> li
   tokens = scale["tokens"]
   file = measured.workdir / f"samples_{measured.config.train.steps}_{scale['texts']}_{tokens}.json"
   rows = json.loads(file.read_text()) if file.exists() else {}
-  wanted = {"held-out text": None} | settings(name, scale["settings"])
+  wanted = {"held-out text": None} | settings(name, scale)
   if not wanted.keys() <= rows.keys():
     run = measured.trained()
     prompts, continuations = decode_speed.held_out_texts(run, "", tokens, scale["texts"])
@@ -330,7 +337,7 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
   by_seed: dict[int, dict[str, Points]] = {}
   for run in runs:
     by_seed.setdefault(run["seed"], {})[run["name"]] = run["points"]
-  take = lambda points, strategies: {path: points[path] for paths in strategies.values() for path in paths}
+  take = lambda points, strategies: {p: points[p] for paths in strategies.values() for p in paths if p in points}
   table = []
   for budget in BUDGETS:
     jumps = {name: {seed: take(kinds[name], JUMP_PATHS) for seed, kinds in by_seed.items()} for name in by_seed[0]}
@@ -444,11 +451,21 @@ def draw(runs: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) ->
   figure.savefig(file, dpi=110)
 
 
+def best_of(dots: list[tuple[float, float]]) -> list[tuple[float, float]]:
+  """Of (passes, bits), sorted, those that have fewer bits than all before them."""
+  return [dot for i, dot in enumerate(dots) if i == 0 or dot[1] < min(bits for _, bits in dots[:i])]
+
+
 def draw_bits(axes, name: str, points: dict[str, dict[str, float]], table: list[dict[str, Any]]) -> None:
-  """A kind's paths, jumps dashed; the best jumps in black; evidence below them shaded, certain ones marked."""
-  for strategy, paths in paths_of(name).items():
-    curve = sorted((points[path]["passes_per_token"], points[path]["bits"]) for path in paths)
-    axes.plot(*zip(*curve), "o-" if strategy in EVIDENCE_PATHS else "x--", ms=4, lw=1, label=strategy)
+  """A kind's paths as dots, with a line along the best of each strategy, dashed for jumps; the best jumps of all in
+  black; where evidence is below them the space is shaded, and beyond two standard errors there is a ring."""
+  axes.plot(points["ar"]["passes_per_token"], points["ar"]["bits"], "k*", ms=10, label="ar")
+  for strategy, paths in (JUMP_PATHS | EVIDENCE_PATHS).items():
+    dots = sorted((points[path]["passes_per_token"], points[path]["bits"]) for path in paths if path in points)
+    if dots:
+      (drawn,) = axes.plot(*zip(*dots), "o" if strategy in EVIDENCE_PATHS else "x", ms=4)
+      style = dict(color=drawn.get_color(), ls="-" if strategy in EVIDENCE_PATHS else "--")
+      axes.plot(*zip(*best_of(dots)), lw=1, label=strategy, **style)
   budgets, best = zip(*[(row["budget"], row["jumps"]["bits"]) for row in table])
   axes.plot(budgets, best, color="black", lw=2, label="best jumps of any windows")
   if name != "jumps":

@@ -418,20 +418,13 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
   done = call("experiments.partial_evidence", f"--model={model}", *flags)
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "partial_evidence.json").read_text())["result"]
-  (run,) = result["runs"]
-  assert set(run["points"]) == {path for paths in experiment.paths_of("evidence").values() for path in paths}
+  (run,), scale = result["runs"], experiment.SCALES["small"]
+  assert set(run["points"]) == {path for paths in experiment.paths_of("evidence", scale).values() for path in paths}
   assert all(0 < p["passes_per_token"] <= 1.25 and 0 < p["bits"] < 20 for p in run["points"].values())
   ar, staircase, diagonal = (np.array(run["points"][path]["each"]) for path in ("ar", "staircase", "diagonal:16"))
   np.testing.assert_allclose(staircase, ar, atol=1e-4)  # slots at t = 0 are the clean stream's
   assert np.abs(diagonal - ar).max() > 0.01
-  settings = [
-    "held-out text",
-    "ar",
-    "flow streams:2",
-    "adaptive spread:0.5",
-    "flow diagonal:4",
-    "adaptive maturity:0.2",
-  ]
+  settings = ["held-out text", "ar", "flow scaffold:1:8", "adaptive maturity:0.6"]
   assert [row["setting"] for row in run["samples"]] == settings
   names = {"budget", "jumps", "evidence, jumps", "evidence, evidence"}
   assert [set(row) for row in result["budgets"]] == [names] * len(experiment.BUDGETS)
