@@ -46,7 +46,7 @@ from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import COUPLINGS, DEFAULT_PATH, DEFAULT_TOKENS, DRAFT_SOURCES, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
-from evo_jax.run import Run, load_run
+from evo_jax.run import load_run
 
 _MOST_TEXTS = 1_000_000
 
@@ -67,21 +67,15 @@ def main() -> None:
     bulk.check_output(args.output)
   run = load_run(args.workdir, args.step, mesh)
   if args.chat:
-    run = _in_conversation(run, args)
+    try:
+      run = run.in_conversation(args.system, chat.DATE if args.output else None)
+    except UserError as error:
+      raise UserError(f"--chat: {error}") from error
   sampler = Sampler(run, sampling)
   if args.output:
     _write_texts(args, sampler)
   else:
     _print_texts(args, sampler, prompts)
-
-
-def _in_conversation(run: Run, args: flags.FlagValues) -> Run:
-  """The model, to which a prompt is what a user says. Raises UserError where the tokenizer has no usable template."""
-  date = chat.DATE if args.output else None
-  try:
-    return dataclasses.replace(run, tokenizer=chat.ChatTokenizer(run.tokenizer, args.system, date))
-  except UserError as error:
-    raise UserError(f"--chat: {error}") from error
 
 
 def _print_texts(args: flags.FlagValues, sampler: Sampler, prompts: list[Prompt]) -> None:

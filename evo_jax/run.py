@@ -1,6 +1,7 @@
 """A finished or running model, loaded from its work directory for evaluation, generation and other readers."""
 
 import dataclasses
+import datetime
 import hashlib
 import math
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from evo_jax import config as config_lib
 from evo_jax.data import conversations, tokenizers
+from evo_jax.data.chat import ChatTokenizer
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.evo import Evo
@@ -41,6 +43,11 @@ class Run:
     if isinstance(leaf.sharding, jax.sharding.NamedSharding):
       return leaf.sharding.mesh
     return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
+
+  def in_conversation(self, system: str = "", date: datetime.datetime | None = None) -> "Run":
+    """The model, to which a prompt is what a user says (`ChatTokenizer`). Raises UserError where the tokenizer has no
+    usable template."""
+    return dataclasses.replace(self, tokenizer=ChatTokenizer(self.tokenizer, system, date))
 
 
 def fingerprint(run: Run) -> str:

@@ -90,6 +90,11 @@ def transformers():
   return torch, transformers
 
 
+def results_folder(output: str) -> Path:
+  """Where --output says that results are written; by default experiments/results."""
+  return Path(output) if output else RESULTS
+
+
 class MeasuredRun:
   """A configuration that is trained in `workdir` and measured on paths, each once: what exists on disk is reused.
 

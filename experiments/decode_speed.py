@@ -119,7 +119,7 @@ def main() -> None:
         entry |= quality(scorers, prompts, texts)
       results.append(entry)
       print_row(entry)
-  folder = Path(args.output) if args.output else common.RESULTS
+  folder = common.results_folder(args.output)
   common.write_result("decode_speed", results, folder)
   draw(results, largest, folder / "decode_speed.png")
 

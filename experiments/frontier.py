@@ -549,7 +549,7 @@ def main() -> None:
   if not args.test:
     report(runs, "valid")
     return
-  folder = Path(args.output) if args.output else common.RESULTS
+  folder = common.results_folder(args.output)
   origin = {
     "scale": args.scale,
     "settings": SCALES[args.scale],

@@ -47,7 +47,6 @@ from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.batch import Batch
 from evo_jax.data import files
-from evo_jax.data.chat import ChatTokenizer
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
@@ -184,7 +183,7 @@ def load_model(args: flags.FlagValues, dtype: str) -> run_lib.Run:
   folder = bring_in(args.model, args.windows, importer.Options(dtype, dtype))
   run = run_lib.load_run(str(folder))
   with contextlib.suppress(UserError):
-    run = dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer))
+    run = run.in_conversation()
   return run
 
 

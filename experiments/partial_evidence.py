@@ -156,7 +156,7 @@ def main() -> None:
   print_bits(runs)
   print_samples(runs)
   print_budgets(budgets)
-  folder = Path(args.output) if args.output else common.RESULTS
+  folder = common.results_folder(args.output)
   common.write_result("partial_evidence", {"scale": scale, "base": BASE, "budgets": budgets, "runs": runs}, folder)
   draw(runs, budgets, folder / "partial_evidence.png")
 

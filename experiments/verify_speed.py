@@ -18,7 +18,6 @@ At each temperature (0 is greedy):
 All texts are sampled, none is teacher-forced. Without --source transformers is left out.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 import time
@@ -29,7 +28,6 @@ import numpy as np
 
 from evo_jax import cli
 from evo_jax import run as run_lib
-from evo_jax.data.chat import ChatTokenizer
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
@@ -80,16 +78,23 @@ def measure_passes(
     if not temperature and "coupling" in fields:
       continue
     shape = sampling(temperature, args.tokens, mode="verify", draft=args.draft, batch_size=args.batch, **fields)
-    sampler = Sampler(run, shape)
-    for kind, prompts in kinds.items():
-      generations = sampler(prompts, seed=args.seed)
-      row = {"kind": kind, "temperature": temperature, "setting": setting, **count(generations)}
-      print(
-        f"{kind:<16}{temperature:>5g}  {setting:<28}{row['accepted_per_round']:>7.2f} accepted a round"
-        f"{row['tokens_per_pass']:>7.2f} tokens a pass",
-        flush=True,
-      )
-      rows.append(row)
+    rows += count_by_kind(run, kinds, temperature, setting, shape, args.seed)
+  return rows
+
+
+def count_by_kind(
+  run: run_lib.Run, kinds: dict[str, list[str]], temperature: float, setting: str, shape: Sampling, seed: int
+) -> list[dict[str, Any]]:
+  """Writes a text for each prompt; a row of `count` for each kind."""
+  sampler, rows = Sampler(run, shape), []
+  for kind, prompts in kinds.items():
+    row = {"kind": kind, "temperature": temperature, "setting": setting, **count(sampler(prompts, seed=seed))}
+    print(
+      f"{kind:<16}{temperature:>5g}  {setting:<28}{row['accepted_per_round']:>7.2f} accepted a round"
+      f"{row['tokens_per_pass']:>7.2f} tokens a pass",
+      flush=True,
+    )
+    rows.append(row)
   return rows
 
 
@@ -174,14 +179,13 @@ def main() -> None:
     temperatures = [float(t) for t in args.temperatures.split(",")]
   except ValueError:
     raise UserError(f"--temperatures={args.temperatures}: is not a list of numbers, as 0,0.7,1") from None
-  run = run_lib.load_run(args.workdir)
-  run = dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer))
+  run = run_lib.load_run(args.workdir).in_conversation()
   reference = Reference(args.source, run, args.tokens) if args.source else None
   result = {"draft": args.draft, "passes": [], "speed": []}
   for temperature in temperatures:
     result["passes"] += measure_passes(run, kinds, temperature, args)
     result["speed"] += measure_speed(run, reference, kinds, temperature, args)
-  common.write_result("verify_speed", result, Path(args.output) if args.output else common.RESULTS)
+  common.write_result("verify_speed", result, common.results_folder(args.output))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,20 @@ experiments/verify_speed.py), the drafted tokens that are accepted per round, dr
 temperature 1. Runs that were stopped go on.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from flax import traverse_util
+import jax
 
 from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
-from evo_jax.data.chat import ChatTokenizer
-from evo_jax.decoding.sampler import Sampler
 from evo_jax.errors import UserError
-from evo_jax.network import evo as evo_lib
+from evo_jax.training import partition
 from experiments import common
-from experiments.verify_speed import count, read_kind, sampling
+from experiments.verify_speed import count_by_kind, read_kind, sampling
 
 _TIMED_STEPS = 8
 
@@ -66,7 +63,7 @@ def main() -> None:
   kinds = dict(read_kind(spec, args.every, args.texts) for spec in args.kind)
   results = [run_setting(name, kinds, args) for name in common.select(args.only, SETTINGS)]
   print_table(results)
-  common.write_result("windows_recipe", results, Path(args.output) if args.output else common.RESULTS)
+  common.write_result("windows_recipe", results, common.results_folder(args.output))
 
 
 def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
     "seconds_per_step": seconds,
     "steps": steps,
     "drafted_tokens": steps * config.data.batch_size * config.window.count * (config.window.size - 1),
-    "parameters": trained_parameters(run.params),
+    "parameters": sum(x.size for x in jax.tree.leaves(partition.split(run.params, partition.WINDOWS)[0])),
     "window_kl": sum(row["window_kl"] for row in last) / max(len(last), 1),
     "accepted": measure(name, run, kinds, args),
   }
@@ -109,26 +106,16 @@ def configure(changes: dict[str, Any], steps: int, seed: int = 0) -> config_lib.
   return common.configure(common.load_config("smollm2_windows"), changes)
 
 
-def trained_parameters(params: dict[str, Any]) -> int:
-  """How many parameters are windows' own."""
-  flat = traverse_util.flatten_dict(params)
-  return sum(x.size for path, x in flat.items() if evo_lib.is_of_windows(path))
-
-
 def measure(name: str, run: run_lib.Run, kinds: dict[str, list[str]], args: flags.FlagValues) -> list[dict[str, Any]]:
   """What windows alone draft of held-out texts."""
-  run = dataclasses.replace(run, tokenizer=ChatTokenizer(run.tokenizer))
-  rows = []
-  for temperature in (0.0, 1.0):
-    shape = sampling(
-      temperature, args.tokens, mode="verify", draft=args.draft, draft_from="windows", batch_size=args.texts
+  fields = dict(mode="verify", draft=args.draft, draft_from="windows", batch_size=args.texts)
+  return [
+    row
+    for temperature in (0.0, 1.0)
+    for row in count_by_kind(
+      run.in_conversation(), kinds, temperature, name, sampling(temperature, args.tokens, **fields), args.seed
     )
-    sampler = Sampler(run, shape)
-    for kind, prompts in kinds.items():
-      row = {"kind": kind, "temperature": temperature, **count(sampler(prompts, seed=args.seed))}
-      print(f"{name:<16}{kind:<16}{temperature:>5g}{row['accepted_per_round']:>7.2f} accepted a round", flush=True)
-      rows.append(row)
-  return rows
+  ]
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -33,6 +33,7 @@ from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.prompts import Prompt, Request, make_request, readable
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.errors import UserError
+from evo_jax.parallel import distributed
 from evo_jax.run import fingerprint
 
 PART = 4096  # texts of a file
@@ -40,6 +41,7 @@ MANIFEST = "texts.json"
 _WORK = ".work"
 _NAMED = 20  # prompts that cannot be used, in one message
 _VERSION = 1
+_REFUSED = "--output: process 0 cannot write there"
 
 Prompts = Callable[[], Iterable[tuple[str, Prompt]]]  # can be read again; each prompt with its place, for messages
 
@@ -113,7 +115,7 @@ def check_output(output: str) -> None:
     folder.remove(".writable")
     return np.zeros(1, bool)
 
-  _in_first_process(write, np.zeros(1, bool))
+  distributed.in_first_process(write, np.zeros(1, bool), _REFUSED)
 
 
 def _survey(sampler: Sampler, prompts: Prompts) -> _Survey:
@@ -264,7 +266,7 @@ def _begin(folder: Folder, asked: dict[str, Any]) -> tuple[int, np.ndarray]:
     found[[1 + text["place"] for text in _read_work(folder, _work_files(folder, complete))]] = 1
     return found
 
-  found = _in_first_process(look, np.zeros(1 + PART, np.int32))
+  found = distributed.in_first_process(look, np.zeros(1 + PART, np.int32), _REFUSED)
   return int(found[0]), found[1:].astype(bool)
 
 
@@ -284,20 +286,3 @@ def _check_manifest(folder: Folder, asked: dict[str, Any]) -> None:
       flag = f"--{name}={earlier.get(name)}, not {value}"
       what = {"model": "another model", "prompts": "other prompts"}.get(name, flag)
       raise UserError(f"--output={folder.path}: was begun with {what}; give a new folder, or remove this one")
-
-
-def _in_first_process(action: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
-  """What `action` gives in process 0, in all processes. Raises UserError in all of them where it does."""
-  problem, value = None, like
-  if jax.process_index() == 0:
-    try:
-      value = action()
-    except UserError as error:
-      problem = error
-  if jax.process_count() > 1:
-    failed, value = multihost_utils.broadcast_one_to_all((np.array(problem is not None), value))
-    if failed and not problem:
-      raise UserError("--output: process 0 cannot write there")
-  if problem:
-    raise problem
-  return value

@@ -1,11 +1,13 @@
 """How several processes find each other, and which devices one looks for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import glob
 import importlib.util
 import os
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from evo_jax.errors import UserError
 
@@ -60,6 +62,26 @@ def initialize(
     # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
     # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def in_first_process(act: Callable[[], np.ndarray], like: np.ndarray, refused: str) -> np.ndarray:
+  """What `act` gives in process 0, in all processes. Raises UserError in all of them where it does in that one.
+
+  like: an array of the result's shape and dtype. refused: what the other processes say then.
+  """
+  problem, value = None, like
+  if jax.process_index() == 0:
+    try:
+      value = act()
+    except UserError as error:
+      problem = error
+  if jax.process_count() > 1:
+    failed, value = multihost_utils.broadcast_one_to_all((np.array(problem is not None), value))
+    if failed and problem is None:
+      raise UserError(refused)
+  if problem is not None:
+    raise problem
+  return value
 
 
 def _check_flags(coordinator: str, num_processes: int | None, process_id: int | None, heartbeat: int) -> None:

@@ -32,7 +32,7 @@ from evo_jax import config as config_lib
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
-from evo_jax.training import files
+from evo_jax.training import files, partition
 
 args = ocp.args
 
@@ -92,7 +92,7 @@ class CheckpointStore:
     of_base = ("params", "ema", "frozen") if step == 0 else ("frozen",)
     base = {name: abstract[name] for name in of_base if name in abstract}
     if step == 0 and not self._has_windows_of(base):
-      return {name: self._restore_from_base(_without_windows(item)) for name, item in base.items()}
+      return {name: self._restore_from_base(partition.split(item, partition.WINDOWS)[1]) for name, item in base.items()}
     own = {name: item for name, item in abstract.items() if name not in (*of_base, *["optimizer"] * (step == 0))}
     composite = args.Composite(**{name: args.StandardRestore(item) for name, item in own.items()})
     items = self._all_or_none(step, lambda: dict(self._manager.restore(step, args=composite)))
@@ -187,12 +187,6 @@ class CheckpointStore:
     """A clause about the last checkpoint in the file system: after a failed save the manager counts that step too."""
     step = last_saved(self.folder.parent)
     return "none is saved" if step is None else f"the last whole one is of step {step}"
-
-
-def _without_windows(params: dict[str, Any]) -> dict[str, Any]:
-  """The parameters that are not windows' own."""
-  flat = traverse_util.flatten_dict(params)
-  return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if not evo_lib.is_of_windows(p)})
 
 
 def read_checkpoint(workdir: epath.Path, abstract: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:

@@ -19,11 +19,10 @@ from typing import Any
 import uuid
 
 from etils import epath
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax.errors import UserError
+from evo_jax.parallel import distributed
 
 FILE = "lease.json"
 RENEWAL = 10.0  # seconds between renewals
@@ -191,21 +190,14 @@ def is_local(folder: epath.Path) -> bool:
 
 def _agreed(lease: Lease) -> bool:
   """Whether process 0 holds the lease now; the same in all processes. Raises UserError in all if in process 0."""
-  held, line, problem = False, "", None
-  if jax.process_index() == 0:
-    try:
-      held, line = lease.attempt()
-    except UserError as error:
-      problem = error
-  if line:
-    print(line, flush=True)
-  if jax.process_count() > 1:
-    held, refused = multihost_utils.broadcast_one_to_all(np.array([held, problem is not None]))
-    if refused and problem is None:
-      raise UserError(f"{lease.folder}: process 0 may not write there")
-  if problem is not None:
-    raise problem
-  return bool(held)
+
+  def attempt() -> np.ndarray:
+    held, line = lease.attempt()
+    if line:
+      print(line, flush=True)
+    return np.array(held)
+
+  return bool(distributed.in_first_process(attempt, np.array(False), f"{lease.folder}: process 0 may not write there"))
 
 
 @contextlib.contextmanager
