@@ -19,9 +19,10 @@ from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import objective
 from evo_jax.flow import windows as windows_lib
 from evo_jax.flow.interface import WindowInputs
-from evo_jax.network import attention
+from evo_jax.network import attention, transformer
 from evo_jax.network import evo as evo_lib
 from evo_jax.network.attention import Visibility
+from evo_jax.parallel.sharding import Layout
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
 
@@ -285,6 +286,21 @@ def test_bfloat16_computes_near_float32(small, tokens):
   want, got = windows(net, statistics, tokens, 0.5), windows(half, statistics, tokens, 0.5)
   assert half.clean(tokens[:, :-1])[0].dtype == jnp.bfloat16 and got.dtype == jnp.float32
   assert 0 < np.abs(want - got)[..., :V].mean() < 0.05 * np.abs(want[..., :V]).mean() + 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_products_in_bfloat16_and_their_gradients_are_those_of_the_rounded_factors(rows):
+  x, w = (
+    jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0)), [(rows, 12), (12, 6)])
+  )
+  x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+  product = lambda x, w: transformer.linear(x, w.reshape(3, 4, 6), Layout(), inputs=2)
+  got, pull_back = jax.vjp(product, x.reshape(rows, 3, 4), w)
+  want, want_pull_back = jax.vjp(jnp.matmul, x.astype(jnp.float32), w.astype(jnp.float32))
+  np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+  for d, want_d in zip(pull_back(got), want_pull_back(got.astype(jnp.float32))):
+    assert d.dtype == jnp.bfloat16
+    np.testing.assert_allclose(d.reshape(want_d.shape).astype(jnp.float32), want_d, rtol=2**-8)
 
 
 def test_grouped_queries_share_keys():

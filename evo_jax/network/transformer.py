@@ -89,17 +89,39 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, casts_first: bool =
   return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array, inputs: int = 1, flatten: bool = True) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array, layout: Layout, inputs: int = 1) -> jax.Array:
   """x (..., in) times weight (in, out), either in several axes: `inputs` of the weight's are contracted; in x's dtype.
 
-  Computed as a product by one matrix: of weights with more axes TPUs' compiler makes copies. flatten: make x a matrix,
-  too (`Layout.flattens_products`).
+  Computed as a product by one matrix: of weights with more axes TPUs' compiler makes copies.
   """
   lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
   size = math.prod(weight.shape[:inputs])
   matrix = weight.astype(x.dtype).reshape(size, -1)
-  rows = (-1,) if flatten else lead
-  return (x.reshape(*rows, size) @ matrix).reshape(*lead, *out)
+  rows = (-1,) if layout.flattens_products else lead
+  multiply = _multiply_on_cpu if layout.platform == "cpu" and x.dtype == jnp.bfloat16 else jnp.matmul
+  return multiply(x.reshape(*rows, size), matrix).reshape(*lead, *out)
+
+
+_CPU_ROWS = 8  # the fewest that XLA's CPU backend multiplies in bfloat16: a product of fewer takes five times as long
+
+
+@jax.custom_vjp
+def _multiply_on_cpu(x_TxA: jax.Array, w_AxB: jax.Array) -> jax.Array:
+  """x @ w of bfloat16, in bfloat16, and its gradients in the same way. XLA's CPU backend has products of bfloat16 only
+  with float32 results; before others it casts the factors, and is as slow as in float32, or slower (jaxlib 0.10.2)."""
+  padding = max(_CPU_ROWS - len(x_TxA), 0)
+  return _contract(jnp.pad(x_TxA, ((0, padding), (0, 0))), w_AxB, 1, 0)[: len(x_TxA)]
+
+
+def _contract(a, b, axis_a, axis_b):
+  dimensions = ((axis_a,), (axis_b,)), ((), ())
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+_multiply_on_cpu.defvjp(
+  lambda x, w: (_multiply_on_cpu(x, w), (x, w)),
+  lambda factors, d: (_contract(d, factors[1], 1, 1), _contract(factors[0], d, 0, 0)),
+)
 
 
 def parameter(module: nn.Module, layout: Layout, name: str, init, shape, axes, param_dtype, dtype) -> jax.Array:
@@ -173,7 +195,7 @@ class Block(nn.Module):
     return self.layout.constrain(x, "batch", "slots", "width"), cache if len(streams) == 1 else None
 
   def _linear(self, x, weight, inputs=1):
-    return linear(x, weight, inputs, self.layout.flattens_products)
+    return linear(x, weight, self.layout, inputs)
 
   def _project_low(self, windows, x, name, inputs=1):
     """Of each group of windows' rows x times the first factor NAME_a, (B, rows, R), zero at t = 0; none without a
