@@ -206,8 +206,8 @@ def _prompts(args: flags.FlagValues) -> list[Prompt]:
 def _to_json(generation: Generation) -> dict[str, Any]:
   prompt = generation.prompt
   fields = dataclasses.asdict(generation) | {"prompt": readable(prompt) if isinstance(prompt, str) else prompt}
-  drafts = ("accepted", "rounds", "drafted_rounds")
-  return {name: value for name, value in fields.items() if name not in drafts or value is not None}
+  optional = ("accepted", "rounds", "drafted_rounds", "choices")
+  return {name: value for name, value in fields.items() if name not in optional or value is not None}
 
 
 def _summary(generations: list[Generation], compile_seconds: float) -> str:

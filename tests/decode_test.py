@@ -16,7 +16,7 @@ from scipy import stats
 from evo_jax import config as config_lib
 from evo_jax.decoding import lookup, modes, settings, speculative, steps
 from evo_jax.decoding.draft_policy import DraftPolicy
-from evo_jax.decoding.logits import LogitsProcessor, draw_tokens, make_processor, token_noise
+from evo_jax.decoding.logits import draw_tokens, make_processor, token_noise
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
@@ -348,7 +348,7 @@ def test_a_head_rescores_drafts_from_left_to_right():
       )
 
   for processor in (make_processor(Sampling(top_k=7), (0,)), make_processor(Sampling(greedy=True), (0,))):
-    noise = None if processor.greedy else token_noise(state, position, V)
+    noise = token_noise(state, position, V)
     plain, log_q = speculative.draw_rescored(Head(0.0), processor, V, hidden, logits, previous, noise)
     np.testing.assert_array_equal(plain, draw_tokens(state, processor, logits, position))
     np.testing.assert_allclose(np.exp(log_q), np.exp(processor(logits)), atol=1e-6)
@@ -433,7 +433,7 @@ def test_drafts_follow_measured_speed():
 def test_caches_hold_the_clean_streams_keys_and_values():
   """After uncached tokens were read beside windows, the cache is that of the clean stream over the whole text."""
   r = run()
-  model, processor = r.model.clone(stacked=False), LogitsProcessor(1.0, 1.0, suppressed=(0,))
+  model, processor = r.model.clone(stacked=False), make_processor(Sampling(), (0,))
   params = evo.unstack_layers(r.params)
   tokens = jnp.zeros((3, 64), jnp.int32).at[:, 1:6].set(jnp.arange(1, 6)).at[1, 4:6].set(0)
   prompt_end, max_length = jnp.array([6, 4, 6]), jnp.array([29, 31, 31])

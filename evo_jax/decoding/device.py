@@ -36,6 +36,11 @@ class DeviceModel:
     self._compiled = {}
 
   @property
+  def compilations(self) -> int:
+    """Programs that were compiled so far."""
+    return len(self._compiled)
+
+  @property
   def vocab_rows(self) -> int:
     """V: rows of the model's tables."""
     return self._model.rows
@@ -73,8 +78,10 @@ class DeviceModel:
     if not isinstance(value, DecodingState):
       return self._replicated
     over = lambda *names: jax.sharding.NamedSharding(self.mesh, sharding.RULES.spec(names))
-    # A flat cache, of a single device, has no axis of its own for heads.
-    cache = self._replicated if self.mesh.size == 1 else over("batch", "kv_heads", None, None)
+    if value.table is not None:
+      cache = over("batch", None, "kv_heads", None, None)
+    else:  # a flat one, of a single device, has no axis of its own for heads
+      cache = self._replicated if self.mesh.size == 1 else over("batch", "kv_heads", None, None)
     rows = jax.tree.map(lambda _: over("batch"), value)
     return rows.replace(k=(cache,) * len(value.k), v=(cache,) * len(value.v))
 

@@ -20,6 +20,7 @@ _PROBE_ROUNDS = 4  # where little is known of a source
 _LITTLE = 4.0  # windows' drafts that were judged
 _TEXT_LENGTHS = (4, 2, 8, 16)  # T of drafts from the text alone; the first where nothing is known
 _WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+_FEW_WINDOW_LENGTHS = (2, 4)
 _GAIN = 1.05  # that another compiled program must promise
 _GAIN_TO_COMPILE = 1.15
 _SLOT_SHARE = 0.1  # of a pass's seconds that a slot more of each row takes, where nothing was measured: a CPU's share
@@ -71,15 +72,28 @@ class DraftPolicy:
   accepted: what is most tokens a pass. Else `choose` adapts all three.
   """
 
-  def __init__(self, drafting: Drafting, adapts: bool, max_tokens: int, from_windows: bool):
-    """drafting: as given; where it is adapted, its other fields. max_tokens: T of the longest drafts."""
+  def __init__(self, drafting: Drafting, adapts: bool, max_tokens: int, from_windows: bool, few: bool = False):
+    """drafting: as given; where it is adapted, its other fields. max_tokens: T of the longest drafts. few: a choice
+    among few, whose programs can all be compiled beforehand."""
     self._drafting, self.adapts, self.max_tokens = drafting, adapts, max_tokens
-    self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
+    if few:
+      self._candidates = list(_few_candidates(drafting, _FEW_WINDOW_LENGTHS if from_windows else ()))
+    else:
+      self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
     self._times = defaultdict(PassTimes)  # by rows of a batch
     self._compiled: set[tuple[int, Drafting]] = set()
     self._compile_seconds = self._seconds = 0.0
     self._current: Drafting | None = None
     self.record = no_record(max_tokens)  # of one text: offered, taken, matched
+
+  @property
+  def candidates(self) -> list[Drafting]:
+    """All that `choose` may give."""
+    return self._candidates if self.adapts else [self._drafting]
+
+  def assume_compiled(self, rows: int) -> None:
+    """Says that the programs of all candidates are compiled for so many rows."""
+    self._compiled |= {(rows, drafting) for drafting in self.candidates}
 
   def choose(self, rows: int) -> tuple[Drafting, int, float]:
     """The next step of a batch of so many rows: drafting, rounds and `least_accepted`."""
@@ -164,6 +178,13 @@ def _candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Dr
   for tokens in window_lengths:
     for outcomes in dict.fromkeys([(0,), (tokens,), (0, tokens), every_outcome(tokens)]):
       yield dataclasses.replace(given, tokens=tokens, outcomes=outcomes)
+
+
+def _few_candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Drafting]:
+  """Some of them, first the one without windows."""
+  yield dataclasses.replace(given, tokens=_TEXT_LENGTHS[0], outcomes=())
+  for tokens in window_lengths:
+    yield dataclasses.replace(given, tokens=tokens, outcomes=every_outcome(tokens))
 
 
 def mean_record(

@@ -15,6 +15,15 @@ _INVALID = "\ufffd"  # what bytes that are not UTF-8 are decoded to
 _CHARACTER = 4  # bytes that a character has at most
 
 
+class TokenChoice(NamedTuple):
+  """A written token, its log-probability in nats, and the most probable tokens with theirs: by autoregression, at
+  temperature 1, whatever the settings."""
+
+  token: int
+  log_p: float
+  best: list[tuple[int, float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
   """A finished text.
@@ -26,6 +35,7 @@ class Generation:
   those of them that had a draft to verify. accepted: the drafted tokens that they committed, neither the corrections
   nor the tokens that come free behind accepted ones; so a text has `accepted + rounds` tokens, with an end token, but
   for its last round, which need not have a token of its own. All with what a stop string cuts off.
+  choices: of `tokens`, where an engine was asked for log-probabilities.
   """
 
   prompt: Prompt
@@ -38,6 +48,7 @@ class Generation:
   accepted: int | None = None
   rounds: int | None = None
   drafted_rounds: int | None = None
+  choices: list[TokenChoice] | None = None
 
 
 class Snapshot(NamedTuple):
@@ -102,7 +113,16 @@ class Progress:
   complete. In infilling each gap does, and what is given follows it at once.
   """
 
-  def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...], infill: bool = False):
+  def __init__(
+    self,
+    request: Request,
+    tokenizer: Tokenizer,
+    stop: tuple[str, ...],
+    infill: bool = False,
+    end_ids: tuple[int, ...] = (),
+  ):
+    """end_ids: tokens that end the text beside the tokenizer's."""
+    self._end_ids = tokenizer.end_ids + end_ids
     self._request, self._stop, self._infill, self._whole = request, stop, infill, tokenizer
     self._tokenizer = tokenizer if request.prompt_end == 1 and not infill else continuing(tokenizer)
     self._streamed = ""
@@ -119,7 +139,7 @@ class Progress:
       self.seconds = max(seconds, 1e-9) if row.done else None
       return ""
     # Without the first bytes of a character at its end; what may be the beginning of a stop string waits.
-    text = self._decode(written_tokens(self._request, row, self._tokenizer.end_ids)).rstrip(_INVALID)
+    text = self._decode(written_tokens(self._request, row, self._end_ids)).rstrip(_INVALID)
     if row.done or find_stop(text, self._stop) is not None:
       text, self.seconds = self._written(row)[0], max(seconds, 1e-9)
     else:
@@ -138,14 +158,14 @@ class Progress:
 
   def _written(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """Text, tokens and their passes behind the prompt."""
-    tokens, begin = written_tokens(self._request, row, self._tokenizer.end_ids), self._request.prompt_end
+    tokens, begin = written_tokens(self._request, row, self._end_ids), self._request.prompt_end
     tokens, committed = self._cut(tokens, row.committed_pass[begin : begin + len(tokens)].tolist())
     return self._decode(tokens), tokens, committed
 
   def _end_id(self, row: Snapshot, tokens: list[int]) -> int | None:
     """The end token behind what was written, where `tokens` are all of that."""
     end = self._request.prompt_end + len(tokens)
-    whole = written_tokens(self._request, row, self._tokenizer.end_ids) == tokens
+    whole = written_tokens(self._request, row, self._end_ids) == tokens
     return int(row.tokens[end]) if whole and end < row.length else None
 
   def _filled(self, row: Snapshot) -> tuple[str, list[int], list[int]]:

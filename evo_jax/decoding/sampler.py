@@ -16,21 +16,19 @@ import time
 import jax
 import numpy as np
 
-from evo_jax.data.tokenizers import Tokenizer, special_ids
-from evo_jax.decoding import modes, settings, speculative, steps
+from evo_jax.decoding import speculative, steps
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.draft_policy import DraftPolicy
-from evo_jax.decoding.logits import make_processor
-from evo_jax.decoding.modes import WindowSchedule
+from evo_jax.decoding.logits import make_processor, ruled_out
 from evo_jax.decoding.progress import Generation, Progress, Snapshot
 from evo_jax.decoding.prompts import Prompt, Request, make_requests, pack
 from evo_jax.decoding.recorder import TraceRecorder
 from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
 from evo_jax.decoding.state import DecodingState, prefill, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
 from evo_jax.errors import UserError
-from evo_jax.flow import policies
 from evo_jax.run import Run
 
 OnText = Callable[[int, str], None]
@@ -48,8 +46,8 @@ class Sampler:
         on.
     """
     self.run, self.sampling = run, sampling or Sampling()
-    self._schedule = _make_schedule(run, self.sampling)
-    self._drafts = _make_drafts(run, self.sampling) if self.sampling.mode == "verify" else None
+    self._schedule = make_schedule(run, self.sampling)
+    self._drafts = DraftPolicy(*make_drafting(run, self.sampling)) if self.sampling.mode == "verify" else None
     self._device = DeviceModel(run, run.mesh if mesh is None else mesh)
 
   @property
@@ -127,7 +125,7 @@ class Sampler:
   def _start(self, requests: list[Request], seed: int, infill: bool, traced: bool) -> RunningBatch:
     """Reads the prompts of a batch."""
     sampling, device, tokenizer, schedule = self.sampling, self._device, self.run.tokenizer, self._schedule
-    buffers, prefix = pack(requests, tokenizer.begin_id, device.row_multiple, self._room())
+    buffers, prefix = pack(requests, tokenizer.begin_id, device.row_multiple, room_behind(sampling, schedule))
 
     def program(net, statistics, buffers, seed, record):
       fold = lambda digest, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), number)
@@ -154,15 +152,10 @@ class Sampler:
 
     record = self._drafts and self._drafts.record
     state: DecodingState = device.run(("start", traced, prefix), program, buffers, np.uint32(seed), record)
-    processor = make_processor(sampling, _suppressed(tokenizer, sampling.endless, infill), tokenizer.vocab_size)
+    suppressed, ends = ruled_out(tokenizer, infill)
+    processor = make_processor(sampling, suppressed, tokenizer.vocab_size, ends)
     stopped = np.zeros(state.done.shape, bool)
     return RunningBatch(sampling, schedule, processor, state, stopped, infill, self._drafts)
-
-  def _room(self) -> int:
-    """Positions behind the longest text that the slots of a pass may reach."""
-    if self._schedule is None:
-      return self.sampling.draft_tokens + 1
-    return 2 * self._schedule.size + modes.uncached_slots(self._schedule.size)
 
 
 @contextlib.contextmanager
@@ -174,38 +167,3 @@ def _out_of_memory_as(flag: str) -> Iterator[None]:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error
-
-
-def _suppressed(tokenizer: Tokenizer, endless: bool, infill: bool) -> tuple[int, ...]:
-  """Special ids that may not be written: all but those that end a text or a turn; in a gap, which ends neither, all."""
-  may_end = () if endless else tokenizer.end_ids
-  written = () if infill else (*may_end, *tokenizer.turn_end_ids)
-  return tuple(i for i in special_ids(tokenizer) if i not in written)
-
-
-def _make_drafts(run: Run, sampling: Sampling) -> DraftPolicy:
-  """How mode verify drafts."""
-  from_windows, tokens = sampling.draft_from != "text", sampling.draft_tokens
-  drafting = speculative.Drafting(
-    tokens=tokens,
-    outcomes=speculative.every_outcome(tokens) if from_windows and sampling.draft_passes == 1 else (),
-    from_text=sampling.draft_from != "windows" and sampling.draft_passes == 1,
-    passes=sampling.draft_passes,
-    coupling=sampling.coupling,
-    reads_anchor=run.model.reads_clean_anchor,
-  )
-  return DraftPolicy(drafting, sampling.adapts_drafts, tokens, from_windows)
-
-
-def _make_schedule(run: Run, sampling: Sampling) -> WindowSchedule | None:
-  """The schedule of windows that the parameters describe; None in modes without windows. Raises UserError."""
-  config = run.config
-  path = settings.check_sampling(sampling, config)
-  if path is None:
-    return None
-  size = sampling.window or settings.default_window(sampling, config)
-  clock = settings.clock_steps(sampling, path, run.statistics.warp)
-  policy = policies.make_policy(path, size, config.paths.rolling_width, s=clock)
-  return WindowSchedule(
-    policy, size, sampling.stepper, config.loss.self_conditioning > 0, full_sequence=config.diffusion_alone
-  )

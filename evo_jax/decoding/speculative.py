@@ -39,7 +39,7 @@ from evo_jax.decoding.state import (
   commit,
   forward,
   gather,
-  is_any_of,
+  is_end,
   pass_keys,
   write_span,
 )
@@ -311,7 +311,7 @@ def _add_round(state, accepted_B, pending_B, verified_BxR, known_BxR) -> DraftRe
   """The record after a round. Accepted tokens behind the text's end do not count as such."""
   record, T = state.draft.record, verified_BxR.shape[1] - 1
   active, index = ~state.done, jnp.arange(state.draft.tokens.shape[1])
-  ends = is_any_of(verified_BxR, state.end_ids)
+  ends = is_end(state, verified_BxR)
   in_text = known_BxR & (jnp.cumsum(ends, axis=1) - ends == 0)
   committed = jnp.sum(in_text & (jnp.arange(T + 1) < accepted_B[:, None]), axis=1)
   offered = (index <= accepted_B[:, None]) & (index < pending_B[:, None])
@@ -345,11 +345,11 @@ def _draw_draft(net, state, processor, drafting, hidden_BxTxD, logits_BxTxV, key
   by_noise = drafting.coupling == "gumbel"
   if net.head_candidates:
     previous = gather(state.tokens, first_B[:, None] - 1)[:, 0]
-    noise = None
-    if by_noise and not processor.greedy:
-      noise = token_noise(state, position, logits_BxTxV.shape[-1])
-    elif not processor.greedy:
-      noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_BxTxV.shape[1:]))(key_B)
+    if by_noise:
+      draw = lambda: token_noise(state, position, logits_BxTxV.shape[-1])
+    else:
+      draw = lambda: jax.vmap(lambda key: jax.random.gumbel(key, logits_BxTxV.shape[1:]))(key_B)
+    noise = processor.noise(logits_BxTxV.shape, draw)
     token, log_q = draw_rescored(net, processor, net.head_candidates, hidden_BxTxD, logits_BxTxV, previous, noise)
     return token, None if by_noise else log_q
   if by_noise:
@@ -365,13 +365,13 @@ def draw_rescored(
   hidden_BxTxD: jax.Array,
   logits_BxTxV: jax.Array,
   previous_B: jax.Array,
-  noise_BxTxV: jax.Array | None,
+  noise_BxTxV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Tokens (B, T) from left to right: each of the slot's best candidates, rescored by the head, which sees the token
-  before; and the log-probabilities (B, T, V) that they are drawn from. noise: Gumbel noise; None: greedy."""
+  before; and the log-probabilities (B, T, V) that they are drawn from. noise: Gumbel noise."""
   V = logits_BxTxV.shape[-1]
   logits_BxTxC, candidate_BxTxC = jax.lax.top_k(processor.rule_out(logits_BxTxV), min(candidates, V))
-  noise = jnp.zeros_like(logits_BxTxC) if noise_BxTxV is None else jnp.take_along_axis(noise_BxTxV, candidate_BxTxC, 2)
+  noise = jnp.take_along_axis(noise_BxTxV, candidate_BxTxC, 2)
 
   def draw(previous_B, slot):
     hidden, candidate, logits, noise = slot

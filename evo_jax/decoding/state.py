@@ -10,15 +10,12 @@ Letters in names: B rows of the batch, C positions of the buffers, R slots for u
 S window slots of a pass, P positions of the prefill, D width, V vocabulary, M code elements.
 """
 
-from collections.abc import Sequence
-import functools
-import operator
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from evo_jax.flow import interface, latents
+from evo_jax.network.pages import Pages
 
 # The first number that is folded into a row's key: no two draws share a key.
 KEY_START, KEY_TOKEN, KEY_PASS, KEY_POLICY, KEY_DRAFT = range(5)
@@ -69,18 +66,19 @@ class DecodingState:
   tokens: (B, C) int32. time: (B, C) float32, progressions t; 0 where a token is committed.
   length: (B,) int32, the length of the committed prefix: the first position that is not committed.
   cached: (B,) int32, positions whose keys and values are in the cache.
-  k, v: the cache, by layer (B, K, C, E) or (B K, C, E).
+  k, v: the cache, by layer (B, K, C, E) or (B K, C, E); with a table in pages (see `network.pages`), which rows share.
   prompt_end: (B,) int32, the first position that the prompt does not give. max_length: (B,) int32, the length at which
     a text is full.
   given: (B, C) bool, tokens of the prompt, also behind gaps.
   committed_pass: (B, C) int32, number of the pass that committed a token, from 1; 0 for given ones.
   passes: (B,) int32, passes so far. done: (B,) bool. key: (B,) keys, one for each row's draws.
-  end_ids: any of these tokens ends a text (static).
+  end_ids: (B, n) int32, any of these tokens ends a text; -1 where there are fewer.
   solver: latents of tokens on the flow, in modes with windows.
   context_logits: (B, T, V) float32, the last pass's for the window behind `anchor` (B,), for models with
     self-conditioning.
   draft: of mode verify.
   top_tokens: (B, C) int32, the most probable token when a position was last read, -1 before; kept for traces.
+  table: (B, J) int32, the pages of a row's positions; None: the cache is not in pages.
   """
 
   tokens: jax.Array
@@ -96,12 +94,13 @@ class DecodingState:
   passes: jax.Array
   done: jax.Array
   key: jax.Array
-  end_ids: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  end_ids: jax.Array
   solver: latents.SolverState | None = None
   context_logits: jax.Array | None = None
   anchor: jax.Array | None = None
   draft: Draft | None = None
   top_tokens: jax.Array | None = None
+  table: jax.Array | None = None
 
 
 def prefill(
@@ -148,7 +147,7 @@ def prefill(
     passes=jnp.zeros(tokens_BxC.shape[:1], jnp.int32),
     done=length >= max_length_B,
     key=key_B,
-    end_ids=end_ids,
+    end_ids=jnp.broadcast_to(jnp.array(end_ids, jnp.int32), (len(key_B), len(end_ids))),
     top_tokens=jnp.full_like(tokens_BxC, -1) if traced else None,
   )
 
@@ -179,9 +178,9 @@ def write_span(values_BxC: jax.Array, first_B: jax.Array, new_BxT: jax.Array) ->
   return jax.vmap(write)(values_BxC, new_BxT, first_B)
 
 
-def is_any_of(tokens: jax.Array, ids: Sequence[int]) -> jax.Array:
-  """(...) bool: which tokens (...) are one of `ids`."""
-  return functools.reduce(operator.or_, (tokens == i for i in ids), jnp.zeros(tokens.shape, bool))
+def is_end(state: DecodingState, tokens_BxT: jax.Array) -> jax.Array:
+  """(B, T) bool: which tokens end their row's text."""
+  return jnp.any(tokens_BxT[..., None] == state.end_ids[:, None], axis=-1)
 
 
 def pass_keys(state: DecodingState, purpose: int = KEY_PASS) -> jax.Array:
@@ -223,11 +222,21 @@ def forward(
     position = jnp.concatenate([position, window.position], axis=1)
     stop = None if window.stop is None else jnp.concatenate([stop, window.stop], axis=1)
     visible = jnp.pad(jnp.broadcast_to(window.visible, (B, S, S)), [(0, 0), (uncached, 0), (0, 0)])
-  cache = None if stop is None else (state.k, state.v)
-  hidden, cache = net.decode(cache, state.cached, uncached, x, time, position, stop, visible)
+  past = None if stop is None else _past(state, stop)
+  hidden, cache = net.decode(past, state.cached, uncached, x, time, position, stop, visible)
   if uncached:
     state = state.replace(k=cache[0], v=cache[1], cached=state.cached + count_B)
   return hidden[:, :uncached], hidden[:, uncached:], state
+
+
+def _past(state, stop_BxS):
+  """The cache, for slots that see it up to these positions."""
+  if state.table is None:
+    return state.k, state.v
+  width = state.k[0].shape[-1]
+  seen = jnp.max(jnp.where(state.done[:, None], 0, stop_BxS))
+  read = jnp.minimum(-(-seen // width), state.table.shape[1])
+  return tuple(Pages(k, v, state.table, read) for k, v in zip(state.k, state.v))
 
 
 def commit(
@@ -246,7 +255,7 @@ def commit(
   length = jnp.argmax(time > 0.0, axis=1)
   position = jnp.arange(tokens.shape[1])
   written = (position >= state.prompt_end[:, None]) & (position < length[:, None]) & ~state.given
-  ended = is_any_of(tokens, state.end_ids) & written
+  ended = is_end(state, tokens) & written
   return state.replace(
     tokens=tokens,
     time=time,

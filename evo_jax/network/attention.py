@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from evo_jax import config as config_lib
 from evo_jax.network import kernels
+from evo_jax.network.pages import Pages, attend_pages
 from evo_jax.parallel.sharding import Layout
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -129,16 +130,24 @@ def attend(
   config: config_lib.Model,
   layout: Layout,
   q_BxKxGxNxSxE: jax.Array,
-  past: KeysValues | None,
+  past: KeysValues | Pages | None,
   visibility: Visibility,
   own: KeysValues | None = None,
   causal: bool = False,
 ) -> jax.Array:
-  """`attend_plain`, by the kernel that config.attention names where it takes these shapes; elsewhere blockwise.
+  """`attend_plain`, by the kernel that config.attention names where it takes these shapes; elsewhere blockwise. Over
+  pages, which one run reads, by `attend_pages`.
 
   causal: the slots are the clean stream; slot s sees the positions from `start` to s. The result is named "attention"
   for `remat`; splash attention names it itself, and the residuals beside it.
   """
+  if isinstance(past, Pages):
+    one_run = lambda x, axis: None if x is None else jnp.squeeze(x, axis)
+    mask = visibility.own_NxSxT
+    if mask is not None and visibility.masks_by_text:
+      mask = one_run(mask, 1)
+    beside = own and tuple(one_run(x, 2) for x in own)
+    return attend_pages(one_run(q_BxKxGxNxSxE, 3), past, one_run(visibility.stop_BxNxS, 1), beside, mask)[:, :, :, None]
   kind = config.attention
   if kind == "auto":
     kind = "splash" if layout.platform == "tpu" else "xla"
@@ -201,8 +210,15 @@ def attend_blockwise(
   return jnp.concatenate(blocks, axis=3)
 
 
-def write_cache(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
-  """Cached keys or values with new ones at the positions first[b], first[b] + 1, ...
+def write_cache(past: KeysValues | Pages, first_B: jax.Array, new: KeysValues) -> KeysValues | Pages:
+  """Cached keys and values with new ones, (B, K, T, E) each, at the positions first[b], first[b] + 1, ..."""
+  if isinstance(past, Pages):
+    return past.write(first_B, *new)
+  return tuple(_write_positions(old, first_B, added) for old, added in zip(past, new))
+
+
+def _write_positions(keys_BxKxLxE: jax.Array, first_B: jax.Array, new_BxKxTxE: jax.Array) -> jax.Array:
+  """Of keys, or values.
 
   The two leading axes of the cache, and of the result, may be one, (B K, L, E): then XLA's CPU backend writes in place,
   for attention reads what is written as it is. In two axes it copies the whole, since it writes once for the reader

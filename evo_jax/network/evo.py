@@ -24,6 +24,7 @@ from evo_jax.flow import latents as latents_lib
 from evo_jax.flow.interface import Beliefs, Distillation, Teacher, WindowInputs
 from evo_jax.network import adapters, clocks, rotary, vocabulary
 from evo_jax.network.attention import KeysValues, Visibility, informed_slots
+from evo_jax.network.pages import Pages
 from evo_jax.network.transformer import Block, CacheWrite, KVCache, Stream, parameter, remat_policy, rms_norm
 from evo_jax.parallel.sharding import Layout
 
@@ -164,7 +165,7 @@ class Evo(nn.Module):
 
   def decode(
     self,
-    past: KeysValues | None,
+    past: KeysValues | tuple[Pages, ...] | None,
     first_B: jax.Array,
     uncached: int,
     x_BxSxD: jax.Array,
@@ -176,8 +177,9 @@ class Evo(nn.Module):
     """One decoding pass over clean slots and a window's: hidden states (B, S, D), and the KV cache with the clean ones.
 
     Args:
-      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E); None: there are none; the first
-        `uncached` slots enter it at the positions first[b], first[b] + 1, ... before anything is read.
+      past: keys and values of the clean stream by layer, (B, K, C, E) or (B K, C, E), or `Pages` of each layer (the
+        result has their keys and values by layer); None: there are none; the first `uncached` slots enter it at the
+        positions first[b], first[b] + 1, ... before anything is read.
       x_BxSxD: embedded slots; time_BxS: their progressions (None: all 0); position_BxS: their positions in the text.
       stop_BxS: a slot sees the past before this position.
       visible_BxSxT: which of the slots behind the uncached ones a slot sees, of those that model.window_attention lets
@@ -228,7 +230,8 @@ class Evo(nn.Module):
       return self.blocks(x, past, streams, write)
     caches = []
     for i, layer in enumerate(self.layer):
-      x, cache = layer(x, None if past is None else (past[0][i], past[1][i]), streams, write)
+      of_layer = past[i] if past and isinstance(past[0], Pages) else past and (past[0][i], past[1][i])
+      x, cache = layer(x, of_layer, streams, write)
       caches.append(cache)
     return x, None if cache is None else tuple(zip(*caches))
 

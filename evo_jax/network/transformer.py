@@ -22,6 +22,7 @@ from evo_jax import config as config_lib
 from evo_jax.network import adapters, attention
 from evo_jax.network.adapters import WindowRows
 from evo_jax.network.attention import KeysValues, Visibility
+from evo_jax.network.pages import Pages
 from evo_jax.network.rotary import Angles, apply_rotary
 from evo_jax.parallel.sharding import Layout
 
@@ -175,7 +176,7 @@ class Block(nn.Module):
     }
 
   def __call__(
-    self, x_BxTxD: jax.Array, past: KeysValues | None, streams: tuple[Stream, ...], write: CacheWrite | None
+    self, x_BxTxD: jax.Array, past: KeysValues | Pages | None, streams: tuple[Stream, ...], write: CacheWrite | None
   ) -> tuple[jax.Array, KeysValues | None]:
     """The new x, and the clean stream's keys and values (B, K, L, E); None where two streams are read, or none is
     clean.
@@ -241,9 +242,8 @@ class Block(nn.Module):
         past = cache = (key, value)
       elif write is not None:
         n = write.count
-        past = cache = tuple(
-          attention.write_cache(old, write.first_B, new[:, :, :n]) for old, new in zip(past, (key, value))
-        )
+        past = attention.write_cache(past, write.first_B, (key[:, :, :n], value[:, :, :n]))
+        cache = (past.k, past.v) if isinstance(past, Pages) else past
         own = (key[:, :, None, n:], value[:, :, None, n:]) if has_own else None
       else:
         own = (by_run(key), by_run(value))

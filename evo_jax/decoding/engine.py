@@ -1,0 +1,567 @@
+"""An engine: requests come and go, each with its own settings, and every text is what it would be alone.
+
+  with Engine(load_run("runs/tiny"), rows=8) as engine:
+    handle = engine.submit("def ", Sampling(mode="verify", temperature=0.7), seed=1)
+    for piece in handle:  # committed text, as it comes; `async for` in a coroutine
+      print(piece, end="")
+    print(handle.result().passes)
+    print(engine.score("def ", "main():").total)
+
+A thread of its own turns: it gives rows to waiting texts, reads some pieces of prompts, takes some passes of each mode,
+and looks. All programs are compiled when the engine is made (`programs`, `Engine.compilations`). Keys and values are in
+pages, which prompts with the same beginning share (`page_pool`); what does not fit waits its turn, and what would never
+fit is refused when it is submitted. In a run of several processes each makes the engine, number 0 submits, the others
+call `follow`.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+import concurrent.futures
+import dataclasses
+import pickle
+import threading
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from evo_jax.data.tokenizers import continuing
+from evo_jax.decoding import rows as rows_lib
+from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
+from evo_jax.decoding.programs import Programs, Settings
+from evo_jax.decoding.progress import Generation, Progress, TokenChoice
+from evo_jax.decoding.prompts import Prompt, Request, make_request
+from evo_jax.decoding.settings import Sampling
+from evo_jax.errors import UserError
+from evo_jax.run import Run
+
+WIDTH = 64  # positions of a page
+DEFAULT_CONTEXT = 2048
+_PIECES = 8  # of prompts, that are read between passes at most
+_HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for news
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """What autoregression says of a continuation. tokens: (n,) its ids; log_p: (n,) float32 their log-probabilities in
+  nats; greedy: (n,) bool, which of them are the most probable."""
+
+  tokens: np.ndarray
+  log_p: np.ndarray
+  greedy: np.ndarray
+
+  @property
+  def total(self) -> float:
+    """The log-likelihood in nats."""
+    return float(np.sum(self.log_p, dtype=np.float64))
+
+
+class Handle:
+  """A text on its way: iterate over it, or ask for its result."""
+
+  def __init__(self, cancel):
+    self._cancel = cancel
+    self._future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
+    self._pieces: list[str] = []
+    self._changed = threading.Condition()
+    self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    self._future.add_done_callback(lambda _: self._tell())
+
+  def __iter__(self) -> Iterator[str]:
+    """Pieces of committed text as they come: no half characters, no beginnings of stop strings, no drafts. Raises as
+    `result`."""
+    number = 0
+    while True:
+      with self._changed:
+        self._changed.wait_for(lambda n=number: len(self._pieces) > n or self._future.done())
+        new = self._pieces[number:]
+      yield from new
+      number += len(new)
+      if not new:
+        self._future.result()
+        return
+
+  async def __aiter__(self) -> AsyncIterator[str]:
+    """The same in a coroutine."""
+    number, waiter = 0, (asyncio.get_running_loop(), asyncio.Event())
+    with self._changed:
+      self._waiting.append(waiter)
+    try:
+      while True:
+        waiter[1].clear()
+        done, new = self._future.done(), self._pieces[number:]
+        for piece in new:
+          yield piece
+        number += len(new)
+        if done and number == len(self._pieces):
+          self._future.result()
+          return
+        if not new:
+          await waiter[1].wait()
+    finally:
+      with self._changed:
+        self._waiting.remove(waiter)
+
+  def result(self, timeout: float | None = None) -> Generation:
+    """The finished text. Raises `concurrent.futures.CancelledError` after `cancel`, TimeoutError after `timeout`
+    seconds, and what ended the engine, if anything did."""
+    return self._future.result(timeout)
+
+  async def async_result(self) -> Generation:
+    """The same in a coroutine."""
+    return await asyncio.wrap_future(self._future)
+
+  @property
+  def done(self) -> bool:
+    return self._future.done()
+
+  def cancel(self) -> None:
+    """Frees the text's row and pages before the next passes. A text that is finished stays so."""
+    self._cancel()
+
+  def _add(self, piece: str) -> None:
+    with self._changed:
+      self._pieces.append(piece)
+    self._tell()
+
+  def _tell(self) -> None:
+    with self._changed:
+      self._changed.notify_all()
+      waiting = list(self._waiting)
+    for loop, event in waiting:
+      loop.call_soon_threadsafe(event.set)
+
+
+@dataclasses.dataclass
+class _Job:
+  """A text that an engine works on: one to be written, or one to be scored.
+
+  tokens: what is read, with the begin token. scored: the first position that is predicted; None: nothing is.
+  """
+
+  number: int
+  tokens: np.ndarray
+  pages_wanted: int
+  request: Request | None = None
+  settings: Settings | None = None
+  seed: int = 0
+  scored: int | None = None
+  best: int = 1
+  digests: list[bytes] = dataclasses.field(default_factory=list)
+  group: int = 0
+  row: int | None = None
+  pages: list[int] = dataclasses.field(default_factory=list)
+  read: int = 0  # positions that are in pages
+  progress: Progress | None = None
+  started: float = 0.0
+  found: list = dataclasses.field(default_factory=list)  # (log_p, token, best log_p) of pieces
+  generation: Generation | None = None
+
+  @property
+  def last(self) -> int:
+    """So many positions are read: of a text that is written all but the last, which its first pass reads."""
+    return len(self.tokens) - 1
+
+
+class Engine:
+  """Writes and scores texts for any number of threads and coroutines."""
+
+  def __init__(
+    self,
+    run: Run,
+    rows: int = 32,
+    *,
+    modes: Sequence[Sampling | str] = ("ar",),
+    context: int | None = None,
+    cache_tokens: int | None = None,
+    page: int = WIDTH,
+    mesh: jax.sharding.Mesh | None = None,
+    start: bool = True,
+  ):
+    """Compiles all programs.
+
+    Args:
+      rows: texts that are written at once.
+      modes: what may be asked for: names of modes, or settings, of which those that need a program of their own count
+        (`programs.Settings`).
+      context: tokens of the longest text; default: DEFAULT_CONTEXT, or what the model can read.
+      cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
+      page: tokens of a page, which is also what is read of a prompt at a time.
+      mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
+      start: whether the thread begins; else it does with `start`.
+
+    Raises UserError for sizes that are impossible, and modes that the model does not support.
+    """
+    self.run, self._device = run, DeviceModel(run, run.mesh if mesh is None else mesh)
+    limit = run.config.model.position_limit
+    self.context = min(context or DEFAULT_CONTEXT, limit)
+    shards = self._device.row_multiple
+    if rows < 1 or rows % shards:
+      raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
+    modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
+    settings = [Settings.of(sampling) for sampling in modes]
+    room = max(s.room(run) for s in settings)
+    width = min(page, self.context)
+    tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
+    self.shape = rows_lib.Shape(
+      rows, self.context + room, shards, 1 + max(tokens // (shards * width), 1), width, **Programs.sizes(run, settings)
+    )
+    self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
+    self._programs = Programs(run, self._device, self.shape, settings)
+    self._jobs: dict[int, _Job] = {}
+    self._handles: dict[int, Any] = {}
+    self._waiting: deque[_Job] = deque()
+    self._reading: list[_Job | None] = [None] * shards
+    self._rows: list[_Job | None] = [None] * rows
+    self._table = np.full((rows, self.shape.columns), SCRATCH, np.int32)
+    self._lock, self._news = threading.Lock(), threading.Condition()
+    self._events: list[tuple] = []
+    self._numbers, self._closing, self._failure = 0, False, None
+    self._compiled_at_start = self._device.compilations
+    self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
+    self.ready = True
+    if start:
+      self._thread.start()
+
+  def start(self) -> None:
+    """Begins to work, where the engine was made with start=False."""
+    self._thread.start()
+
+  def __enter__(self) -> "Engine":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Cancels what is on its way, and ends the thread."""
+    with self._news:
+      self._closing = True
+      self._news.notify_all()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  def follow(self) -> None:
+    """In a process that submits nothing: returns when process 0 has closed the engine."""
+    self._thread.join()
+
+  @property
+  def compilations(self) -> int:
+    """Programs that were compiled after the engine was ready: 0."""
+    return self._device.compilations - self._compiled_at_start
+
+  @property
+  def memory(self) -> str:
+    """How much memory keys and values have, in words."""
+    each, tokens = rows_lib.cache_bytes(self.run.config.model), self._pools[0].size * self.shape.width
+    total = each * tokens * self.shape.shards
+    return (
+      f"keys and values: {each:,} bytes a token, {tokens * self.shape.shards:,} tokens fit ({total / 2**30:.2f} GiB), "
+      f"{self.shape.rows} texts of at most {self.context:,} tokens at once"
+    )
+
+  @property
+  def pages_free(self) -> int:
+    """Pages that texts could have at once now."""
+    return sum(pool.available for pool in self._pools)
+
+  def submit(
+    self,
+    prompt: Prompt,
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
+    number: int = 0,
+    end_ids: Sequence[int] = (),
+    logit_bias: dict[int, float] | None = None,
+    best: int | None = None,
+    infill: bool = False,
+  ) -> Handle:
+    """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
+
+    Args:
+      sampling: default: `Sampling()`. `batch_size` means nothing here.
+      end_ids: tokens that end the text beside the tokenizer's.
+      logit_bias: what is added to the logits of some ids.
+      best: log-probabilities are wanted, of what was chosen and of so many most probable tokens (0 to 20).
+      infill: whether the prompt has gaps, which are filled.
+
+    Raises UserError for what cannot be, before anything runs.
+    """
+    sampling = sampling or Sampling()
+    settings = Settings.of(sampling, infill)
+    self._programs.check(sampling, settings, end_ids, logit_bias, best)
+    request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
+    request = dataclasses.replace(request, repetition=number)
+    begin = self.run.tokenizer.begin_id
+    known = list(request.tokens[: request.prompt_end - 1])
+    pages = -(-(request.max_length + settings.room(self.run)) // self.shape.width)
+    job = _Job(
+      0, np.array([begin, *known], np.int32), pages, request, settings.with_row(end_ids, logit_bias, best), seed
+    )
+    self._check_fits(pages, request.max_length)
+    return self._send(job)
+
+  def score(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> Score:
+    """What autoregression says of a continuation; both as text or as ids, the context without the begin token."""
+    return self.submit_score(context, continuation).result()
+
+  def submit_score(
+    self, context: str | Sequence[int], continuation: str | Sequence[int]
+  ) -> "concurrent.futures.Future[Score]":
+    """The same, without waiting. Raises UserError for what is too long, or empty."""
+    tokenizer = self.run.tokenizer
+    ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
+    before = [tokenizer.begin_id, *ids(context, tokenizer)]
+    after = ids(continuation, continuing(tokenizer) if len(before) > 1 else tokenizer)
+    if not after:
+      raise UserError("the continuation to be scored is empty")
+    tokens = np.array(before + after, np.int32)
+    if len(tokens) > self.context:
+      raise UserError(f"{len(before)} tokens and {len(after)} to be scored do not fit the context of {self.context}")
+    pages = -(-(len(tokens) - 1) // self.shape.width)
+    self._check_fits(pages, len(tokens))
+    return self._send(_Job(0, tokens, pages, scored=len(before)))
+
+  def _check_fits(self, pages: int, tokens: int) -> None:
+    if pages > self._pools[0].size:
+      room = self._pools[0].size * self.shape.width
+      raise UserError(
+        f"a text of {tokens:,} tokens needs room for {pages * self.shape.width:,}; the cache has {room:,}"
+      )
+
+  def _send(self, job: _Job) -> Any:
+    with self._news:
+      if self._closing or self._failure:
+        raise RuntimeError("the engine is closed") from self._failure
+      self._numbers += 1
+      job.number = number = self._numbers
+      if job.request is None:
+        handle = concurrent.futures.Future()
+      else:
+        handle = Handle(lambda: self._send_cancel(number))
+      self._handles[number] = handle
+      self._events.append(("new", job))
+      self._news.notify_all()
+    return handle
+
+  def _send_cancel(self, number: int) -> None:
+    with self._news:
+      self._events.append(("cancel", number))
+      self._news.notify_all()
+
+  # Below: in the thread.
+
+  def _work(self) -> None:
+    try:
+      with jax.set_mesh(self._device.mesh):
+        while self._turn():
+          pass
+      ending: BaseException = concurrent.futures.CancelledError()
+    except BaseException as error:
+      ending = self._failure = error
+    with self._news:
+      self._closing = True
+      handles, self._handles = list(self._handles.values()), {}
+    for handle in handles:
+      _end(handle, ending)
+
+  def _turn(self) -> bool:
+    """One turn; False at the end."""
+    events, closing = self._exchange()
+    for kind, what in events:
+      if kind == "new":
+        self._jobs[what.number] = what
+        what.digests = page_digests(what.tokens[: what.last], self.shape.width)
+        what.started = time.perf_counter()
+        self._waiting.append(what)
+      else:
+        self._cancel(what)
+    if closing:
+      return False
+    for _ in range(_PIECES):
+      if not self._read_pieces():
+        break
+    if any(job is not None and job.progress is not None for job in self._rows):
+      self._programs.take_passes(self._rows, self._table)
+      self._look()
+    return True
+
+  def _exchange(self) -> tuple[list[tuple], bool]:
+    """What was asked for since the last turn, in all processes; waits where there is nothing to do."""
+    several = jax.process_count() > 1
+    events, closing = [], False
+    if jax.process_index() == 0:
+      with self._news:
+        idle = lambda: not self._jobs and not self._events and not self._closing
+        while idle():
+          if not self._news.wait(_HEARTBEAT if several else None) and several:
+            break
+        events, self._events = self._events, []
+        closing = self._closing
+    if not several:
+      return events, closing
+    data = np.frombuffer(pickle.dumps((events, closing)), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    mine = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+      mine[:] = data
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
+
+  def _cancel(self, number: int) -> None:
+    if (job := self._jobs.get(number)) is None:
+      return
+    if job in self._waiting:
+      self._waiting.remove(job)
+    self._end(job, concurrent.futures.CancelledError())
+
+  def _end(self, job: _Job, result: Any) -> None:
+    """Frees what a job has, and says how it ended."""
+    del self._jobs[job.number]
+    if job.row is not None:
+      self._rows[job.row] = None
+      self._table[job.row] = SCRATCH
+    if self._reading[job.group] is job:
+      self._reading[job.group] = None
+    if job.pages:
+      self._pools[job.group].release(job.pages)
+    with self._news:
+      handle = self._handles.pop(job.number, None)
+    if handle is not None:
+      _end(handle, result)
+
+  def _read_pieces(self) -> bool:
+    """Reads a piece of one text in each shard, if there is any to be read."""
+    jobs = [self._next_to_read(group) for group in range(self.shape.shards)]
+    if not any(jobs):
+      return False
+    W, X = self.shape.width, self.shape.shards
+    tokens, following = np.zeros((X, W), np.int32), np.zeros((X, W), np.int32)
+    first, table = np.zeros(X, np.int32), np.full((X, self.shape.columns), SCRATCH, np.int32)
+    scores, best = False, 1
+    for group, job in enumerate(jobs):
+      if job is None:
+        continue
+      first[group] = job.read
+      table[group, : len(job.pages)] = job.pages
+      part, after = job.tokens[job.read : job.read + W], job.tokens[job.read + 1 : job.read + 1 + W]
+      tokens[group, : len(part)], following[group, : len(after)] = part, after
+      if job.scored is not None and job.read + W >= job.scored:
+        scores, best = True, max(best, job.best)
+    found = self._programs.read_piece(tokens, first, table, following if scores else None, best)
+    for group, job in enumerate(jobs):
+      if job is not None:
+        self._add_piece(job, None if found is None else [a[group] for a in found])
+    return True
+
+  def _next_to_read(self, group: int) -> _Job | None:
+    """The text in this shard of which a piece is to be read; begins with the next that waits, if there is room."""
+    while True:
+      job = self._reading[group]
+      if job is None:
+        if not self._waiting or (job := self._begin(self._waiting[0], group)) is None:
+          return None
+        self._waiting.popleft()
+        self._reading[group] = job
+      if job.read < job.last:
+        return job
+      self._finish_reading(job)
+
+  def _begin(self, job: _Job, group: int) -> _Job | None:
+    """Gives a text pages, and a row if it is to be written; None where there are none."""
+    row = None
+    if job.request is not None and job.generation is None:
+      per_shard = self.shape.rows // self.shape.shards
+      places = range(group * per_shard, (group + 1) * per_shard)
+      if (row := next((i for i in places if self._rows[i] is None), None)) is None:
+        return None
+    pool = self._pools[group]
+    found = pool.find(job.digests)
+    if job.scored is not None:  # pieces that predict what is scored are read again: scores need their hidden states
+      found = found[: (job.scored - 1) // self.shape.width]
+    pages = pool.take(found, job.pages_wanted - len(found))
+    if pages is None:
+      return None
+    job.group, job.pages, job.read, job.row = group, pages, len(found) * self.shape.width, row
+    if row is not None:
+      self._rows[row] = job
+    return job
+
+  def _add_piece(self, job: _Job, found: list[np.ndarray] | None) -> None:
+    if job.scored is not None and job.read + self.shape.width >= job.scored:
+      job.found.append((job.read, *found))
+    number = job.read // self.shape.width
+    if number < len(job.digests):
+      self._pools[job.group].share(job.pages[number], job.digests[number])
+    job.read += self.shape.width
+
+  def _finish_reading(self, job: _Job) -> None:
+    self._reading[job.group] = None
+    if job.scored is not None:
+      self._finish_scoring(job)
+      return
+    self._table[job.row] = SCRATCH
+    self._table[job.row, : len(job.pages)] = job.pages
+    job.progress = Progress(
+      job.request, self.run.tokenizer, job.settings.stop, job.settings.infill, job.settings.end_ids
+    )
+    self._programs.insert(job.row, job.request, job.tokens[0], job.settings, job.seed)
+
+  def _finish_scoring(self, job: _Job) -> None:
+    n, first = len(job.tokens) - job.scored, job.scored - 1
+    log_p, token, best_log_p = (
+      np.concatenate([piece[i] for piece in job.found])[first - job.found[0][0] :][:n] for i in (1, 2, 3)
+    )
+    tokens = job.tokens[job.scored :]
+    if job.generation is None:
+      self._end(job, Score(tokens, log_p, token[:, 0] == tokens))
+      return
+    best = [list(zip(*(a[i, : job.settings.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
+    choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
+    self._end(job, dataclasses.replace(job.generation, choices=choices))
+
+  def _look(self) -> None:
+    """Hands on what was committed, and ends texts that are done."""
+    snapshot = self._programs.snapshot()
+    now = time.perf_counter()
+    for row, job in enumerate(self._rows):
+      if job is None or job.progress is None:
+        continue
+      view = snapshot.row(row)
+      if job.settings.sampling.mode != "verify":
+        view = view._replace(accepted=None, rounds=None, drafted_rounds=None)
+      piece = job.progress.update(view, now - job.started)
+      if piece and (handle := self._handles.get(job.number)) is not None:
+        handle._add(piece)
+      if job.progress.seconds is None:
+        continue
+      generation = job.progress.generation(view)
+      if job.settings.best is None or not generation.tokens:
+        self._end(job, generation)
+      else:
+        self._score_written(job, generation)
+
+  def _score_written(self, job: _Job, generation: Generation) -> None:
+    """Has the text that a job wrote scored, for its log-probabilities."""
+    self._rows[job.row], self._table[job.row] = None, SCRATCH
+    self._pools[job.group].release(job.pages)
+    job.row, job.pages, job.generation, job.found = None, [], generation, []
+    job.scored, job.best = len(job.tokens), max(job.settings.best, 1)
+    job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
+    job.pages_wanted = -(-job.last // self.shape.width)
+    self._waiting.appendleft(job)
+
+
+def _end(handle: Any, result: Any) -> None:
+  future = handle._future if isinstance(handle, Handle) else handle
+  if isinstance(result, concurrent.futures.CancelledError):
+    future.cancel()
+    future.set_running_or_notify_cancel()
+  elif isinstance(result, BaseException):
+    future.set_exception(result)
+  else:
+    future.set_result(result)

@@ -1,0 +1,281 @@
+"""The programs of an engine: which settings need one of their own, all compiled before the first request.
+
+A program decodes the rows of one mode; temperature, top-k, top-p, stop strings and the like are a row's own.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from evo_jax.decoding import modes, speculative
+from evo_jax.decoding import rows as rows_lib
+from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.draft_policy import DraftPolicy, mean_record
+from evo_jax.decoding.logits import LogitsProcessor, make_processor, ruled_out
+from evo_jax.decoding.modes import WindowSchedule
+from evo_jax.decoding.progress import Snapshot
+from evo_jax.decoding.prompts import Request
+from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
+from evo_jax.errors import UserError
+from evo_jax.run import Run
+
+BEST = 20  # most probable tokens whose log-probabilities may be asked for
+_END_IDS = 8  # of a text beside the tokenizer's, at most
+_BIASES = 300  # ids of a text with a bias, at most
+_PASSES = 8  # between two looks
+_OF_ROWS = ("max_tokens", "temperature", "top_k", "top_p", "greedy", "stop", "gap", "endless", "batch_size")
+_OF_MODES = {
+  "ar": (),
+  "verify": ("draft", "draft_passes", "draft_from", "coupling"),
+  "flow": ("steps", "path", "grid", "stepper", "window"),
+  "adaptive": ("path", "stepper", "threshold", "window"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a text is written: the program, and what is the row's own. end_ids: beside the tokenizer's. logit_bias: pairs
+  of id and bias. best: see `Engine.submit`."""
+
+  sampling: Sampling
+  infill: bool = False
+  end_ids: tuple[int, ...] = ()
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  best: int | None = None
+
+  @classmethod
+  def of(cls, sampling: Sampling, infill: bool = False) -> "Settings":
+    return cls(sampling, infill)
+
+  def with_row(self, end_ids, logit_bias, best) -> "Settings":
+    """With what `Engine.submit` takes beside the sampling parameters."""
+    bias = tuple((logit_bias or {}).items())
+    return dataclasses.replace(self, end_ids=tuple(end_ids), logit_bias=bias, best=best)
+
+  @property
+  def program(self) -> tuple[Sampling, bool]:
+    """What a program is for: the sampling parameters without those of rows and of other modes."""
+    names = _OF_MODES[self.sampling.mode]
+    return Sampling(mode=self.sampling.mode, **{name: getattr(self.sampling, name) for name in names}), self.infill
+
+  @property
+  def stop(self) -> tuple[str, ...]:
+    return self.sampling.stop
+
+  def room(self, run: Run) -> int:
+    """Positions behind a text's end that the slots of a pass may reach."""
+    sampling, _ = self.program
+    return room_behind(sampling, make_schedule(run, sampling))
+
+
+class Programs:
+  """Compiled programs over an engine's rows, and what of a row's settings they read. Its state lies on the devices."""
+
+  def __init__(self, run: Run, device: DeviceModel, shape: rows_lib.Shape, settings: Sequence[Settings]):
+    """Compiles everything. Raises UserError for what the model does not support."""
+    self._run, self._device, self._shape = run, device, shape
+    self._schedules: dict[tuple[Sampling, bool], WindowSchedule | None] = {}
+    self._drafts: dict[tuple[Sampling, bool], DraftPolicy] = {}
+    for each in dict.fromkeys(s.program for s in settings):
+      sampling, _ = each
+      self._schedules[each] = make_schedule(run, sampling)
+      if sampling.mode == "verify":
+        self._drafts[each] = DraftPolicy(*make_drafting(run, sampling), few=True)
+    B = shape.rows
+    self._values = {
+      "temperature": np.ones(B, np.float32),
+      "top_p": np.ones(B, np.float32),
+      "top_k": np.zeros(B, np.int32),
+      "greedy": np.ones(B, bool),
+      "may_end": np.ones(B, bool),
+      "bias_id": np.full((B, _BIASES), -1, np.int32),
+      "bias": np.zeros((B, _BIASES), np.float32),
+    }
+    with jax.set_mesh(device.mesh):
+      model = run.model.config
+      program = lambda net, statistics: rows_lib.empty(net, statistics, shape, model)
+      self._state = device.run(("empty",), program)
+      self._compile()
+
+  @staticmethod
+  def sizes(run: Run, settings: Sequence[Settings]) -> dict[str, Any]:
+    """Fields of `rows.Shape` that follow from the programs. Raises UserError for what the model does not support."""
+    samplings = [s.program[0] for s in settings]
+    drafts = [s for s in samplings if s.mode == "verify"]
+    schedules = [schedule for s in samplings if (schedule := make_schedule(run, s)) is not None]
+    if any(schedule.full_sequence for schedule in schedules):
+      raise UserError("a model of diffusion alone has no cache; it is decoded by a Sampler")
+    sizes = {schedule.size for schedule in schedules}
+    remembers = any(schedule.self_conditioning for schedule in schedules)
+    if remembers and len(sizes) > 1:
+      raise UserError(f"windows of {sorted(sizes)} tokens: with self-conditioning an engine has windows of one size")
+    return {
+      "end_ids": len(run.tokenizer.end_ids) + _END_IDS,
+      "draft": max((s.draft_tokens for s in drafts), default=0),
+      "coupling": "rejection" if any(s.coupling == "rejection" for s in drafts) else "gumbel",
+      "window": max(sizes, default=0),
+      "self_conditioning": remembers,
+    }
+
+  def check(self, sampling, settings: Settings, end_ids, logit_bias, best) -> None:
+    """Raises UserError for what an engine's text cannot have."""
+    make_schedule(self._run, sampling)
+    if settings.program not in self._schedules:
+      known = "; ".join(sorted({_named(*program) for program in self._schedules}))
+      raise UserError(f"{_named(*settings.program)}: the engine has no such program; it has {known}")
+    rows = self._run.tokenizer.vocab_size
+    if len(end_ids) > _END_IDS:
+      raise UserError(f"end_ids: {len(end_ids)} are more than {_END_IDS}")
+    if logit_bias and len(logit_bias) > _BIASES:
+      raise UserError(f"logit_bias: {len(logit_bias)} tokens are more than {_BIASES}")
+    for name, ids in (("end_ids", end_ids), ("logit_bias", logit_bias or ())):
+      for token in ids:
+        if not 0 <= token < rows:
+          raise UserError(f"{name}: {token} is no id; the tokenizer has {rows}")
+    for token, value in (logit_bias or {}).items():
+      if not math.isfinite(value):
+        raise UserError(f"logit_bias: {value} of {token} is not finite")
+    if best is not None and (not 0 <= best <= BEST or settings.infill):
+      raise UserError(f"best={best}: is not from 0 to {BEST}" if not settings.infill else "best: goes without infill")
+
+  def _compile(self) -> None:
+    """Runs each program once, on no row."""
+    X, W, J, B = self._shape.shards, self._shape.width, self._shape.columns, self._shape.rows
+    piece = np.zeros((X, W), np.int32), np.zeros(X, np.int32), np.zeros((X, J), np.int32)
+    self.read_piece(*piece, None, 1)
+    for best in (1, BEST):
+      self.read_piece(*piece, np.zeros((X, W), np.int32), best)
+    nobody, table = np.zeros(B, bool), np.zeros((B, J), np.int32)
+    for each, schedule in self._schedules.items():
+      policy = self._drafts.get(each)
+      for drafting in policy.candidates if policy else (None,):
+        self._pass(each, schedule, nobody, table, drafting, 1, 0.0)
+      if policy:
+        policy.assume_compiled(B)
+    empty = Request("", (), 1, 0, 0)
+    self.insert(0, empty, 0, Settings.of(Sampling()), 0)
+    self.snapshot()
+
+  def read_piece(
+    self, tokens: np.ndarray, first: np.ndarray, table: np.ndarray, following: np.ndarray | None, best: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Reads a piece of a text in each shard; see `rows.score_piece`, whose results it gives where `following` is."""
+    if following is None:
+      read = lambda net, statistics, state, *args: rows_lib.read_piece(net, state, *args)[1]
+      self._state = self._device.run(("read",), read, self._state, tokens, first, table)
+      return None
+    count, size = 1 if best == 1 else BEST, self._run.tokenizer.vocab_size
+    count = min(count, size)
+
+    def score(net, statistics, state, *args):
+      return rows_lib.score_piece(net, state, *args, size, count)
+
+    self._state, *found = self._device.run(("score", count), score, self._state, tokens, first, table, following)
+    return self._device.to_host(tuple(found))
+
+  def insert(self, row: int, request: Request, begin_id: int, settings: Settings, seed: int) -> None:
+    """Gives a text, whose prompt is in its pages, a row."""
+    shape, C = self._shape, self._shape.capacity
+    tokens, known = np.full(C, begin_id, np.int32), np.zeros(C, bool)
+    end = len(request.tokens) + 1
+    tokens[1:end] = [begin_id if token is None else token for token in request.tokens]
+    known[0], known[1:end] = True, [token is not None for token in request.tokens]
+    end_ids = np.full(shape.end_ids, -1, np.int32)
+    given = self._run.tokenizer.end_ids + settings.end_ids
+    end_ids[: len(given)] = given
+    record = None
+    if shape.draft:
+      policy = self._drafts.get(settings.program)
+      record = speculative.no_record(shape.draft) if policy is None else policy.record
+      record = tuple(_widened(a, shape.draft) if a.ndim == 2 else a for a in record)
+    new = rows_lib.NewRow(
+      tokens,
+      known,
+      np.int32(request.prompt_end),
+      np.int32(request.max_length),
+      np.uint32(seed),
+      np.uint32(request.digest),
+      np.uint32(request.repetition),
+      end_ids,
+      record,
+    )
+
+    def program(net, statistics, state, row, new):
+      return rows_lib.insert(net, statistics, state, shape, row, new)
+
+    self._state = self._device.run(("insert",), program, self._state, np.int32(row), new)
+    one, values = make_processor(settings.sampling), self._values
+    for name in ("temperature", "top_p", "top_k", "greedy", "may_end"):
+      values[name][row] = getattr(one, name)
+    values["bias_id"][row], values["bias"][row] = -1, 0.0
+    for i, (token, bias) in enumerate(settings.logit_bias):
+      values["bias_id"][row, i], values["bias"][row, i] = token, bias
+
+  def take_passes(self, rows: Sequence, table: np.ndarray) -> None:
+    """Some passes of the texts that have a row, one mode after another. rows: jobs, with `progress` once they are
+    inserted; None: the row is free."""
+    for each, schedule in self._schedules.items():
+      mine = np.array([job is not None and job.progress is not None and job.settings.program == each for job in rows])
+      if not mine.any():
+        continue
+      policy = self._drafts.get(each)
+      if policy is None:
+        self._pass(each, schedule, mine, table)
+        continue
+      drafting, rounds, least = policy.choose(self._shape.rows)
+      start = time.perf_counter()
+      counts = self._pass(each, schedule, mine, table, drafting, rounds, least)
+      if policy.adapts:
+        record = self._state.draft.record
+        *record, done, counts = self._device.to_host(
+          (record.offered, record.taken, record.matched, self._state.done, counts)
+        )
+        seconds = self._device.agree(time.perf_counter() - start)
+        record = mean_record(*record, mine & ~done) if (mine & ~done).any() else mean_record(*record, mine)
+        policy.add_step(drafting, self._shape.rows, counts, seconds, 0.0, record)
+
+  def _pass(self, each, schedule, mine, table, drafting=None, rounds=1, least=0.0):
+    """Some passes of the rows `mine`; of mode verify, counts of rounds."""
+    sampling, infill = each
+    suppressed, ends = ruled_out(self._run.tokenizer, infill)
+    processor = LogitsProcessor(
+      **self._values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size
+    )
+
+    def program(net, statistics, state, mine, table, processor, schedule, rounds, least):
+      def step(state):
+        if sampling.mode == "verify":
+          return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
+        if sampling.mode == "flow":
+          return (modes.flow_window(net, statistics, state, schedule, processor),)
+        if sampling.mode == "adaptive":
+          one = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor, infill)
+        else:
+          one = lambda state: modes.ar_pass(net, state, processor)
+        return (modes.run_passes(one, state, _PASSES),)
+
+      return rows_lib.take_passes(state, mine, table, step)
+
+    args = mine, table, processor, schedule, np.int32(rounds), np.float32(least)
+    self._state, *counts = self._device.run(("passes", *each, drafting), program, self._state, *args)
+    return counts[0] if counts else None
+
+  def snapshot(self) -> Snapshot:
+    """What the host sees of all rows."""
+    return self._device.to_host(Snapshot.select(self._state))
+
+
+def _widened(counts: np.ndarray, tokens: int) -> np.ndarray:
+  """Counts of drafts (1 + MATCH, T) in a buffer of longer ones."""
+  return np.pad(counts, [(0, 0), (0, tokens - counts.shape[1])])
+
+
+def _named(sampling: Sampling, infill: bool) -> str:
+  fields = [f"{name}={getattr(sampling, name)}" for name in _OF_MODES[sampling.mode]]
+  return " ".join([f"mode={sampling.mode}", *fields, *(["infill"] if infill else [])])

@@ -1,0 +1,239 @@
+"""An engine: every text is what it is alone, whatever the other rows do; nothing is compiled later; pages come back."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import threading
+
+from decode_test import one_device, run
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evo_jax.decoding.engine import Engine
+from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
+from evo_jax.decoding.sampler import Sampler
+from evo_jax.decoding.settings import Sampling
+from evo_jax.errors import UserError
+from evo_jax.network import attention
+from evo_jax.network.attention import Visibility
+from evo_jax.network.pages import Pages, attend_pages
+
+V, CONTEXT = 20, 96
+MODES = (
+  Sampling(),
+  Sampling(mode="verify"),
+  Sampling(mode="verify", draft=3),
+  Sampling(mode="adaptive", threshold=1.0),
+  Sampling(mode="flow", steps=3),
+)
+
+
+def model():
+  return run(V, model__context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def engine():
+  with Engine(model(), rows=4, modes=MODES, page=16, cache_tokens=288, mesh=one_device()) as engine:
+    yield engine
+    assert engine.compilations == 0
+    assert engine.pages_free == engine.shape.shards * (engine.shape.pages - 1)  # all came back
+
+
+def random_request(rng):
+  """Arguments of `submit`, of any mode; prompts often begin alike."""
+  prompt = "abcdefghijklmnopqrs" * int(rng.integers(3)) + "".join(rng.choice(list("abcdefgh"), rng.integers(8)))
+  changes = dict(
+    max_tokens=int(rng.integers(1, 30)),
+    temperature=float(rng.choice([0.7, 1.0, 2.0])),
+    top_k=int(rng.choice([0, 0, 3])),
+    top_p=float(rng.choice([1.0, 1.0, 0.8])),
+    greedy=bool(rng.integers(4) == 0),
+    endless=bool(rng.integers(2)),
+    stop=("gh",) if rng.integers(4) == 0 else (),
+  )
+  settings = {"seed": int(rng.integers(3)), "number": int(rng.integers(3))}
+  if rng.integers(4) == 0:
+    settings["logit_bias"] = {int(rng.integers(1, V)): 3.0}
+  return (prompt, dataclasses.replace(MODES[rng.integers(len(MODES))], **changes)), settings
+
+
+def plain(generation):
+  return dataclasses.replace(generation, seconds=0.0, passes=0, settled=[], accepted=0, rounds=0, drafted_rounds=0)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda s: f"{s.mode}{s.draft or ''}")
+def test_a_text_is_that_of_a_sampler(engine, mode):
+  sampling = dataclasses.replace(mode, max_tokens=20, endless=True, temperature=0.8)
+  prompts = ["abc", "", "abc", "abcdefghijklmnopqrs" * 2]
+  wanted = Sampler(model(), sampling, one_device())(prompts, 1, 3)
+  numbers = [0, 0, 1, 0]
+  handles = [engine.submit(p, sampling, seed=3, number=n) for p, n in zip(prompts, numbers)]
+  for want, handle in zip(wanted, handles):
+    assert handle.result().text == want.text and handle.result().tokens == want.tokens
+    assert (handle.result().accepted is None) == (mode.mode != "verify")
+
+
+def test_texts_are_what_they_are_alone_whatever_comes_and_goes(engine):
+  """Requests of all modes arrive from several threads, some are cancelled; more than fit wait; prefixes are shared, and
+  pages evicted. Then each one again, by itself."""
+  rng = np.random.default_rng(1)
+  requests = [random_request(rng) for _ in range(60)]
+  cancelled = set(rng.choice(60, 12, replace=False).tolist())
+  evicted = sum(pool.evicted for pool in engine._pools)
+  handles, scores = {}, {}
+
+  def submit(numbers):
+    for number in numbers:
+      args, settings = requests[number]
+      handles[number] = engine.submit(*args, **settings)
+      if number in cancelled:
+        handles[number].cancel()
+      if number % 5 == 0:
+        scores[number] = engine.submit_score(args[0] or "a", "bcd")
+
+  threads = [threading.Thread(target=submit, args=(range(first, 60, 3),)) for first in range(3)]
+  [thread.start() for thread in threads]
+  [thread.join() for thread in threads]
+  found, read = {}, {}
+  for number, handle in handles.items():
+    try:
+      read[number] = "".join(handle)
+      found[number] = plain(handle.result())
+    except concurrent.futures.CancelledError:
+      assert number in cancelled
+  scored = {number: future.result() for number, future in scores.items()}
+  assert len(found) >= 48 and sum(pool.evicted for pool in engine._pools) > evicted
+  for number, generation in found.items():
+    args, settings = requests[number]
+    assert read[number] == generation.text
+    assert plain(engine.submit(*args, **settings).result()) == generation
+  for number, score in scored.items():
+    again = engine.score(requests[number][0][0] or "a", "bcd")
+    np.testing.assert_array_equal(again.log_p, score.log_p)  # bit for bit, with the prefix in pages or not
+
+
+def test_scores_are_the_clean_streams(engine):
+  tokens = jnp.array([[0, *range(1, 19), *range(1, 19), 4, 5, 6]])
+  r = model()
+  log_p = jax.nn.log_softmax(r.model.apply({"params": r.params}, tokens[:, :-1])[..., :V])
+  want = np.take_along_axis(np.asarray(log_p), np.asarray(tokens[:, 1:, None]), axis=2)[0, :, 0]
+  for length in (1, 3, 20, 39):
+    score = engine.score(tokens[0, 1:-length].tolist(), tokens[0, -length:].tolist())
+    np.testing.assert_allclose(score.log_p, want[-length:], atol=2e-5)
+    assert score.total == pytest.approx(want[-length:].sum(), abs=1e-4)
+    np.testing.assert_array_equal(score.greedy, np.asarray(log_p).argmax(-1)[0, -length:] == score.tokens)
+
+
+def test_log_probabilities_of_what_was_written(engine):
+  sampling = Sampling(max_tokens=20, endless=True, greedy=True)
+  generation = engine.submit("abcdef" * 3, sampling, best=3).result()
+  assert [choice.token for choice in generation.choices] == generation.tokens
+  want = engine.score("abcdef" * 3, generation.tokens).log_p
+  np.testing.assert_allclose([choice.log_p for choice in generation.choices], want, atol=1e-5)
+  for choice in generation.choices:
+    assert len(choice.best) == 3 and choice.best == sorted(choice.best, key=lambda pair: -pair[1])
+    assert choice.best[0][1] == pytest.approx(choice.log_p, abs=1e-5) or choice.best[0][0] != choice.token
+
+
+def test_settings_of_a_row(engine):
+  write = lambda **settings: engine.submit("abc", Sampling(max_tokens=20, endless=True), **settings).result()
+  assert set(write(logit_bias={7: 100.0}).text) == {"g"}
+  assert "g" not in write(logit_bias={7: -100.0}).text
+  ended = engine.submit("abc", Sampling(max_tokens=20), logit_bias={7: 100.0}, end_ids=[7]).result()
+  assert ended.text == "" and ended.end_id == 7
+  for bad, message in (
+    (dict(logit_bias={V: 1.0}), f"logit_bias: {V} is no id"),
+    (dict(logit_bias={1: np.inf}), "is not finite"),
+    (dict(end_ids=[-1]), "end_ids: -1 is no id"),
+    (dict(best=21), "best=21: is not from 0 to 20"),
+  ):
+    with pytest.raises(UserError, match=message):
+      write(**bad)
+  with pytest.raises(UserError, match="mode=verify draft=2.*the engine has no such program; it has mode=adaptive"):
+    engine.submit("abc", Sampling(mode="verify", draft=2))
+  with pytest.raises(UserError, match="do not fit the context"):
+    engine.submit("abc", Sampling(max_tokens=CONTEXT))
+  with pytest.raises(UserError, match="fit the context"):
+    engine.score("a" * CONTEXT, "b")
+  with pytest.raises(UserError, match="continuation to be scored is empty"):
+    engine.score("a", "")
+
+
+def test_coroutines_and_cancellation(engine):
+  async def write(number):
+    handle = engine.submit("abc", Sampling(max_tokens=40, endless=True), number=number)
+    pieces = [piece async for piece in handle]
+    return "".join(pieces), (await handle.async_result()).text
+
+  async def main():
+    found = await asyncio.gather(*(write(number) for number in range(8)))
+    handle = engine.submit("abc", Sampling(max_tokens=80, endless=True))
+    handle.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await handle.async_result()
+    return found
+
+  found = asyncio.run(main())
+  assert all(read == text and len(text) == 40 for read, text in found) and len({text for _, text in found}) == 8
+
+
+def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
+  engine = Engine(model(), rows=2, page=16, cache_tokens=64, mesh=one_device())
+  assert "64 tokens fit" in engine.memory and engine.memory.startswith("keys and values: 256 bytes a token")
+  with engine:
+    with pytest.raises(UserError, match="a text of 74 tokens needs room for 80; the cache has 64"):
+      engine.submit("abc", Sampling(max_tokens=70))
+    handles = [engine.submit("abc", Sampling(max_tokens=40, endless=True), number=i) for i in range(3)]
+    assert len({handle.result().text for handle in handles}) == 3
+    waiting = engine.submit("abc", Sampling(max_tokens=40, endless=True))
+  with pytest.raises(concurrent.futures.CancelledError):
+    waiting.result()
+  with pytest.raises(RuntimeError, match="the engine is closed"):
+    engine.submit("abc", Sampling(max_tokens=3))
+
+
+def test_pages_are_shared_and_the_least_recently_used_goes_first():
+  pool, tokens = PagePool(6), np.arange(12, dtype=np.int32)
+  a, b, c = page_digests(tokens, 4)
+  assert page_digests(tokens[:11], 4) == [a, b] and page_digests(tokens[::-1].copy(), 4)[0] != a
+  first = pool.take([], 3)
+  assert len(set(first)) == 3 and SCRATCH not in first and pool.available == 2
+  for page, digest in zip(first, (a, b, c)):
+    pool.share(page, digest)
+  assert pool.find([a, b, c]) == first and pool.find([b]) == first[1:2]
+  again = pool.take(pool.find([a, b]), 2)
+  assert again[:2] == first[:2] and pool.take([], 1) is None
+  pool.release(first)
+  assert pool.available == 1  # only the third page has no user
+  pool.release(again)
+  assert pool.available == 5 and pool.find([a, b, c]) == first
+  pool.release(pool.take([], 3))
+  assert pool.find([a, b, c]) == first[:2] and pool.evicted == 1  # of one text the last page went first
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_over_pages_is_attention(groups):
+  """Also to slots beside the text, and to what was written; and the same bits however many columns are read."""
+  B, K, G, S, E, W, J, T = 4, 2, 3, 2, 8, 4, 5, 3
+  keys = jax.random.split(jax.random.key(0), 7)
+  q = jax.random.normal(keys[0], (B, K, G, S, E))
+  k, v = (jax.random.normal(key, (B, K, J * W, E)) for key in keys[1:3])
+  own = tuple(jax.random.normal(key, (B, K, T, E)) for key in keys[3:5])
+  visible = jax.random.bernoulli(keys[5], 0.5, (B, S, T))
+  length = jnp.array([3, 7, 12, 9])
+  stop = jnp.stack([length - 1, length], axis=1)
+  table = 1 + jax.random.permutation(keys[6], B // groups * J).reshape(B // groups, J)
+  table = jnp.tile(table, (groups, 1))
+  pages = Pages(jnp.zeros((groups, 30, K, E, W)), jnp.zeros((groups, 30, K, W, E)), table, jnp.int32(J))
+  pages = pages.write(jnp.zeros(B, jnp.int32), k[:, :, :6], v[:, :, :6])
+  pages = pages.write(jnp.full(B, 6), k[:, :, 6:], v[:, :, 6:])
+  want = attention.attend_plain(
+    q[:, :, :, None], (k, v), Visibility(stop[:, None], None, visible[:, None]), tuple(x[:, :, None] for x in own)
+  )[:, :, :, 0]
+  got = attend_pages(q, pages, stop, own, visible)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  few = attend_pages(q, pages.replace(read=jnp.int32(3)), stop, own, visible)
+  np.testing.assert_array_equal(few, got)
