@@ -3,14 +3,18 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import json
 import threading
 
+from conftest import call
 from decode_test import one_device, run
 import jax
 import jax.numpy as jnp
 import numpy as np
+from processes_test import assert_well, ends, processes
 import pytest
 
+from evo_jax import config as config_lib
 from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
 from evo_jax.decoding.sampler import Sampler
@@ -19,6 +23,7 @@ from evo_jax.errors import UserError
 from evo_jax.network import attention
 from evo_jax.network.attention import Visibility
 from evo_jax.network.pages import Pages, attend_pages
+from evo_jax.parallel import sharding
 
 V, CONTEXT = 20, 96
 MODES = (
@@ -193,6 +198,38 @@ def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
     waiting.result()
   with pytest.raises(RuntimeError, match="the engine is closed"):
     engine.submit("abc", Sampling(max_tokens=3))
+
+
+@pytest.mark.slow
+def test_an_engine_over_a_mesh_writes_what_one_device_writes():
+  """Rows, and the pages of their texts, lie on four shards of two devices each."""
+  r = run(V, model__context=CONTEXT, model__kv_heads=2)
+  mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+  with pytest.raises(UserError, match="rows=6: is no positive multiple of the 4 shards"):
+    Engine(r, rows=6, mesh=mesh)
+  modes = [Sampling(), Sampling(mode="verify", draft=3)]
+  with Engine(r, rows=8, modes=modes, page=16, mesh=mesh) as engine:
+    prompts = ["abcdefghijklmnopqrs" * (i % 3) + "abc"[: i % 4] for i in range(20)]
+    asked = [dataclasses.replace(modes[i % 2], max_tokens=5 + i, endless=True) for i in range(20)]
+    handles = [engine.submit(prompt, sampling, seed=i) for i, (prompt, sampling) in enumerate(zip(prompts, asked))]
+    score = engine.score("abcdefghijklmnopqrs" * 2, "cde")
+    for i, handle in enumerate(handles):
+      assert handle.result().text == Sampler(r, asked[i], one_device())(prompts[i : i + 1], 1, i)[0].text
+    assert engine.compilations == 0 and engine.pages_free == 4 * (engine.shape.pages - 1)
+  with Engine(r, rows=1, page=16, mesh=one_device()) as engine:
+    np.testing.assert_allclose(engine.score("abcdefghijklmnopqrs" * 2, "cde").log_p, score.log_p, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_several_processes_are_one_engine(trained):
+  """Process 0 takes requests; rows lie on both, each of which has half of every matrix."""
+  module, flags = "tests.engine_process", [f"--workdir={trained}"]
+  with processes(2, [*flags, "--mesh=fsdp:2"], module) as started:
+    ended = ends(started)
+  assert_well(ended)
+  alone = call(module, *flags)
+  found, want = (json.loads(output.splitlines()[-1]) for output in (ended[0][1], alone.stdout))
+  assert found[:-1] == want[:-1] and found[-1] == pytest.approx(want[-1], abs=1e-4)
 
 
 def test_pages_are_shared_and_the_least_recently_used_goes_first():

@@ -18,6 +18,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 import concurrent.futures
+import contextlib
 import dataclasses
 import pickle
 import threading
@@ -179,6 +180,8 @@ class Engine:
     context: int | None = None,
     cache_tokens: int | None = None,
     page: int = WIDTH,
+    share: bool = True,
+    measure: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     start: bool = True,
   ):
@@ -191,6 +194,8 @@ class Engine:
       context: tokens of the longest text; default: DEFAULT_CONTEXT, or what the model can read.
       cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
       page: tokens of a page, which is also what is read of a prompt at a time.
+      share: whether texts share pages of prompts that begin alike.
+      measure: whether the thread waits for each program, so that `seconds` tells apart what takes time.
       mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
       start: whether the thread begins; else it does with `start`.
 
@@ -221,6 +226,9 @@ class Engine:
     self._lock, self._news = threading.Lock(), threading.Condition()
     self._events: list[tuple] = []
     self._numbers, self._closing, self._failure = 0, False, None
+    self._share, self._measure = share, measure
+    self.seconds = {"prompts": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
+    self.looks = 0
     self._compiled_at_start = self._device.compilations
     self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
     self.ready = True
@@ -376,20 +384,31 @@ class Engine:
     for kind, what in events:
       if kind == "new":
         self._jobs[what.number] = what
-        what.digests = page_digests(what.tokens[: what.last], self.shape.width)
+        what.digests = page_digests(what.tokens[: what.last], self.shape.width) if self._share else []
         what.started = time.perf_counter()
         self._waiting.append(what)
       else:
         self._cancel(what)
     if closing:
       return False
-    for _ in range(_PIECES):
-      if not self._read_pieces():
-        break
+    with self._timed("prompts"):
+      for _ in range(_PIECES):
+        if not self._read_pieces():
+          break
     if any(job is not None and job.progress is not None for job in self._rows):
-      self._programs.take_passes(self._rows, self._table)
-      self._look()
+      with self._timed("passes"):
+        self._programs.take_passes(self._rows, self._table)
+      with self._timed("host"):
+        self._look()
     return True
+
+  @contextlib.contextmanager
+  def _timed(self, what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if self._measure:
+      self._programs.wait()
+    self.seconds[what] += time.perf_counter() - start
 
   def _exchange(self) -> tuple[list[tuple], bool]:
     """What was asked for since the last turn, in all processes; waits where there is nothing to do."""
@@ -527,6 +546,7 @@ class Engine:
   def _look(self) -> None:
     """Hands on what was committed, and ends texts that are done."""
     snapshot = self._programs.snapshot()
+    self.looks += 1
     now = time.perf_counter()
     for row, job in enumerate(self._rows):
       if job is None or job.progress is None:

@@ -266,6 +266,10 @@ class Programs:
     self._state, *counts = self._device.run(("passes", *each, drafting), program, self._state, *args)
     return counts[0] if counts else None
 
+  def wait(self) -> None:
+    """Until all programs that were started are done."""
+    jax.block_until_ready(self._state.length)
+
   def snapshot(self) -> Snapshot:
     """What the host sees of all rows."""
     return self._device.to_host(Snapshot.select(self._state))
