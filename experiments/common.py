@@ -234,7 +234,7 @@ def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
 
 def _command() -> str:
   """The command line, with absolute paths shortened: the machine they are of does not matter."""
-  options = (re.sub(r"(?<=[=,])/(?:[^/,]+/)*([^/,]+/[^/,]+)", r"\1", a) for a in sys.argv[1:])
+  options = (re.sub(r"(?<=[=,:])/(?:[^/,:]+/)*([^/,:]+/[^/,:]+)", r"\1", a) for a in sys.argv[1:])
   quoted = " ".join(f"'{a}'" if re.search(r"[ *]", a) else a for a in options)
   return f"python -m experiments.{Path(sys.argv[0]).stem} {quoted}".strip()
 
