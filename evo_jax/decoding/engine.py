@@ -183,7 +183,6 @@ class Engine:
     share: bool = True,
     measure: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    start: bool = True,
   ):
     """Compiles all programs.
 
@@ -197,7 +196,6 @@ class Engine:
       share: whether texts share pages of prompts that begin alike.
       measure: whether the thread waits for each program, so that `seconds` tells apart what takes time.
       mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
-      start: whether the thread begins; else it does with `start`.
 
     Raises UserError for sizes that are impossible, and modes that the model does not support.
     """
@@ -208,8 +206,8 @@ class Engine:
     if rows < 1 or rows % shards:
       raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
     modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
-    settings = [Settings.of(sampling) for sampling in modes]
-    room = max(s.room(run) for s in settings)
+    settings = [Settings(sampling) for sampling in modes]
+    room = Programs.room(run, settings)
     width = min(page, self.context)
     tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
     self.shape = rows_lib.Shape(
@@ -223,7 +221,7 @@ class Engine:
     self._reading: list[_Job | None] = [None] * shards
     self._rows: list[_Job | None] = [None] * rows
     self._table = np.full((rows, self.shape.columns), SCRATCH, np.int32)
-    self._lock, self._news = threading.Lock(), threading.Condition()
+    self._news = threading.Condition()
     self._events: list[tuple] = []
     self._numbers, self._closing, self._failure = 0, False, None
     self._share, self._measure = share, measure
@@ -232,11 +230,6 @@ class Engine:
     self._compiled_at_start = self._device.compilations
     self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
     self.ready = True
-    if start:
-      self._thread.start()
-
-  def start(self) -> None:
-    """Begins to work, where the engine was made with start=False."""
     self._thread.start()
 
   def __enter__(self) -> "Engine":
@@ -301,13 +294,13 @@ class Engine:
     Raises UserError for what cannot be, before anything runs.
     """
     sampling = sampling or Sampling()
-    settings = Settings.of(sampling, infill)
+    settings = Settings(sampling, infill)
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
     request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
     request = dataclasses.replace(request, repetition=number)
     begin = self.run.tokenizer.begin_id
     known = list(request.tokens[: request.prompt_end - 1])
-    pages = -(-(request.max_length + settings.room(self.run)) // self.shape.width)
+    pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
     job = _Job(
       0, np.array([begin, *known], np.int32), pages, request, settings.with_row(end_ids, logit_bias, best), seed
     )
@@ -441,17 +434,21 @@ class Engine:
   def _end(self, job: _Job, result: Any) -> None:
     """Frees what a job has, and says how it ended."""
     del self._jobs[job.number]
+    self._free(job)
+    with self._news:
+      handle = self._handles.pop(job.number, None)
+    if handle is not None:
+      _end(handle, result)
+
+  def _free(self, job: _Job) -> None:
+    """Takes back a job's row and pages."""
     if job.row is not None:
       self._rows[job.row] = None
       self._table[job.row] = SCRATCH
     if self._reading[job.group] is job:
       self._reading[job.group] = None
-    if job.pages:
-      self._pools[job.group].release(job.pages)
-    with self._news:
-      handle = self._handles.pop(job.number, None)
-    if handle is not None:
-      _end(handle, result)
+    self._pools[job.group].release(job.pages)
+    job.row, job.pages = None, []
 
   def _read_pieces(self) -> bool:
     """Reads a piece of one text in each shard, if there is any to be read."""
@@ -567,9 +564,8 @@ class Engine:
 
   def _score_written(self, job: _Job, generation: Generation) -> None:
     """Has the text that a job wrote scored, for its log-probabilities."""
-    self._rows[job.row], self._table[job.row] = None, SCRATCH
-    self._pools[job.group].release(job.pages)
-    job.row, job.pages, job.generation, job.found = None, [], generation, []
+    self._free(job)
+    job.generation = generation
     job.scored, job.best = len(job.tokens), max(job.settings.best, 1)
     job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)

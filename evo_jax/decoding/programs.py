@@ -19,8 +19,8 @@ from evo_jax.decoding.draft_policy import DraftPolicy, mean_record
 from evo_jax.decoding.logits import LogitsProcessor, make_processor, ruled_out
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Snapshot
-from evo_jax.decoding.prompts import Request
-from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.prompts import Request, padded
+from evo_jax.decoding.settings import Sampling, check_sampling
 from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
 from evo_jax.errors import UserError
 from evo_jax.run import Run
@@ -29,7 +29,6 @@ BEST = 20  # most probable tokens whose log-probabilities may be asked for
 _END_IDS = 8  # of a text beside the tokenizer's, at most
 _BIASES = 300  # ids of a text with a bias, at most
 _PASSES = 8  # between two looks
-_OF_ROWS = ("max_tokens", "temperature", "top_k", "top_p", "greedy", "stop", "gap", "endless", "batch_size")
 _OF_MODES = {
   "ar": (),
   "verify": ("draft", "draft_passes", "draft_from", "coupling"),
@@ -49,10 +48,6 @@ class Settings:
   logit_bias: tuple[tuple[int, float], ...] = ()
   best: int | None = None
 
-  @classmethod
-  def of(cls, sampling: Sampling, infill: bool = False) -> "Settings":
-    return cls(sampling, infill)
-
   def with_row(self, end_ids, logit_bias, best) -> "Settings":
     """With what `Engine.submit` takes beside the sampling parameters."""
     bias = tuple((logit_bias or {}).items())
@@ -67,11 +62,6 @@ class Settings:
   @property
   def stop(self) -> tuple[str, ...]:
     return self.sampling.stop
-
-  def room(self, run: Run) -> int:
-    """Positions behind a text's end that the slots of a pass may reach."""
-    sampling, _ = self.program
-    return room_behind(sampling, make_schedule(run, sampling))
 
 
 class Programs:
@@ -123,9 +113,18 @@ class Programs:
       "self_conditioning": remembers,
     }
 
+  @staticmethod
+  def room(run: Run, settings: Sequence[Settings]) -> int:
+    """Positions behind a text's end that the slots of a pass may reach."""
+    return max(room_behind(s.program[0], make_schedule(run, s.program[0])) for s in settings)
+
+  def room_of(self, settings: Settings) -> int:
+    """The same of the passes of one program, which the engine has."""
+    return room_behind(settings.program[0], self._schedules[settings.program])
+
   def check(self, sampling, settings: Settings, end_ids, logit_bias, best) -> None:
     """Raises UserError for what an engine's text cannot have."""
-    make_schedule(self._run, sampling)
+    check_sampling(sampling, self._run.config)
     if settings.program not in self._schedules:
       known = "; ".join(sorted({_named(*program) for program in self._schedules}))
       raise UserError(f"{_named(*settings.program)}: the engine has no such program; it has {known}")
@@ -159,7 +158,7 @@ class Programs:
       if policy:
         policy.assume_compiled(B)
     empty = Request("", (), 1, 0, 0)
-    self.insert(0, empty, 0, Settings.of(Sampling()), 0)
+    self.insert(0, empty, 0, Settings(Sampling()), 0)
     self.snapshot()
 
   def read_piece(
@@ -182,10 +181,7 @@ class Programs:
   def insert(self, row: int, request: Request, begin_id: int, settings: Settings, seed: int) -> None:
     """Gives a text, whose prompt is in its pages, a row."""
     shape, C = self._shape, self._shape.capacity
-    tokens, known = np.full(C, begin_id, np.int32), np.zeros(C, bool)
-    end = len(request.tokens) + 1
-    tokens[1:end] = [begin_id if token is None else token for token in request.tokens]
-    known[0], known[1:end] = True, [token is not None for token in request.tokens]
+    tokens, known = padded(request, begin_id, C)
     end_ids = np.full(shape.end_ids, -1, np.int32)
     given = self._run.tokenizer.end_ids + settings.end_ids
     end_ids[: len(given)] = given

@@ -155,15 +155,23 @@ def pack(requests: list[Request], begin_id: int, row_multiple: int, room: int) -
   tokens, known = np.full((B, C), begin_id, np.int32), np.zeros((B, C), bool)
   known[:, 0] = True
   for i, request in enumerate(requests):
-    end = len(request.tokens) + 1
-    tokens[i, 1:end] = [begin_id if token is None else token for token in request.tokens]
-    known[i, 1:end] = [token is not None for token in request.tokens]
+    tokens[i], known[i] = padded(request, begin_id, C)
 
   def by_row(name, dtype):
     return np.array([getattr(request, name) for request in requests] + [1] * (B - len(requests)), dtype)
 
   lengths = by_row("prompt_end", np.int32), by_row("max_length", np.int32)
   return Buffers(tokens, known, *lengths, by_row("digest", np.uint32), by_row("repetition", np.uint32)), P
+
+
+def padded(request: Request, begin_id: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """A request's tokens (size,) int32, with the begin token, which also stands where none is given; and (size,) bool,
+  which of them are given."""
+  tokens, known = np.full(size, begin_id, np.int32), np.zeros(size, bool)
+  end = len(request.tokens) + 1
+  tokens[1:end] = [begin_id if token is None else token for token in request.tokens]
+  known[0], known[1:end] = True, [token is not None for token in request.tokens]
+  return tokens, known
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from evo_jax import config as config_lib
 from evo_jax.decoding import speculative
-from evo_jax.decoding.state import DecodingState, with_latents
+from evo_jax.decoding.state import DecodingState, behind_prompts, row_key, with_latents
 from evo_jax.flow import interface
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network.pages import Pages
@@ -92,26 +92,10 @@ def empty(net: interface.Network, statistics: Statistics, shape: Shape, model: c
 
 def _one_row(net, statistics, shape, new: NewRow) -> DecodingState:
   """A state of one row, without cache, behind a prompt that is read up to its last token."""
-  key = jax.random.key(new.seed)
-  for number in (new.digest, new.repetition):
-    key = jax.random.fold_in(key, number)
-  length, row = jnp.argmin(new.known), lambda a: jnp.asarray(a)[None]
-  state = DecodingState(
-    tokens=row(new.tokens),
-    time=row(jnp.where(new.known, 0.0, 1.0)),
-    length=row(length),
-    cached=row(length - 1),
-    k=(),
-    v=(),
-    prompt_end=row(new.prompt_end),
-    max_length=row(new.max_length),
-    given=row(new.known),
-    committed_pass=row(jnp.zeros_like(new.tokens)),
-    passes=row(jnp.int32(0)),
-    done=row(length >= new.max_length),
-    key=row(key),
-    end_ids=row(new.end_ids),
-  )
+  row = lambda a: jnp.asarray(a)[None]
+  key = row_key(new.seed, new.digest, new.repetition)
+  given = (new.tokens, new.known, new.prompt_end, new.max_length, key, new.end_ids)
+  state = behind_prompts(*map(row, given))
   if shape.draft:
     draft = speculative.start_draft(net, statistics, 1, shape.draft, shape.coupling, new.record)
     state = state.replace(draft=draft)

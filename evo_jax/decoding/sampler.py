@@ -25,7 +25,7 @@ from evo_jax.decoding.prompts import Prompt, Request, make_requests, pack
 from evo_jax.decoding.recorder import TraceRecorder
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
-from evo_jax.decoding.state import DecodingState, prefill, with_latents
+from evo_jax.decoding.state import DecodingState, prefill, row_key, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
 from evo_jax.errors import UserError
@@ -128,8 +128,7 @@ class Sampler:
     buffers, prefix = pack(requests, tokenizer.begin_id, device.row_multiple, room_behind(sampling, schedule))
 
     def program(net, statistics, buffers, seed, record):
-      fold = lambda digest, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), number)
-      keys = jax.vmap(fold)(buffers.digest, buffers.repetition)
+      keys = jax.vmap(lambda *numbers: row_key(seed, *numbers))(buffers.digest, buffers.repetition)
       state = prefill(
         net,
         buffers.tokens,

@@ -132,14 +132,32 @@ def prefill(
     a = jnp.pad(a, [(0, 0), (0, 0), (0, C - prefix), (0, 0)])
     return a.reshape(-1, *a.shape[2:]) if flat_cache else a
 
+  state = behind_prompts(tokens_BxC, known_BxC, prompt_end_B, max_length_B, key_B, jnp.array(end_ids, jnp.int32))
+  return state.replace(
+    k=tuple(map(pad, cache.k)),
+    v=tuple(map(pad, cache.v)),
+    top_tokens=jnp.full_like(tokens_BxC, -1) if traced else None,
+  )
+
+
+def behind_prompts(
+  tokens_BxC: jax.Array,
+  known_BxC: jax.Array,
+  prompt_end_B: jax.Array,
+  max_length_B: jax.Array,
+  key_B: jax.Array,
+  end_ids: jax.Array,
+) -> DecodingState:
+  """The state before the first pass, without a cache, which is to hold what is before the first gap, but for its last
+  token. end_ids: (n,) or (B, n)."""
   length = jnp.argmin(known_BxC, axis=1)
   return DecodingState(
     tokens=tokens_BxC,
     time=jnp.where(known_BxC, 0.0, 1.0),
     length=length,
     cached=length - 1,
-    k=tuple(map(pad, cache.k)),
-    v=tuple(map(pad, cache.v)),
+    k=(),
+    v=(),
     prompt_end=prompt_end_B,
     max_length=max_length_B,
     given=known_BxC,
@@ -147,9 +165,13 @@ def prefill(
     passes=jnp.zeros(tokens_BxC.shape[:1], jnp.int32),
     done=length >= max_length_B,
     key=key_B,
-    end_ids=jnp.broadcast_to(jnp.array(end_ids, jnp.int32), (len(key_B), len(end_ids))),
-    top_tokens=jnp.full_like(tokens_BxC, -1) if traced else None,
+    end_ids=jnp.broadcast_to(end_ids, (len(tokens_BxC), end_ids.shape[-1])),
   )
+
+
+def row_key(seed: jax.Array, digest: jax.Array, repetition: jax.Array) -> jax.Array:
+  """The key of a text's draws: of the seed, its prompt, and its number among those with the prompt."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), repetition)
 
 
 def with_latents(
