@@ -5,6 +5,7 @@ A program decodes the rows of one mode; temperature, top-k, top-p, stop strings 
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from evo_jax.decoding import modes, speculative
+from evo_jax.decoding import modes, speculative, steps
 from evo_jax.decoding import rows as rows_lib
 from evo_jax.decoding.device import DeviceModel
-from evo_jax.decoding.draft_policy import DraftPolicy, mean_record
+from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import LogitsProcessor, make_processor, ruled_out
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Snapshot
@@ -28,7 +29,6 @@ from evo_jax.run import Run
 BEST = 20  # most probable tokens whose log-probabilities may be asked for
 _END_IDS = 8  # of a text beside the tokenizer's, at most
 _BIASES = 300  # ids of a text with a bias, at most
-_PASSES = 8  # between two looks
 _OF_MODES = {
   "ar": (),
   "verify": ("draft", "draft_passes", "draft_from", "coupling"),
@@ -53,7 +53,7 @@ class Settings:
     bias = tuple((logit_bias or {}).items())
     return dataclasses.replace(self, end_ids=tuple(end_ids), logit_bias=bias, best=best)
 
-  @property
+  @functools.cached_property  # a turn asks for it, row by row
   def program(self) -> tuple[Sampling, bool]:
     """What a program is for: the sampling parameters without those of rows and of other modes."""
     names = _OF_MODES[self.sampling.mode]
@@ -77,6 +77,7 @@ class Programs:
       self._schedules[each] = make_schedule(run, sampling)
       if sampling.mode == "verify":
         self._drafts[each] = DraftPolicy(*make_drafting(run, sampling), few=True)
+    self._ruled_out = {infill: ruled_out(run.tokenizer, infill) for infill in (False, True)}
     B = shape.rows
     self._values = {
       "temperature": np.ones(B, np.float32),
@@ -225,21 +226,14 @@ class Programs:
         self._pass(each, schedule, mine, table)
         continue
       drafting, rounds, least = policy.choose(self._shape.rows)
-      start = time.perf_counter()
+      start, compiled_before = time.perf_counter(), self._device.compile_seconds
       counts = self._pass(each, schedule, mine, table, drafting, rounds, least)
-      if policy.adapts:
-        record = self._state.draft.record
-        *record, done, counts = self._device.to_host(
-          (record.offered, record.taken, record.matched, self._state.done, counts)
-        )
-        seconds = self._device.agree(time.perf_counter() - start)
-        record = mean_record(*record, mine & ~done) if (mine & ~done).any() else mean_record(*record, mine)
-        policy.add_step(drafting, self._shape.rows, counts, seconds, 0.0, record)
+      steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, start, compiled_before)
 
   def _pass(self, each, schedule, mine, table, drafting=None, rounds=1, least=0.0):
     """Some passes of the rows `mine`; of mode verify, counts of rounds."""
     sampling, infill = each
-    suppressed, ends = ruled_out(self._run.tokenizer, infill)
+    suppressed, ends = self._ruled_out[infill]
     processor = LogitsProcessor(
       **self._values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size
     )
@@ -254,7 +248,7 @@ class Programs:
           one = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor, infill)
         else:
           one = lambda state: modes.ar_pass(net, state, processor)
-        return (modes.run_passes(one, state, _PASSES),)
+        return (modes.run_passes(one, state, steps.PASSES),)
 
       return rows_lib.take_passes(state, mine, table, step)
 

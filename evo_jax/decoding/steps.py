@@ -5,6 +5,7 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,9 +15,10 @@ from evo_jax.decoding.draft_policy import DraftPolicy, mean_record
 from evo_jax.decoding.logits import LogitsProcessor
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.speculative import Drafting
 from evo_jax.decoding.state import DecodingState
 
-_PASSES = 8  # between two looks of the host
+PASSES = 8  # between two looks of the host
 
 
 @dataclasses.dataclass
@@ -45,7 +47,7 @@ class RunningBatch:
   @property
   def passes(self) -> int:
     """Passes of one step, in modes in which a step is a number of passes."""
-    return 1 if self.traced else _PASSES
+    return 1 if self.traced else PASSES
 
 
 def ar_step(device: DeviceModel, batch: RunningBatch) -> None:
@@ -80,12 +82,30 @@ def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
     return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
 
   batch.state, counts = _run(device, batch, ("verify", drafting), program, np.int32(rounds), np.float32(least))
-  if policy.adapts:
-    record = batch.state.draft.record
-    *record, done, counts = device.to_host((record.offered, record.taken, record.matched, batch.state.done, counts))
-    compiled = device.compile_seconds - compiled_before
-    seconds, compiled = device.agree((time.perf_counter() - start - compiled, compiled))
-    policy.add_step(drafting, rows, counts, seconds, compiled, mean_record(*record, ~done))
+  learn_from_rounds(device, policy, drafting, batch.state, counts, np.ones(rows, bool), start, compiled_before)
+
+
+def learn_from_rounds(
+  device: DeviceModel,
+  policy: DraftPolicy,
+  drafting: Drafting,
+  state: DecodingState,
+  counts: jax.Array,
+  mine_B: np.ndarray,
+  start: float,
+  compiled_before: float,
+) -> None:
+  """Tells a policy that adapts what the rounds of the rows `mine` showed; counts: as of `verify_rounds`. start,
+  compiled_before: `time.perf_counter()` and the device's `compile_seconds` before them."""
+  if not policy.adapts:
+    return
+  record = state.draft.record
+  *record, done, counts = device.to_host((record.offered, record.taken, record.matched, state.done, counts))
+  compiled = device.compile_seconds - compiled_before
+  seconds, compiled = device.agree((time.perf_counter() - start - compiled, compiled))
+  active = mine_B & ~done
+  record = mean_record(*record, active if active.any() else mine_B)
+  policy.add_step(drafting, len(mine_B), counts, seconds, compiled, record)
 
 
 def flow_step(device: DeviceModel, batch: RunningBatch) -> None:
