@@ -81,10 +81,24 @@ def test_the_window_learns(trained):
   assert bits[0] < bits[2] < bits[1] and bits[3] < bits[1], done.stdout
 
 
-# A limit on a file's size stands for a full disk: writing a checkpoint's arrays fails, logging does not.
+# A limit on a file's size stands for a full disk. It holds while a checkpoint is being written, and is less than the
+# largest array takes: into how many files Orbax puts the others depends on timing.
 FULL_DISK = """
 import resource, runpy
-resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+from evo_jax.training.checkpoint import CheckpointStore
+
+save = CheckpointStore.save
+
+def save_to_a_full_disk(store, *what):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+  try:
+    save(store, *what)
+    store.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+CheckpointStore.save = save_to_a_full_disk
 runpy.run_module("evo_jax.main", run_name="__main__", alter_sys=True)
 """
 
