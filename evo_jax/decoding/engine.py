@@ -29,13 +29,15 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from evo_jax.data.tokenizers import continuing
+from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding import rows as rows_lib
+from evo_jax.decoding import steps
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
-from evo_jax.decoding.programs import Programs, Settings
+from evo_jax.decoding.programs import BEST, Programs, Settings
 from evo_jax.decoding.progress import Generation, Progress, TokenChoice
 from evo_jax.decoding.prompts import Prompt, Request, make_request
+from evo_jax.decoding.recorder import LiveTrace, TracedPass
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
 from evo_jax.run import Run
@@ -43,17 +45,20 @@ from evo_jax.run import Run
 WIDTH = 64  # positions of a page
 DEFAULT_CONTEXT = 2048
 _PIECES = 8  # of prompts, that are read between passes at most
+_OF_VERIFY = ("accepted", "rounds", "drafted_rounds", "draft_tokens", "draft_pending")  # fields of a snapshot
 _HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for news
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
   """What autoregression says of a continuation. tokens: (n,) its ids; log_p: (n,) float32 their log-probabilities in
-  nats; greedy: (n,) bool, which of them are the most probable."""
+  nats; greedy: (n,) bool, which of them are the most probable. choices: the same with the most probable tokens, where
+  they were asked for."""
 
   tokens: np.ndarray
   log_p: np.ndarray
   greedy: np.ndarray
+  choices: list[TokenChoice] | None = None
 
   @property
   def total(self) -> float:
@@ -62,12 +67,18 @@ class Score:
 
 
 class Handle:
-  """A text on its way: iterate over it, or ask for its result."""
+  """A text on its way: iterate over it, or ask for its result.
+
+  stopped: whether a stop string ended it. trace: of a text that is traced, what its passes did so far; while it is
+  iterated over there is a piece for each look at it, which may be empty.
+  """
 
   def __init__(self, cancel):
     self._cancel = cancel
     self._future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
     self._pieces: list[str] = []
+    self.stopped = False
+    self.trace: list[TracedPass] = []
     self._changed = threading.Condition()
     self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
     self._future.add_done_callback(lambda _: self._tell())
@@ -152,6 +163,9 @@ class _Job:
   seed: int = 0
   scored: int | None = None
   best: int = 1
+  chooses: bool = False  # whether a score has `choices`
+  trace: bool = False
+  live: LiveTrace | None = None
   digests: list[bytes] = dataclasses.field(default_factory=list)
   group: int = 0
   row: int | None = None
@@ -181,6 +195,8 @@ class Engine:
     cache_tokens: int | None = None,
     page: int = WIDTH,
     share: bool = True,
+    passes: int = steps.PASSES,
+    traces: bool = False,
     measure: bool = False,
     mesh: jax.sharding.Mesh | None = None,
   ):
@@ -194,6 +210,8 @@ class Engine:
       cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
       page: tokens of a page, which is also what is read of a prompt at a time.
       share: whether texts share pages of prompts that begin alike.
+      passes: of each mode, between two looks: fewer bring pieces, and new texts, earlier.
+      traces: whether texts may be traced; in modes with windows each pass then also finds the most probable tokens.
       measure: whether the thread waits for each program, so that `seconds` tells apart what takes time.
       mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
 
@@ -213,6 +231,7 @@ class Engine:
     self.shape = rows_lib.Shape(
       rows, self.context + room, shards, 1 + max(tokens // (shards * width), 1), width, **Programs.sizes(run, settings)
     )
+    self.shape = dataclasses.replace(self.shape, traced=traces)
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings)
     self._jobs: dict[int, _Job] = {}
@@ -224,7 +243,7 @@ class Engine:
     self._news = threading.Condition()
     self._events: list[tuple] = []
     self._numbers, self._closing, self._failure = 0, False, None
-    self._share, self._measure = share, measure
+    self._share, self._passes, self._measure = share, passes, measure
     self.seconds = {"prompts": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
     self.looks = 0
     self._compiled_at_start = self._device.compilations
@@ -266,6 +285,21 @@ class Engine:
     )
 
   @property
+  def running(self) -> int:
+    """Texts that have a row now."""
+    return sum(job is not None for job in self._rows)
+
+  @property
+  def waiting(self) -> int:
+    """Texts, written or scored, that have no pages yet."""
+    return max(len(self._jobs) + len(self._events) - self.running, 0)
+
+  @property
+  def failure(self) -> BaseException | None:
+    """What ended the engine, if anything did."""
+    return self._failure
+
+  @property
   def pages_free(self) -> int:
     """Pages that texts could have at once now."""
     return sum(pool.available for pool in self._pools)
@@ -281,6 +315,8 @@ class Engine:
     logit_bias: dict[int, float] | None = None,
     best: int | None = None,
     infill: bool = False,
+    tokenizer: Tokenizer | None = None,
+    trace: bool = False,
   ) -> Handle:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
@@ -290,20 +326,26 @@ class Engine:
       logit_bias: what is added to the logits of some ids.
       best: log-probabilities are wanted, of what was chosen and of so many most probable tokens (0 to 20).
       infill: whether the prompt has gaps, which are filled.
+      tokenizer: by which the prompt is encoded, as a `ChatTokenizer`; default: the run's.
+      trace: whether what its passes do is recorded (`Handle.trace`), which takes a look after each pass.
 
     Raises UserError for what cannot be, before anything runs.
     """
     sampling = sampling or Sampling()
     settings = Settings(sampling, infill)
+    tokenizer = tokenizer or self.run.tokenizer
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
-    request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
+    if trace and not self.shape.traced:
+      raise UserError("trace: the engine was made without traces")
+    request = make_request(prompt, infill, sampling, tokenizer, self.context)
     request = dataclasses.replace(request, repetition=number)
-    begin = self.run.tokenizer.begin_id
+    begin = tokenizer.begin_id
     known = list(request.tokens[: request.prompt_end - 1])
     pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
     job = _Job(
       0, np.array([begin, *known], np.int32), pages, request, settings.with_row(end_ids, logit_bias, best), seed
     )
+    job.trace = trace
     self._check_fits(pages, request.max_length)
     return self._send(job)
 
@@ -312,9 +354,12 @@ class Engine:
     return self.submit_score(context, continuation).result()
 
   def submit_score(
-    self, context: str | Sequence[int], continuation: str | Sequence[int]
+    self, context: str | Sequence[int], continuation: str | Sequence[int], best: int | None = None
   ) -> "concurrent.futures.Future[Score]":
-    """The same, without waiting. Raises UserError for what is too long, or empty."""
+    """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). Raises
+    UserError for what is too long, or empty."""
+    if best is not None and not 0 <= best <= BEST:
+      raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
     ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
     before = [tokenizer.begin_id, *ids(context, tokenizer)]
@@ -326,7 +371,7 @@ class Engine:
       raise UserError(f"{len(before)} tokens and {len(after)} to be scored do not fit the context of {self.context}")
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
-    return self._send(_Job(0, tokens, pages, scored=len(before)))
+    return self._send(_Job(0, tokens, pages, scored=len(before), best=best or 1, chooses=best is not None))
 
   def _check_fits(self, pages: int, tokens: int) -> None:
     if pages > self._pools[0].size:
@@ -390,10 +435,14 @@ class Engine:
           break
     if any(job is not None and job.progress is not None for job in self._rows):
       with self._timed("passes"):
-        self._programs.take_passes(self._rows, self._table)
+        self._programs.take_passes(self._rows, self._table, 1 if self._tracing else self._passes)
       with self._timed("host"):
         self._look()
     return True
+
+  @property
+  def _tracing(self) -> bool:
+    return any(job is not None and job.trace for job in self._rows)
 
   @contextlib.contextmanager
   def _timed(self, what: str) -> Iterator[None]:
@@ -525,6 +574,7 @@ class Engine:
     job.progress = Progress(
       job.request, self.run.tokenizer, job.settings.stop, job.settings.infill, job.settings.end_ids
     )
+    job.live = LiveTrace(job.request, self.run.tokenizer) if job.trace else None
     self._programs.insert(job.row, job.request, job.tokens[0], job.settings, job.seed)
 
   def _finish_scoring(self, job: _Job) -> None:
@@ -533,16 +583,16 @@ class Engine:
       np.concatenate([piece[i] for piece in job.found])[first - job.found[0][0] :][:n] for i in (1, 2, 3)
     )
     tokens = job.tokens[job.scored :]
-    if job.generation is None:
-      self._end(job, Score(tokens, log_p, token[:, 0] == tokens))
-      return
-    best = [list(zip(*(a[i, : job.settings.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
-    choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
-    self._end(job, dataclasses.replace(job.generation, choices=choices))
+    score = Score(tokens, log_p, token[:, 0] == tokens)
+    if job.chooses:
+      best = [list(zip(*(a[i, : job.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
+      choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
+      score = dataclasses.replace(score, choices=choices)
+    self._end(job, score if job.generation is None else dataclasses.replace(job.generation, choices=score.choices))
 
   def _look(self) -> None:
     """Hands on what was committed, and ends texts that are done."""
-    snapshot = self._programs.snapshot()
+    snapshot = self._programs.snapshot(self._tracing)
     self.looks += 1
     now = time.perf_counter()
     for row, job in enumerate(self._rows):
@@ -550,10 +600,14 @@ class Engine:
         continue
       view = snapshot.row(row)
       if job.settings.sampling.mode != "verify":
-        view = view._replace(accepted=None, rounds=None, drafted_rounds=None)
+        view = view._replace(**dict.fromkeys(_OF_VERIFY))
+      new_passes = [] if job.live is None else job.live.update(view)
       piece = job.progress.update(view, now - job.started)
-      if piece and (handle := self._handles.get(job.number)) is not None:
-        handle._add(piece)
+      if (handle := self._handles.get(job.number)) is not None:
+        handle.stopped = job.progress.stopped
+        handle.trace += new_passes
+        if piece or new_passes:
+          handle._add(piece)
       if job.progress.seconds is None:
         continue
       generation = job.progress.generation(view)
@@ -566,7 +620,7 @@ class Engine:
     """Has the text that a job wrote scored, for its log-probabilities."""
     self._free(job)
     job.generation = generation
-    job.scored, job.best = len(job.tokens), max(job.settings.best, 1)
+    job.scored, job.best, job.chooses = len(job.tokens), job.settings.best, True
     job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)
     self._waiting.appendleft(job)

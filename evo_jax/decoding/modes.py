@@ -66,7 +66,9 @@ def ar_pass(net: interface.Network, state: DecodingState, processor: LogitsProce
   )
 
 
-def run_passes(step: Callable[[DecodingState], DecodingState], state: DecodingState, passes: int) -> DecodingState:
+def run_passes(
+  step: Callable[[DecodingState], DecodingState], state: DecodingState, passes: int | jax.Array
+) -> DecodingState:
   """`passes` passes, fewer if all rows are done."""
   unfinished = lambda carry: (carry[0] < passes) & ~jnp.all(carry[1].done)
   return jax.lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, state))[1]

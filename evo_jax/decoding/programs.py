@@ -21,7 +21,7 @@ from evo_jax.decoding.logits import LogitsProcessor, make_processor, ruled_out
 from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.progress import Snapshot
 from evo_jax.decoding.prompts import Request, padded
-from evo_jax.decoding.settings import Sampling, check_sampling
+from evo_jax.decoding.settings import Sampling, check_sampling, shared_threshold
 from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
 from evo_jax.errors import UserError
 from evo_jax.run import Run
@@ -56,8 +56,15 @@ class Settings:
   @functools.cached_property  # a turn asks for it, row by row
   def program(self) -> tuple[Sampling, bool]:
     """What a program is for: the sampling parameters without those of rows and of other modes."""
-    names = _OF_MODES[self.sampling.mode]
-    return Sampling(mode=self.sampling.mode, **{name: getattr(self.sampling, name) for name in names}), self.infill
+    own = {name: getattr(self.sampling, name) for name in _OF_MODES[self.sampling.mode]}
+    if "threshold" in own:  # an argument of the program, which rows share that have the same
+      own["threshold"] = shared_threshold(self.sampling)
+    return Sampling(mode=self.sampling.mode, **own), self.infill
+
+  @property
+  def threshold(self) -> float | None:
+    """What rows of a program that move together have in common; None in modes without it."""
+    return self.sampling.threshold if self.sampling.mode == "adaptive" else None
 
   @property
   def stop(self) -> tuple[str, ...]:
@@ -155,12 +162,12 @@ class Programs:
     for each, schedule in self._schedules.items():
       policy = self._drafts.get(each)
       for drafting in policy.candidates if policy else (None,):
-        self._pass(each, schedule, nobody, table, drafting, 1, 0.0)
+        self._pass(each, schedule, nobody, table, 1, drafting)
       if policy:
         policy.assume_compiled(B)
     empty = Request("", (), 1, 0, 0)
     self.insert(0, empty, 0, Settings(Sampling()), 0)
-    self.snapshot()
+    self.snapshot(self._shape.traced)
 
   def read_piece(
     self, tokens: np.ndarray, first: np.ndarray, table: np.ndarray, following: np.ndarray | None, best: int
@@ -214,23 +221,28 @@ class Programs:
     for i, (token, bias) in enumerate(settings.logit_bias):
       values["bias_id"][row, i], values["bias"][row, i] = token, bias
 
-  def take_passes(self, rows: Sequence, table: np.ndarray) -> None:
+  def take_passes(self, rows: Sequence, table: np.ndarray, passes: int) -> None:
     """Some passes of the texts that have a row, one mode after another. rows: jobs, with `progress` once they are
-    inserted; None: the row is free."""
-    for each, schedule in self._schedules.items():
-      mine = np.array([job is not None and job.progress is not None and job.settings.program == each for job in rows])
-      if not mine.any():
-        continue
-      policy = self._drafts.get(each)
+    inserted; None: the row is free. passes: at most so many, but for windows of mode flow, which are taken to their
+    end."""
+    together: dict[tuple, list[int]] = {}
+    for row, job in enumerate(rows):
+      if job is not None and job.progress is not None:
+        together.setdefault((job.settings.program, job.settings.threshold), []).append(row)
+    for (each, threshold), numbers in together.items():
+      mine = np.isin(np.arange(self._shape.rows), numbers)
+      schedule, policy = self._schedules[each], self._drafts.get(each)
+      if threshold is not None:
+        schedule = make_schedule(self._run, dataclasses.replace(each[0], threshold=threshold))
       if policy is None:
-        self._pass(each, schedule, mine, table)
+        self._pass(each, schedule, mine, table, passes)
         continue
       drafting, rounds, least = policy.choose(self._shape.rows)
       start, compiled_before = time.perf_counter(), self._device.compile_seconds
-      counts = self._pass(each, schedule, mine, table, drafting, rounds, least)
+      counts = self._pass(each, schedule, mine, table, min(rounds, passes), drafting, least)
       steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, start, compiled_before)
 
-  def _pass(self, each, schedule, mine, table, drafting=None, rounds=1, least=0.0):
+  def _pass(self, each, schedule, mine, table, passes, drafting=None, least=0.0):
     """Some passes of the rows `mine`; of mode verify, counts of rounds."""
     sampling, infill = each
     suppressed, ends = self._ruled_out[infill]
@@ -238,21 +250,21 @@ class Programs:
       **self._values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size
     )
 
-    def program(net, statistics, state, mine, table, processor, schedule, rounds, least):
+    def program(net, statistics, state, mine, table, processor, schedule, passes, least):
       def step(state):
         if sampling.mode == "verify":
-          return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
+          return speculative.verify_rounds(net, state, processor, drafting, passes, least)
         if sampling.mode == "flow":
           return (modes.flow_window(net, statistics, state, schedule, processor),)
         if sampling.mode == "adaptive":
           one = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor, infill)
         else:
           one = lambda state: modes.ar_pass(net, state, processor)
-        return (modes.run_passes(one, state, steps.PASSES),)
+        return (modes.run_passes(one, state, passes),)
 
       return rows_lib.take_passes(state, mine, table, step)
 
-    args = mine, table, processor, schedule, np.int32(rounds), np.float32(least)
+    args = mine, table, processor, schedule, np.int32(passes), np.float32(least)
     self._state, *counts = self._device.run(("passes", *each, drafting), program, self._state, *args)
     return counts[0] if counts else None
 
@@ -260,9 +272,10 @@ class Programs:
     """Until all programs that were started are done."""
     jax.block_until_ready(self._state.length)
 
-  def snapshot(self) -> Snapshot:
-    """What the host sees of all rows."""
-    return self._device.to_host(Snapshot.select(self._state))
+  def snapshot(self, traced: bool = False) -> Snapshot:
+    """What the host sees of all rows; traced: with what traces show."""
+    snapshot = Snapshot.select(self._state)
+    return self._device.to_host(snapshot if traced else snapshot.without_traces())
 
 
 def _widened(counts: np.ndarray, tokens: int) -> np.ndarray:

@@ -86,6 +86,9 @@ class Snapshot(NamedTuple):
       arrays |= {} if draft is None else dict(draft_tokens=draft.tokens, draft_pending=draft.pending)
     return cls(**arrays)
 
+  def without_traces(self) -> "Snapshot":
+    return self._replace(time=None, top_tokens=None, draft_tokens=None, draft_pending=None)
+
   def row(self, i: int) -> "Snapshot":
     return Snapshot(*(None if array is None else array[i] for array in self))
 
@@ -127,6 +130,7 @@ class Progress:
     self._tokenizer = tokenizer if request.prompt_end == 1 and not infill else continuing(tokenizer)
     self._streamed = ""
     self.seconds: float | None = None  # until it was done
+    self.stopped = False  # whether a stop string ended it
 
   def _decode(self, tokens: list[int]) -> str:
     return self._tokenizer.decode(np.array(tokens, np.int64))
@@ -140,7 +144,8 @@ class Progress:
       return ""
     # Without the first bytes of a character at its end; what may be the beginning of a stop string waits.
     text = self._decode(written_tokens(self._request, row, self._end_ids)).rstrip(_INVALID)
-    if row.done or find_stop(text, self._stop) is not None:
+    self.stopped = find_stop(text, self._stop) is not None
+    if row.done or self.stopped:
       text, self.seconds = self._written(row)[0], max(seconds, 1e-9)
     else:
       text = text[: max(0, len(text) - max(map(len, self._stop), default=1) + 1)]

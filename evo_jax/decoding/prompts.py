@@ -1,6 +1,6 @@
 """Prompts: encoding, gaps to be infilled, and the padded buffers of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from evo_jax.data.tokenizers import Tokenizer, continuing
 from evo_jax.decoding.settings import DEFAULT_TOKENS, Sampling
 from evo_jax.errors import UserError
 
-Prompt = str | Sequence[Message]  # messages: what a `ChatTokenizer` takes, up to an answer
+# Messages are what a `ChatTokenizer` takes, up to an answer; ids stand behind the begin token, None in gaps.
+Prompt = str | Sequence[Message] | Sequence[int | None]
 
 _GAP = re.compile(r"\[\.\.\.([0-9]*)\]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -73,7 +74,7 @@ def make_requests(
 def make_request(prompt: Prompt, infill: bool, sampling: Sampling, tokenizer: Tokenizer, context: int) -> Request:
   """The first request for a prompt. Raises UserError where it is too long or cannot be encoded."""
   if infill:
-    tokens, room = encode_with_gaps(prompt, tokenizer, sampling.gap, context), 0
+    tokens, room = _with_gaps(prompt, tokenizer, sampling.gap, context), 0
   else:
     tokens, room = encode(prompt, tokenizer, sampling.max_tokens, context)
   digest = zlib.crc32(repr(tokens).encode())
@@ -85,7 +86,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, context
 
   Raises UserError where they do not fit the context.
   """
-  what = f"prompt {shortened(prompt if isinstance(prompt, str) else prompt[-1]['content'])}"
+  what = _named(prompt)
   tokens = _to_ids(prompt, tokenizer, what)
   room = context - len(tokens)
   if max_tokens is not None and max_tokens > room:
@@ -93,6 +94,35 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, context
   if room < 1:
     raise UserError(f"{what}: its {len(tokens)} tokens leave no room for another in the context of {context}")
   return tokens, min(room, DEFAULT_TOKENS if max_tokens is None else max_tokens)
+
+
+def _with_gaps(prompt: Prompt, tokenizer: Tokenizer, gap: int, context: int) -> list[int | None]:
+  if not _are_ids(prompt):
+    return encode_with_gaps(prompt, tokenizer, gap, context)
+  tokens = [token if token is None else _checked_id(token, tokenizer) for token in prompt]
+  if len(tokens) > context:
+    raise UserError(f"a text of {len(tokens)} tokens, with those of its gaps, does not fit the context of {context}")
+  if None not in tokens:
+    raise UserError("the text has no gap to fill")
+  return tokens
+
+
+def _are_ids(prompt: Prompt) -> bool:
+  return not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt)
+
+
+def _checked_id(token: object, tokenizer: Tokenizer) -> int:
+  """A prompt's id. Raises UserError for what is none."""
+  if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < tokenizer.vocab_size:
+    raise UserError(f"prompt: {token!r} is no id; the tokenizer has {tokenizer.vocab_size}")
+  return int(token)
+
+
+def _named(prompt: Prompt) -> str:
+  """A prompt as a message shows it."""
+  if _are_ids(prompt):
+    return "prompt of ids"
+  return f"prompt {shortened(prompt if isinstance(prompt, str) else prompt[-1]['content'])}"
 
 
 def encode_with_gaps(text: str, tokenizer: Tokenizer, gap: int, context: int) -> list[int | None]:
@@ -129,6 +159,8 @@ def readable(text: str) -> str:
 def _to_ids(prompt: Prompt, tokenizer: Tokenizer, what: str) -> list[int]:
   """The ids of a prompt. Bytes that are not UTF-8, which Python reads as lone surrogates (surrogateescape), are kept by
   a tokenizer of raw bytes. Raises UserError for what the tokenizer would not give back."""
+  if _are_ids(prompt):
+    return [_checked_id(token, tokenizer) for token in prompt]
   if not isinstance(prompt, str) and not isinstance(tokenizer, ChatTokenizer):
     raise UserError(f"{what}: is a conversation, which --chat continues")
   text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)

@@ -28,7 +28,7 @@ class Shape:
   """Sizes of an engine. rows: B. capacity: C, positions of a row, with room for the slots of a pass. shards: X. pages:
   P. width: W. end_ids: of a text, at most. draft: tokens of the longest draft of mode verify; 0: there is none. window:
   of the modes with latents; 0: there are none. self_conditioning: whether such a window keeps its last context
-  logits."""
+  logits. traced: whether the state keeps what traces show."""
 
   rows: int
   capacity: int
@@ -40,6 +40,7 @@ class Shape:
   coupling: str = "gumbel"
   window: int = 0
   self_conditioning: bool = False
+  traced: bool = False
 
   @property
   def columns(self) -> int:
@@ -96,6 +97,8 @@ def _one_row(net, statistics, shape, new: NewRow) -> DecodingState:
   key = row_key(new.seed, new.digest, new.repetition)
   given = (new.tokens, new.known, new.prompt_end, new.max_length, key, new.end_ids)
   state = behind_prompts(*map(row, given))
+  if shape.traced:
+    state = state.replace(top_tokens=jnp.full_like(state.tokens, -1))
   if shape.draft:
     draft = speculative.start_draft(net, statistics, 1, shape.draft, shape.coupling, new.record)
     state = state.replace(draft=draft)

@@ -73,6 +73,12 @@ def default_window(sampling: Sampling, config: config_lib.Config) -> int:
   return min(max(sampling.max_tokens or DEFAULT_TOKENS, size), 4 * size, config.model.position_limit)
 
 
+def shared_threshold(sampling: Sampling) -> float:
+  """A threshold of mode adaptive with the same default window: a program that has the one has the other."""
+  wide = not sampling.window and sampling.path in ("", "spread") and sampling.threshold > _MANY_PASSES
+  return 1.0 if wide else Sampling.threshold
+
+
 def check_sampling(sampling: Sampling, config: config_lib.Config) -> str | None:
   """The path, with its number, that windows take; None in modes without a path.
 
