@@ -38,7 +38,7 @@ from evo_jax.decoding.programs import BEST, Programs, Settings
 from evo_jax.decoding.progress import Generation, Progress, TokenChoice
 from evo_jax.decoding.prompts import Prompt, Request, make_request
 from evo_jax.decoding.recorder import LiveTrace, TracedPass
-from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError
 from evo_jax.run import Run
 
@@ -69,19 +69,21 @@ class Score:
 class Handle:
   """A text on its way: iterate over it, or ask for its result.
 
-  stopped: whether a stop string ended it. trace: of a text that is traced, what its passes did so far; while it is
-  iterated over there is a piece for each look at it, which may be empty.
+  future: for `concurrent.futures.as_completed`. stopped: whether a stop string ended it. trace: of a text that is
+  traced, what its passes did so far; while it is iterated over there is a piece for each look at it, which may be
+  empty.
   """
 
   def __init__(self, cancel):
     self._cancel = cancel
-    self._future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
+    self.future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
     self._pieces: list[str] = []
     self.stopped = False
     self.trace: list[TracedPass] = []
     self._changed = threading.Condition()
     self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-    self._future.add_done_callback(lambda _: self._tell())
+    self.future.set_running_or_notify_cancel()  # a coroutine that no longer waits for it does not cancel it
+    self.future.add_done_callback(lambda _: self._tell())
 
   def __iter__(self) -> Iterator[str]:
     """Pieces of committed text as they come: no half characters, no beginnings of stop strings, no drafts. Raises as
@@ -89,12 +91,12 @@ class Handle:
     number = 0
     while True:
       with self._changed:
-        self._changed.wait_for(lambda n=number: len(self._pieces) > n or self._future.done())
+        self._changed.wait_for(lambda n=number: len(self._pieces) > n or self.future.done())
         new = self._pieces[number:]
       yield from new
       number += len(new)
       if not new:
-        self._future.result()
+        self.future.result()
         return
 
   async def __aiter__(self) -> AsyncIterator[str]:
@@ -105,12 +107,12 @@ class Handle:
     try:
       while True:
         waiter[1].clear()
-        done, new = self._future.done(), self._pieces[number:]
+        done, new = self.future.done(), self._pieces[number:]
         for piece in new:
           yield piece
         number += len(new)
         if done and number == len(self._pieces):
-          self._future.result()
+          self.future.result()
           return
         if not new:
           await waiter[1].wait()
@@ -121,15 +123,15 @@ class Handle:
   def result(self, timeout: float | None = None) -> Generation:
     """The finished text. Raises `concurrent.futures.CancelledError` after `cancel`, TimeoutError after `timeout`
     seconds, and what ended the engine, if anything did."""
-    return self._future.result(timeout)
+    return self.future.result(timeout)
 
   async def async_result(self) -> Generation:
     """The same in a coroutine."""
-    return await asyncio.wrap_future(self._future)
+    return await asyncio.wrap_future(self.future)
 
   @property
   def done(self) -> bool:
-    return self._future.done()
+    return self.future.done()
 
   def cancel(self) -> None:
     """Frees the text's row and pages before the next passes. A text that is finished stays so."""
@@ -194,6 +196,8 @@ class Engine:
     context: int | None = None,
     cache_tokens: int | None = None,
     page: int = WIDTH,
+    infill: bool = False,
+    scores: bool = True,
     share: bool = True,
     passes: int = steps.PASSES,
     traces: bool = False,
@@ -209,6 +213,8 @@ class Engine:
       context: tokens of the longest text; default: DEFAULT_CONTEXT, or what the model can read.
       cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
       page: tokens of a page, which is also what is read of a prompt at a time.
+      infill: whether the modes that fill gaps may be asked to, besides.
+      scores: whether texts may be scored, and log-probabilities be asked for; a model of diffusion alone has none.
       share: whether texts share pages of prompts that begin alike.
       passes: of each mode, between two looks: fewer bring pieces, and new texts, earlier.
       traces: whether texts may be traced; in modes with windows each pass then also finds the most probable tokens.
@@ -224,16 +230,20 @@ class Engine:
     if rows < 1 or rows % shards:
       raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
     modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
-    settings = [Settings(sampling) for sampling in modes]
+    settings = [Settings(sampling, gaps) for sampling in modes for gaps in ((False, True) if infill else (False,))]
+    settings = [each for each in settings if not each.infill or each.sampling.mode in DEFAULT_PATH]
+    self._reads = not run.config.diffusion_alone
+    self.scores = scores and self._reads
     room = Programs.room(run, settings)
     width = min(page, self.context)
     tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
+    tokens *= self._reads
     self.shape = rows_lib.Shape(
       rows, self.context + room, shards, 1 + max(tokens // (shards * width), 1), width, **Programs.sizes(run, settings)
     )
     self.shape = dataclasses.replace(self.shape, traced=traces)
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
-    self._programs = Programs(run, self._device, self.shape, settings)
+    self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
     self._jobs: dict[int, _Job] = {}
     self._handles: dict[int, Any] = {}
     self._waiting: deque[_Job] = deque()
@@ -266,8 +276,10 @@ class Engine:
       self._thread.join()
 
   def follow(self) -> None:
-    """In a process that submits nothing: returns when process 0 has closed the engine."""
+    """In a process that submits nothing: returns when process 0 has closed the engine. Raises what ended it else."""
     self._thread.join()
+    if self._failure:
+      raise self._failure
 
   @property
   def compilations(self) -> int:
@@ -292,7 +304,7 @@ class Engine:
   @property
   def waiting(self) -> int:
     """Texts, written or scored, that have no pages yet."""
-    return max(len(self._jobs) + len(self._events) - self.running, 0)
+    return len(self._waiting) + len(self._events)
 
   @property
   def failure(self) -> BaseException | None:
@@ -306,7 +318,7 @@ class Engine:
 
   def submit(
     self,
-    prompt: Prompt,
+    prompt: Prompt | Request,
     sampling: Sampling | None = None,
     *,
     seed: int = 0,
@@ -321,6 +333,7 @@ class Engine:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
     Args:
+      prompt: a text, messages, or ids; or a request that is made of them already, with its number.
       sampling: default: `Sampling()`. `batch_size` means nothing here.
       end_ids: tokens that end the text beside the tokenizer's.
       logit_bias: what is added to the logits of some ids.
@@ -337,15 +350,19 @@ class Engine:
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
     if trace and not self.shape.traced:
       raise UserError("trace: the engine was made without traces")
-    request = make_request(prompt, infill, sampling, tokenizer, self.context)
-    request = dataclasses.replace(request, repetition=number)
-    begin = tokenizer.begin_id
-    known = list(request.tokens[: request.prompt_end - 1])
-    pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
-    job = _Job(
-      0, np.array([begin, *known], np.int32), pages, request, settings.with_row(end_ids, logit_bias, best), seed
-    )
-    job.trace = trace
+    if isinstance(prompt, Request):
+      request = prompt
+    else:
+      request = make_request(prompt, infill, sampling, tokenizer, self.context)
+      request = dataclasses.replace(request, repetition=number)
+    if best is not None:
+      self._check_scores()
+    begin, known, pages = tokenizer.begin_id, [], 0
+    if self._reads:
+      known = request.tokens[: request.prompt_end - 1]
+      pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
+    tokens, settings = np.array([begin, *known], np.int32), settings.with_row(end_ids, logit_bias, best)
+    job = _Job(0, tokens, pages, request, settings, seed, trace=trace)
     self._check_fits(pages, request.max_length)
     return self._send(job)
 
@@ -358,6 +375,7 @@ class Engine:
   ) -> "concurrent.futures.Future[Score]":
     """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). Raises
     UserError for what is too long, or empty."""
+    self._check_scores()
     if best is not None and not 0 <= best <= BEST:
       raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
@@ -372,6 +390,10 @@ class Engine:
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
     return self._send(_Job(0, tokens, pages, scored=len(before), best=best or 1, chooses=best is not None))
+
+  def _check_scores(self) -> None:
+    if not self.scores:
+      raise UserError("this engine has no scores, or its model, of diffusion alone, has none by autoregression")
 
   def _check_fits(self, pages: int, tokens: int) -> None:
     if pages > self._pools[0].size:
@@ -388,6 +410,7 @@ class Engine:
       job.number = number = self._numbers
       if job.request is None:
         handle = concurrent.futures.Future()
+        handle.set_running_or_notify_cancel()
       else:
         handle = Handle(lambda: self._send_cancel(number))
       self._handles[number] = handle
@@ -627,11 +650,8 @@ class Engine:
 
 
 def _end(handle: Any, result: Any) -> None:
-  future = handle._future if isinstance(handle, Handle) else handle
-  if isinstance(result, concurrent.futures.CancelledError):
-    future.cancel()
-    future.set_running_or_notify_cancel()
-  elif isinstance(result, BaseException):
+  future = handle.future if isinstance(handle, Handle) else handle
+  if isinstance(result, BaseException):
     future.set_exception(result)
   else:
     future.set_result(result)
