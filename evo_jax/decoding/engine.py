@@ -229,9 +229,7 @@ class Engine:
     shards = self._device.row_multiple
     if rows < 1 or rows % shards:
       raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
-    modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
-    settings = [Settings(sampling, gaps) for sampling in modes for gaps in ((False, True) if infill else (False,))]
-    settings = [each for each in settings if not each.infill or each.sampling.mode in DEFAULT_PATH]
+    settings = _settings(modes, infill)
     self._reads = not run.config.diffusion_alone
     self.scores = scores and self._reads
     room = Programs.room(run, settings)
@@ -239,9 +237,13 @@ class Engine:
     tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
     tokens *= self._reads
     self.shape = rows_lib.Shape(
-      rows, self.context + room, shards, 1 + max(tokens // (shards * width), 1), width, **Programs.sizes(run, settings)
+      rows,
+      self.context + room,
+      shards,
+      1 + max(tokens // (shards * width), 1),
+      width,
+      **Programs.sizes(run, settings, traces),
     )
-    self.shape = dataclasses.replace(self.shape, traced=traces)
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
     self._jobs: dict[int, _Job] = {}
@@ -647,6 +649,13 @@ class Engine:
     job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)
     self._waiting.appendleft(job)
+
+
+def _settings(modes: Sequence[Sampling | str], infill: bool) -> list[Settings]:
+  """What an engine's programs are for."""
+  modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
+  settings = [Settings(sampling, gaps) for sampling in modes for gaps in ((False, True) if infill else (False,))]
+  return [each for each in settings if not each.infill or each.sampling.mode in DEFAULT_PATH]
 
 
 def _end(handle: Any, result: Any) -> None:

@@ -111,7 +111,7 @@ class Programs:
       self._compile(reads, scores)
 
   @staticmethod
-  def sizes(run: Run, settings: Sequence[Settings]) -> dict[str, Any]:
+  def sizes(run: Run, settings: Sequence[Settings], traces: bool = False) -> dict[str, Any]:
     """Fields of `rows.Shape` that follow from the programs. Raises UserError for what the model does not support."""
     samplings = [s.program[0] for s in settings]
     drafts = [s for s in samplings if s.mode == "verify"]
@@ -126,6 +126,7 @@ class Programs:
       "coupling": "rejection" if any(s.coupling == "rejection" for s in drafts) else "gumbel",
       "window": max(sizes, default=0),
       "self_conditioning": remembers,
+      "traced": traces,
     }
 
   @staticmethod
