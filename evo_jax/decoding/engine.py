@@ -224,26 +224,17 @@ class Engine:
     Raises UserError for sizes that are impossible, and modes that the model does not support.
     """
     self.run, self._device = run, DeviceModel(run, run.mesh if mesh is None else mesh)
-    limit = run.config.model.position_limit
-    self.context = min(context or DEFAULT_CONTEXT, limit)
+    self.context = min(context or DEFAULT_CONTEXT, run.config.model.position_limit)
     shards = self._device.row_multiple
     if rows < 1 or rows % shards:
       raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
     settings = _settings(modes, infill)
     self._reads = not run.config.diffusion_alone
     self.scores = scores and self._reads
-    room = Programs.room(run, settings)
-    width = min(page, self.context)
-    tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
-    tokens *= self._reads
-    self.shape = rows_lib.Shape(
-      rows,
-      self.context + room,
-      shards,
-      1 + max(tokens // (shards * width), 1),
-      width,
-      **Programs.sizes(run, settings, traces),
-    )
+    capacity, width = self.context + Programs.room(run, settings), min(page, self.context)
+    tokens = self._reads * (rows * capacity if cache_tokens is None else cache_tokens)
+    pages = 1 + max(tokens // (shards * width), 1)
+    self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, **Programs.sizes(run, settings, traces))
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
     self._jobs: dict[int, _Job] = {}
