@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -150,21 +149,6 @@ def test_a_bucket_takes_texts_and_prompts_are_not_held(trained, tmp_path, monkey
 
 
 ROLES = ("user", "system", "assistant")
-TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '<|end|>' }}
-{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-  """A work directory of a tiny model with a chat template."""
-  folder = tmp_path_factory.mktemp("talker")
-  for name in ("smollm2", "tokenizer"):
-    ignored = shutil.ignore_patterns("reference.safetensors")
-    shutil.copytree(pathlib.Path(ROOT) / "tests/pretrained" / name, folder / "source", ignored, dirs_exist_ok=True)
-  (folder / "source" / "chat_template.jinja").write_text(TEMPLATE)
-  done = call("evo_jax.convert", f"--source={folder / 'source'}", f"--workdir={folder / 'run'}", "--dtype=float32")
-  assert done.returncode == 0, done.stderr
-  return folder / "run"
 
 
 def test_training_reads_a_conversation_as_the_model_wrote_it(talker, tmp_path):

@@ -272,3 +272,22 @@ def trained(text):
     assert done.returncode == 0, done.stderr
 
   return make_once("trained", train)
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '<|end|>' }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def talker():
+  """A work directory of a tiny model with a chat template. It is shared: nothing may be written to it."""
+
+  def convert(folder):
+    for name in ("smollm2", "tokenizer"):
+      ignored = shutil.ignore_patterns("reference.safetensors")
+      shutil.copytree(pathlib.Path(ROOT) / "tests/pretrained" / name, folder / "source", ignored, dirs_exist_ok=True)
+    (folder / "source" / "chat_template.jinja").write_text(TEMPLATE)
+    done = call("evo_jax.convert", f"--source={folder / 'source'}", f"--workdir={folder / 'run'}", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+
+  return make_once("talker", convert) / "run"

@@ -69,16 +69,16 @@ class Score:
 class Handle:
   """A text on its way: iterate over it, or ask for its result.
 
-  future: for `concurrent.futures.as_completed`. stopped: whether a stop string ended it. trace: of a text that is
-  traced, what its passes did so far; while it is iterated over there is a piece for each look at it, which may be
-  empty.
+  future: for `concurrent.futures.as_completed`. shared: tokens of the prompt whose keys and values were there.
+  stopped: whether a stop string ended it. trace: of a text that is traced, what its passes did so far; while it is
+  iterated over there is a piece for each look at it, which may be empty.
   """
 
   def __init__(self, cancel):
     self._cancel = cancel
     self.future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
     self._pieces: list[str] = []
-    self.stopped = False
+    self.shared, self.stopped = 0, False
     self.trace: list[TracedPass] = []
     self._changed = threading.Condition()
     self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -570,6 +570,8 @@ class Engine:
     job.group, job.pages, job.read, job.row = group, pages, len(found) * self.shape.width, row
     if row is not None:
       self._rows[row] = job
+      if (handle := self._handles.get(job.number)) is not None:
+        handle.shared = job.read
     return job
 
   def _add_piece(self, job: _Job, found: list[np.ndarray] | None) -> None:

@@ -87,7 +87,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int | None, context
   Raises UserError where they do not fit the context.
   """
   what = _named(prompt)
-  tokens = _to_ids(prompt, tokenizer, what)
+  tokens = to_ids(prompt, tokenizer)
   room = context - len(tokens)
   if max_tokens is not None and max_tokens > room:
     raise UserError(f"{what}: its {len(tokens)} tokens and {max_tokens} more do not fit the context of {context}")
@@ -121,7 +121,7 @@ def _checked_id(token: object, tokenizer: Tokenizer) -> int:
 def _named(prompt: Prompt) -> str:
   """A prompt as a message shows it."""
   if _are_ids(prompt):
-    return "prompt of ids"
+    return "prompt"
   return f"prompt {shortened(prompt if isinstance(prompt, str) else prompt[-1]['content'])}"
 
 
@@ -131,7 +131,7 @@ def encode_with_gaps(text: str, tokenizer: Tokenizer, gap: int, context: int) ->
   tokens = []
   for i, piece in enumerate(_GAP.split(text)):  # text, number, text, number, ..., text
     if i % 2 == 0:
-      tokens += _to_ids(piece, tokenizer if i == 0 else continuing(tokenizer), what)
+      tokens += to_ids(piece, tokenizer if i == 0 else continuing(tokenizer), what)
       continue
     size = gap if not piece else int(piece) if len(piece) < 10 else 10**9
     if not size:
@@ -156,9 +156,11 @@ def readable(text: str) -> str:
   return _SURROGATE.sub("\ufffd", text)
 
 
-def _to_ids(prompt: Prompt, tokenizer: Tokenizer, what: str) -> list[int]:
-  """The ids of a prompt. Bytes that are not UTF-8, which Python reads as lone surrogates (surrogateescape), are kept by
-  a tokenizer of raw bytes. Raises UserError for what the tokenizer would not give back."""
+def to_ids(prompt: Prompt, tokenizer: Tokenizer, what: str = "") -> list[int]:
+  """The ids of a prompt; what: its name in messages. Bytes that are not UTF-8, which Python reads as lone surrogates
+  (surrogateescape), are kept by a tokenizer of raw bytes. Raises UserError for what the tokenizer would not give back.
+  """
+  what = what or _named(prompt)
   if _are_ids(prompt):
     return [_checked_id(token, tokenizer) for token in prompt]
   if not isinstance(prompt, str) and not isinstance(tokenizer, ChatTokenizer):
