@@ -4,27 +4,27 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 from conftest import ROOT, assert_refused, call, environment, run
 from decode_test import one_device
 import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import openai
 import pytest
 
 from evo_jax import run as run_lib
-from evo_jax.data.chat import ChatTokenizer
-from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
-from evo_jax.errors import UserError
 from evo_jax.serving import page as page_lib
 
 KEY, ROWS, QUEUE = "secret", 2, 4
@@ -66,6 +66,7 @@ class Server:
 
   def slow(self, n=ROWS + QUEUE):
     """A stream of as many long texts as the server takes."""
+    self.until(lambda: self.metric("unfinished_texts") == 0)
     stream = self.client.completions.create(model="tiny", prompt="the", max_tokens=100, n=n, stream=True, seed=1)
     next(iter(stream))
     return stream
@@ -88,17 +89,6 @@ def model(talker):
   return run_lib.load_run(str(talker), mesh=one_device())
 
 
-@pytest.fixture(scope="module")
-def wanted(model):
-  """What a sampler writes."""
-
-  def write(prompt, seed, num=1, infill=False, chat=False, **fields):
-    r = model.in_conversation() if chat else model
-    return Sampler(r, Sampling(**fields), one_device())([prompt], num, seed, infill)
-
-  return write
-
-
 def test_it_is_ready_when_all_is_compiled(server):
   assert server.statuses[0] == 503 and server.statuses[-1] == 200
   listed = server.client.models.list().data
@@ -106,44 +96,54 @@ def test_it_is_ready_when_all_is_compiled(server):
   assert server.client.models.retrieve("gpt-tiny").root == "tiny" and listed[0].max_model_len == 120
 
 
-def test_texts_are_the_samplers(server, wanted):
+def encoded(server, text):
+  return server.http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+
+
+def test_texts_are_the_samplers(server, model):
   complete = server.client.completions.create
-  answer = complete(model="gpt-tiny", prompt="the river", max_tokens=12, n=3, seed=5, temperature=0.8)
-  want = wanted("the river", 5, 3, max_tokens=12, temperature=0.8)
+  asked = dict(prompt="the river", max_tokens=12, seed=5, temperature=0.8)
+  want = Sampler(model, Sampling(max_tokens=12, temperature=0.8), one_device())(["the river"], 3, 5)
+  answer = complete(model="gpt-tiny", n=3, **asked)
   assert [c.text for c in answer.choices] == [w.text for w in want] and len({w.text for w in want}) == 3
   assert [c.finish_reason for c in answer.choices] == ["length"] * 3 and answer.model == "gpt-tiny"
   assert answer.usage.completion_tokens == sum(len(w.tokens) for w in want)
-  assert answer.usage.prompt_tokens == server.http.post("/tokenize", json={"prompt": "the river"}).json()["count"]
-  same = complete(
-    model="tiny", prompt="the river", max_tokens=12, n=3, seed=5, temperature=0.8, extra_body={"mode": "verify"}
-  )
+  ids = encoded(server, "the river")
+  assert answer.usage.prompt_tokens == len(ids)
+  same = complete(model="tiny", n=3, **asked, extra_body={"mode": "verify"})
   assert [c.text for c in same.choices] == [w.text for w in want]
   assert 0 <= same.usage.completion_tokens_details.accepted_prediction_tokens < same.usage.completion_tokens
-  greedy = complete(model="tiny", prompt="a", max_tokens=9, temperature=0, extra_body={"top_k": 4})
-  assert greedy.choices[0].text == wanted("a", 0, max_tokens=9, greedy=True)[0].text
-  ids = server.http.post("/tokenize", json={"prompt": "the river"}).json()["tokens"]
-  listed = complete(model="tiny", prompt=[ids, ids], max_tokens=12, seed=5, temperature=0.8)
+  careful = complete(model="tiny", n=3, **asked, extra_body={"mode": "adaptive", "threshold": 0})
+  assert [c.text for c in careful.choices] == [w.text for w in want]
+  jumps = complete(model="tiny", **asked, extra_body={"mode": "adaptive", "threshold": 3.0})
+  assert jumps.usage.passes < 12 == careful.usage.passes / 3
+  listed = complete(model="tiny", **{**asked, "prompt": [ids, ids]})
   assert [c.text for c in listed.choices] == [w.text for w in want[:2]]
-  jumps = complete(model="tiny", prompt="a", max_tokens=16, seed=2, extra_body={"mode": "adaptive", "threshold": 3.0})
-  want = wanted("a", 2, mode="adaptive", threshold=3.0, window=16, max_tokens=16)[0]
-  assert jumps.choices[0].text == want.text and jumps.usage.passes == want.passes < 16
+  greedy = [complete(model="tiny", prompt="a", max_tokens=9, temperature=0).choices[0].text for _ in range(2)]
+  best = complete(model="tiny", prompt="a", max_tokens=9, extra_body={"top_k": 1}).choices[0].text
+  assert greedy == [best] * 2
   texts = {complete(model="tiny", prompt="a", max_tokens=12).choices[0].text for _ in range(4)}
   assert len(texts) > 1  # without a seed each is another one
 
 
-def test_answers_are_the_samplers_and_special_tokens_are_text(server, wanted, model):
-  answer = server.client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=12, seed=3)
-  want = wanted(MESSAGES, 3, chat=True, max_tokens=12)[0]
+def test_answers_are_the_samplers_and_special_tokens_are_text(server, model):
+  ask = server.client.chat.completions.create
+  talks = model.in_conversation()
+  want = Sampler(talks, Sampling(max_tokens=12), one_device())([MESSAGES], 1, 3)[0]
+  answer = ask(model="tiny", messages=MESSAGES, max_completion_tokens=12, seed=3)
   assert answer.choices[0].message.content == want.text and answer.choices[0].message.role == "assistant"
-  tokenizer = ChatTokenizer(model.tokenizer)
-  assert answer.usage.prompt_tokens == len(tokenizer.encode(MESSAGES)) + 1
+  assert answer.usage.prompt_tokens == len(talks.tokenizer.encode(MESSAGES)) + 1
   parts = [
     {"role": "user", "content": [{"type": "text", "text": "of <|end|> "}, {"type": "text", "text": "the night"}]}
   ]
-  again = server.client.chat.completions.create(model="tiny", messages=parts, max_tokens=12, seed=3)
+  again = ask(model="tiny", messages=parts, max_tokens=12, seed=3)
   assert again.choices[0].message.content == want.text
-  longer = server.client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0.1)
-  assert longer.usage.total_tokens > 40 and longer.choices[0].finish_reason in ("stop", "length")
+  history = [*MESSAGES, answer.choices[0].message.model_dump(), {"role": "user", "content": "and?"}]
+  longer = ask(model="tiny", messages=history, temperature=0.1)
+  assert longer.choices[0].finish_reason in ("stop", "length")
+  assert longer.usage.total_tokens <= 121 and (longer.choices[0].finish_reason == "stop") == (
+    longer.usage.total_tokens < 118
+  )
 
 
 def test_streams_are_the_texts_in_pieces(server):
@@ -178,24 +178,24 @@ def test_stop_strings_and_biases(server, model):
   stop = text[7:9]
   stopped = complete(max_tokens=40, seed=8, temperature=0.9, stop=["never", stop]).choices[0]
   assert stopped.text == text[: text.index(stop)] and stopped.finish_reason == "stop"
-  token = server.http.post("/tokenize", json={"prompt": "q"}).json()["tokens"][0]
+  token = encoded(server, "q")[0]
   assert complete(max_tokens=5, logit_bias={str(token): 100}).choices[0].text == "qqqqq"
   end = complete(max_tokens=5, logit_bias={str(model.tokenizer.end_ids[0]): 100})
   assert end.choices[0].text == "" and end.choices[0].finish_reason == "stop" and end.usage.completion_tokens == 1
 
 
-def test_log_probabilities_are_scores(server, model):
+def test_log_probabilities_are_those_of_autoregression(server, model):
   """Of the prompt, too: what the harness asks for. Both forms name the same tokens."""
-  ids = server.http.post("/tokenize", json={"prompt": "the river runs"}).json()["tokens"]
+  ids, begin = encoded(server, "the river runs"), model.tokenizer.begin_id
   complete = lambda prompt, **fields: server.client.completions.create(model="tiny", prompt=prompt, **fields)
-  begin = model.tokenizer.begin_id
   found = complete([[begin, *ids]], max_tokens=1, logprobs=1, echo=True, temperature=0).choices[0].logprobs
-  with Engine(model, 1, context=64, mesh=one_device()) as engine:
-    score = engine.score([], ids)
+  logits = model.model.apply({"params": model.params}, jnp.array([[begin, *ids]]))[0, :, : model.tokenizer.vocab_size]
+  log_p = np.asarray(jax.nn.log_softmax(logits))
   assert found.token_logprobs[0] is None and len(found.tokens) == 1 + len(ids) + 1
-  assert found.token_logprobs[1:-1] == pytest.approx(score.log_p.tolist(), abs=1e-4)
+  assert found.token_logprobs[1:-1] == pytest.approx(log_p[np.arange(len(ids)), ids], abs=1e-4)
+  assert found.token_logprobs[-1] == pytest.approx(log_p[-1].max(), abs=1e-4)
   greedy = [log_p == max(top.values()) for log_p, top in zip(found.token_logprobs[1:], found.top_logprobs[1:])]
-  assert greedy[:-1] == score.greedy.tolist() and greedy[-1]
+  assert greedy == [*(log_p[:-1].argmax(1) == ids), True]
   alone = complete("the river runs", max_tokens=0, logprobs=3, echo=True).choices[0]
   assert alone.text == "the river runs" and alone.logprobs.token_logprobs == found.token_logprobs[1:-1]
   assert [alone.text[a:b] for a, b in zip(alone.logprobs.text_offset, [*alone.logprobs.text_offset[1:], None])] == (
@@ -209,16 +209,16 @@ def test_log_probabilities_are_scores(server, model):
   assert last.logprobs.content == whole.logprobs.content and last.delta.content == whole.message.content
 
 
-def test_a_gap_is_filled(server, wanted):
-  answer = server.client.completions.create(model="tiny", prompt="the [...] ", suffix=" runs", max_tokens=7, seed=6)
-  with Engine(
-    wanted.__closure__[0].cell_contents, 1, modes=[Sampling(mode="adaptive", window=16)], infill=True
-  ) as engine:
-    r = engine.run
-    prompt = [*r.tokenizer.encode("the [...] ").tolist(), *[None] * 7, *r.tokenizer.continuing.encode(" runs").tolist()]
-    want = engine.submit(prompt, Sampling(mode="adaptive", window=16), seed=6, infill=True).result()
-  assert answer.choices[0].text == r.tokenizer.continuing.decode(want.tokens)
-  assert answer.usage.completion_tokens == len(want.tokens) <= 7
+def test_a_gap_is_filled(server):
+  """What looks like a gap in the prompt is text."""
+  fill = lambda **fields: server.client.completions.create(
+    model="tiny", prompt="the [...] ", max_tokens=7, seed=6, **fields
+  )
+  answer, other = fill(suffix=" runs"), fill(suffix=" ends")
+  assert answer.usage.prompt_tokens == len(encoded(server, "the [...] ")) and answer.usage.completion_tokens <= 7
+  assert answer.choices[0].text not in ("", other.choices[0].text)  # the model sees what stands behind
+  assert "".join(event.choices[0].text for event in fill(suffix=" runs", stream=True)) == answer.choices[0].text
+  assert not answer.choices[0].text.startswith("the")
 
 
 def test_traces_tell_every_pass(server):
@@ -289,7 +289,8 @@ def test_what_is_bad_is_named(server):
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3}, BAD_CHATS),
   ):
     for fields, message, param in cases:
-      done = server.http.post(path, json={"model": "tiny", **given, **fields})
+      body = json.dumps({"model": "tiny", **given, **fields})
+      done = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
       assert done.status_code == 400, (fields, done.text)
       error = done.json()["error"]
       assert message in error["message"] and error["param"] == param, (fields, error)
@@ -318,7 +319,7 @@ def test_a_full_queue_says_when_to_come_back(server):
   with pytest.raises(openai.RateLimitError, match="6 texts are on their way, and no more than 6 may be") as refusal:
     server.client.completions.create(model="tiny", prompt="a", max_tokens=1)
   assert 1 <= int(refusal.value.response.headers["retry-after"]) <= 60
-  assert server.metric("unfinished_texts") == 6 and server.metric("requests_total", status="429") >= 1
+  assert server.metric("requests_total", status="429") >= 1
   assert len([event for event in stream if event.choices[0].finish_reason == "length"]) == 6
   assert server.client.completions.create(model="tiny", prompt="a", max_tokens=1).usage.completion_tokens <= 1
 
@@ -420,3 +421,111 @@ def check_page(found, server):
   assert found["passes"] == chat.usage.passes and len(found["live"]) >= 15
   assert found["text"] == "the" + text.choices[0].text and found["error"] == ""
   assert "fit the context of 120" in found["refused"]
+
+
+def test_it_finishes_what_runs_and_refuses_what_is_new(server):
+  """The last test of the server, which ends it."""
+  stream = server.slow()
+  server.process.send_signal(signal.SIGTERM)
+  server.until(lambda: server.http.get("/health").status_code == 503)
+  with pytest.raises(openai.InternalServerError, match="the server is ending"):
+    server.client.completions.create(model="tiny", prompt="a")
+  assert len([event for event in stream if event.choices[0].finish_reason == "length"]) == 6
+  assert server.process.wait(20) == 0
+  assert "Traceback" not in server.process.stderr.read()
+
+
+def test_bad_flags_are_one_line(trained, talker):
+  taken = socket.create_server(("127.0.0.1", 0))
+  port = taken.getsockname()[1]
+  for flags, message in (
+    ([], "--workdir is needed"),
+    (["--workdir=/nowhere", "--port=0"], "--workdir=/nowhere: is no folder"),
+    ([f"--workdir={talker}", f"--port={port}"], f"--host=127.0.0.1 --port={port}: Address already in use"),
+    ([f"--workdir={talker}", "--port=0", "--modes=ar,best"], "--modes=ar,best: 'best' is not one of ar, flow"),
+    ([f"--workdir={talker}", "--host=192.0.2.1"], "--host=192.0.2.1 --port=8000: Cannot assign requested address"),
+  ):
+    assert_refused(call("evo_jax.serve", *flags), message)
+  taken.close()
+  with mock.patch.dict(sys.modules, {"uvicorn": None}):
+    for name in [name for name in sys.modules if name.startswith("evo_jax.serving")]:
+      del sys.modules[name]
+    assert_refused(call("evo_jax.serve", f"--workdir={talker}"), "is not installed: pip install 'evo_jax[serve]'")
+  refused = run("evo_jax.serve", f"--workdir={trained}", "--port=0", "--mode=flow", "--path=streams")
+  assert refused.returncode == 1 and "Traceback" not in refused.stderr and "streams" in refused.stderr
+
+
+LINES = """/free
+the river <|end|>
+/mode verify
+and \\
+then?
+/free
+/save FILE
+/system be
+/mode best
+/nothing
+/reset
+once more
+/save FILE
+/save x.txt
+/quit
+never read
+"""
+
+
+def test_a_conversation_in_the_terminal(talker, tmp_path):
+  file = tmp_path / "kept.jsonl"
+  flags = (f"--workdir={talker}", "--seed=3", "--max_tokens=9", "--temperature=0.8", "--draft=2")
+  done = call("evo_jax.chat", *flags, input=LINES.replace("FILE", str(file)))
+  assert done.returncode == 0, done.stderr
+  first, second = (json.loads(line)["messages"] for line in file.read_text().splitlines())
+  assert [m["role"] for m in first] == ["user", "assistant"] * 2 and second[0]["role"] == "system"
+  assert first[0]["content"] == "the river <|end|>" and first[2]["content"] == "and \nthen?"
+  assert second[0]["content"] == "be" and second[1]["content"] == "once more" and len(second) == 3
+  talks = run_lib.load_run(str(talker), mesh=one_device()).in_conversation()
+  want = Sampler(talks, Sampling(max_tokens=9, temperature=0.8), one_device())([first[:1]], 1, 3)[0]
+  assert first[1]["content"] == want.text
+  last, total = re.findall(
+    r"^(?:last answer|all 2): (\d+) tokens in (\d+) passes.*drafted tokens.*; (\d+) tokens of prompts",
+    done.stdout,
+    re.M,
+  )
+  assert int(last[2]) == int(total[2]) == 32 and int(total[0]) > int(last[0])  # the first turn's page was there
+  assert done.stderr.splitlines() == [
+    "evo_jax: /free: there is no answer yet",
+    "evo_jax: /mode best: is not one of ar, flow, adaptive, verify; it is verify",
+    "evo_jax: /nothing: is not one of /reset, /system, /mode, /free, /save, /help, /quit",
+    "evo_jax: /save x.txt: is no name of a .jsonl file",
+  ]
+  assert_refused(call("evo_jax.chat", f"--workdir={talker}", "--seed=-1"), "--seed=-1: is not in [0, 2^32)")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(talker, monkeypatch, capsys):
+  """An answer that is stopped stays as far as it came."""
+  from evo_jax import chat
+
+  class Stopped:
+    shared, cancelled = 0, False
+
+    def __iter__(self):
+      yield "so \x1b[2Jfar"
+      raise KeyboardInterrupt
+
+    def cancel(self):
+      Stopped.cancelled = True
+
+  asked = []
+  writer = mock.Mock(begin=lambda messages: (asked.append([*messages]), Stopped())[1])
+  lines = iter(["one", KeyboardInterrupt, "two", EOFError])
+
+  def read(prompt):
+    line = next(lines)
+    if isinstance(line, str):
+      return line
+    raise line
+
+  monkeypatch.setattr("builtins.input", read)
+  chat._Conversation(writer, "").run()
+  assert Stopped.cancelled and [m["content"] for m in asked[1]] == ["one", "so \x1b[2Jfar", "two"]
+  assert capsys.readouterr().out == "so \ufffd[2Jfar\n" * 2  # nothing that a model writes moves the cursor

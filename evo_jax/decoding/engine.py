@@ -629,17 +629,17 @@ class Engine:
       if job.progress.seconds is None:
         continue
       generation = job.progress.generation(view)
-      if job.settings.best is None or not generation.tokens:
+      if job.settings.best is None or not (drawn := job.progress.drawn(view)):
         self._end(job, generation)
       else:
-        self._score_written(job, generation)
+        self._score_written(job, generation, drawn)
 
-  def _score_written(self, job: _Job, generation: Generation) -> None:
-    """Has the text that a job wrote scored, for its log-probabilities."""
+  def _score_written(self, job: _Job, generation: Generation, drawn: list[int]) -> None:
+    """Has what a job drew scored, for its log-probabilities."""
     self._free(job)
     job.generation = generation
     job.scored, job.best, job.chooses = len(job.tokens), job.settings.best, True
-    job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
+    job.tokens = np.concatenate([job.tokens, np.array(drawn, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)
     self._waiting.appendleft(job)
 

@@ -35,7 +35,8 @@ class Generation:
   those of them that had a draft to verify. accepted: the drafted tokens that they committed, neither the corrections
   nor the tokens that come free behind accepted ones; so a text has `accepted + rounds` tokens, with an end token, but
   for its last round, which need not have a token of its own. All with what a stop string cuts off.
-  choices: of `tokens`, where an engine was asked for log-probabilities.
+  choices: where an engine was asked for log-probabilities, of `tokens`, and of what the model drew behind them: an end
+  token, or a part of a character.
   """
 
   prompt: Prompt
@@ -160,6 +161,15 @@ class Progress:
     counts = (row.accepted, row.rounds, row.drafted_rounds)
     counts = (None if count is None else int(count) for count in counts)
     return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, end, *counts)
+
+  def drawn(self, row: Snapshot) -> list[int]:
+    """What the model drew: the text's tokens, the end token, and the part of a character that the text leaves out;
+    where a stop string ended it, the text's tokens alone."""
+    if self.stopped:
+      return self._written(row)[1]
+    tokens = written_tokens(self._request, row, self._end_ids)
+    end = self._request.prompt_end + len(tokens)
+    return row.tokens[self._request.prompt_end : min(end + 1, row.length)].tolist()
 
   def _written(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """Text, tokens and their passes behind the prompt."""

@@ -131,6 +131,7 @@ class Answer:
       return None
     choices = [*written.given, *written.choices]
     if self._asked.chat:
+      choices = choices[: len(written.generation.tokens)]  # of what the message has
       entries = [{**self._entry(c.token, c.log_p), "top_logprobs": [self._entry(*b) for b in c.best]} for c in choices]
       return {"content": entries, "refusal": None}
     tokens = [choice.token for choice in choices]

@@ -33,8 +33,10 @@ class ApiError(Exception):
     return JSONResponse(self.body(), self.status, headers)
 
 
-def from_user_error(error: UserError) -> ApiError:
-  """What decoding refuses, where names of flags are those of fields."""
-  flag = re.match(r"--(\w+)=", str(error))
-  code = "context_length_exceeded" if re.search(r"context of \d|the cache has", str(error)) else None
-  return ApiError(400, re.sub(r"--(?=\w)", "", str(error)), flag and flag[1], code)
+def from_user_error(error: UserError, prompt: str = "prompt") -> ApiError:
+  """What decoding refuses, where names of flags are those of fields. prompt: the field that has the prompt."""
+  message = re.sub(r"--(?=\w)", "", str(error))
+  found = re.match(r"prompt\b|\w+(?=[=:])", message)
+  param = found and (prompt if found[0] == "prompt" else found[0])
+  code = "context_length_exceeded" if re.search(r"context of \d|the cache has", message) else None
+  return ApiError(400, message, param, code)

@@ -147,7 +147,7 @@ async function send() {
         const content = chat ? choice.delta : choice, piece = chat ? content.content : content.text;
         answer += piece || "";
         out.textContent = (chat ? "" : asked.prompt) + answer;
-        for (const step of content.trace || []) add_pass(step);
+        for (const step of choice.trace || []) add_pass(step);
       }
     });
     if (chat) $("prompt").value = "";

@@ -117,7 +117,7 @@ class Service:
     except BaseException as error:
       work.close()
       if isinstance(error, UserError):
-        raise from_user_error(error) from error
+        raise from_user_error(error, "messages" if asked.chat else "prompt") from error
       if isinstance(error, RuntimeError):  # the engine was closed meanwhile
         raise ApiError(503, "the server is ending", code="shutting_down") from error
       raise
