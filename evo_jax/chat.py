@@ -81,7 +81,9 @@ class _Writer:
         self._engine.close()
         self._engine = None  # frees its memory
       self._modes.append(sampling)
-      self._engine = Engine(self._run, 1, modes=self._modes, context=self._context, page=_PAGE, passes=_PASSES)
+      self._engine = Engine(
+        self._run, 1, modes=self._modes, context=self._context, page=_PAGE, scores=False, passes=_PASSES
+      )
     self.sampling = sampling
 
   def begin(self, messages: list[Message]) -> Handle:

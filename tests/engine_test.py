@@ -41,7 +41,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine():
-  with Engine(model(), rows=4, modes=MODES, page=16, infill=True, cache_tokens=288, mesh=one_device()) as engine:
+  with Engine(
+    model(), rows=4, modes=MODES, page=16, infill=True, traces=True, cache_tokens=288, mesh=one_device()
+  ) as engine:
     yield engine
     assert engine.compilations == 0
     assert engine.pages_free == engine.shape.shards * (engine.shape.pages - 1)  # all came back
@@ -152,6 +154,9 @@ def test_scores_are_the_clean_streams(engine):
     score = engine.score(tokens[0, 1:-length].tolist(), tokens[0, -length:].tolist())
     np.testing.assert_allclose(score.log_p, want[-length:], atol=2e-5)
     assert score.total == pytest.approx(want[-length:].sum(), abs=1e-4)
+    chosen = engine.submit_score(tokens[0, 1:-length].tolist(), score.tokens.tolist(), best=2).result().choices
+    assert [c.log_p for c in chosen] == score.log_p.tolist() and all(len(c.best) == 2 for c in chosen)
+    assert [c.best[0][0] == c.token for c in chosen] == score.greedy.tolist() and score.choices is None
     np.testing.assert_array_equal(score.greedy, np.asarray(log_p).argmax(-1)[0, -length:] == score.tokens)
 
 
@@ -170,8 +175,8 @@ def test_settings_of_a_row(engine):
   write = lambda **settings: engine.submit("abc", Sampling(max_tokens=20, endless=True), **settings).result()
   assert set(write(logit_bias={7: 100.0}).text) == {"g"}
   assert "g" not in write(logit_bias={7: -100.0}).text
-  ended = engine.submit("abc", Sampling(max_tokens=20), logit_bias={7: 100.0}, end_ids=[7]).result()
-  assert ended.text == "" and ended.end_id == 7
+  ended = engine.submit("abc", Sampling(max_tokens=20), logit_bias={7: 100.0}, end_ids=[7], best=1).result()
+  assert ended.text == "" and ended.end_id == 7 and [choice.token for choice in ended.choices] == [7]
   for bad, message in (
     (dict(logit_bias={V: 1.0}), f"logit_bias: {V} is no id"),
     (dict(logit_bias={1: np.inf}), "is not finite"),
@@ -188,6 +193,65 @@ def test_settings_of_a_row(engine):
     engine.score("a" * CONTEXT, "b")
   with pytest.raises(UserError, match="continuation to be scored is empty"):
     engine.score("a", "")
+
+
+def test_prompts_as_ids(engine):
+  sampling = Sampling(max_tokens=20, endless=True)
+  ids = engine.run.tokenizer.encode("abc").tolist()
+  want = engine.submit("abc", sampling, seed=2).result()
+  assert engine.submit(ids, sampling, seed=2).result().tokens == want.tokens
+  gaps = [*ids, None, None, *ids]
+  filled = engine.submit(gaps, MODES[3], seed=2, infill=True).result()
+  assert filled.text == engine.submit("abc[...2]abc", MODES[3], seed=2, infill=True).result().text
+  for bad, infill, message in (
+    ([1, V], False, f"prompt: {V} is no id"),
+    ([True], False, "prompt: True is no id"),
+    ([1, None], False, "prompt: None is no id"),
+    (ids, True, "has no gap to fill"),
+    ([1] * CONTEXT, False, "prompt: its 96 tokens leave no room"),
+    ([*[1] * CONTEXT, None], True, "does not fit the context"),
+  ):
+    with pytest.raises(UserError, match=message):
+      engine.submit(bad, MODES[3] if infill else None, infill=infill)
+
+
+def test_thresholds_are_a_rows_own(engine):
+  """One program has all of them; each text is what it is alone."""
+  sampling = lambda threshold: dataclasses.replace(MODES[3], threshold=threshold, max_tokens=30, endless=True, window=0)
+  with Engine(model(), rows=3, modes=["adaptive"], page=16, mesh=one_device()) as other:
+    handles = [other.submit("abc", sampling(threshold), seed=1) for threshold in (0.0, 0.1, 0.3)]
+    for threshold, handle in zip((0.0, 0.1, 0.3), handles):
+      assert plain(other.submit("abc", sampling(threshold), seed=1).result()) == plain(handle.result())
+    passes = [handle.result().passes for handle in handles]
+    assert passes[0] == 30 and passes == sorted(passes, reverse=True) and other.compilations == 0
+    assert handles[0].result().text == engine.submit("abc", Sampling(max_tokens=30, endless=True), seed=1).result().text
+    with pytest.raises(UserError, match="the engine has no such program"):
+      other.submit("abc", sampling(1.0))  # has a wider window by default
+    with pytest.raises(UserError, match="trace: the engine was made without traces"):
+      other.submit("abc", sampling(0.1), trace=True)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda s: f"{s.mode}{s.draft or ''}")
+def test_what_passes_do_is_told_on_the_way(engine, mode):
+  """The text is the same; each pass is told once, and each token becomes known once, in the pass that committed it."""
+  sampling = dataclasses.replace(mode, max_tokens=24, endless=True)
+  handle, beside = engine.submit("abc", sampling, seed=4, trace=True), engine.submit("abc", sampling, seed=5)
+  seen, text = [], ""
+  for piece in handle:
+    seen.append(len(handle.trace))
+    text += piece
+  generation = handle.result()
+  assert plain(generation) == plain(engine.submit("abc", sampling, seed=4).result()) and text == generation.text
+  assert beside.trace == [] and [step.number for step in handle.trace] == list(range(1, generation.passes + 1))
+  assert mode.mode == "flow" or len(set(seen)) == generation.passes  # a look for each
+  known = {}
+  for step in handle.trace:
+    for index, t, piece, event in step.cells:
+      assert index not in known and (t <= 0.0) == (event in (1, 3))
+      if t <= 0.0:
+        known[index] = (step.number, piece)
+  number, pieces = zip(*(known[i] for i in range(24)))
+  assert list(number) == generation.settled and "".join(pieces) == generation.text
 
 
 def test_coroutines_and_cancellation(engine):

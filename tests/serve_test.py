@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 from unittest import mock
 
-from conftest import ROOT, assert_refused, call, environment, run
+from conftest import ROOT, assert_refused, call, environment
 from decode_test import one_device
 import httpx
 import jax
@@ -435,7 +436,7 @@ def test_it_finishes_what_runs_and_refuses_what_is_new(server):
   assert "Traceback" not in server.process.stderr.read()
 
 
-def test_bad_flags_are_one_line(trained, talker):
+def test_bad_flags_are_one_line(talker):
   taken = socket.create_server(("127.0.0.1", 0))
   port = taken.getsockname()[1]
   for flags, message in (
@@ -451,13 +452,13 @@ def test_bad_flags_are_one_line(trained, talker):
     for name in [name for name in sys.modules if name.startswith("evo_jax.serving")]:
       del sys.modules[name]
     assert_refused(call("evo_jax.serve", f"--workdir={talker}"), "is not installed: pip install 'evo_jax[serve]'")
-  refused = run("evo_jax.serve", f"--workdir={trained}", "--port=0", "--mode=flow", "--path=streams")
-  assert refused.returncode == 1 and "Traceback" not in refused.stderr and "streams" in refused.stderr
+  done = call("evo_jax.serve", f"--workdir={talker}", "--port=0", "--mode=flow", "--path=streams")
+  assert done.returncode == 1 and "Traceback" not in done.stderr and "streams" in done.stderr.splitlines()[-1]
 
 
 LINES = """/free
-the river <|end|>
 /mode verify
+the river and the night <|end|>
 and \\
 then?
 /free
@@ -481,7 +482,7 @@ def test_a_conversation_in_the_terminal(talker, tmp_path):
   assert done.returncode == 0, done.stderr
   first, second = (json.loads(line)["messages"] for line in file.read_text().splitlines())
   assert [m["role"] for m in first] == ["user", "assistant"] * 2 and second[0]["role"] == "system"
-  assert first[0]["content"] == "the river <|end|>" and first[2]["content"] == "and \nthen?"
+  assert first[0]["content"] == "the river and the night <|end|>" and first[2]["content"] == "and \nthen?"
   assert second[0]["content"] == "be" and second[1]["content"] == "once more" and len(second) == 3
   talks = run_lib.load_run(str(talker), mesh=one_device()).in_conversation()
   want = Sampler(talks, Sampling(max_tokens=9, temperature=0.8), one_device())([first[:1]], 1, 3)[0]
@@ -529,3 +530,143 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(talker, monkeypatch, ca
   chat._Conversation(writer, "").run()
   assert Stopped.cancelled and [m["content"] for m in asked[1]] == ["one", "so \x1b[2Jfar", "two"]
   assert capsys.readouterr().out == "so \ufffd[2Jfar\n" * 2  # nothing that a model writes moves the cursor
+
+
+@pytest.mark.extended
+def test_the_harness_asks_the_server(server_of_its_own, tmp_path):
+  """`lm_eval --model local-completions`: log-likelihoods, rolling ones and texts, with the server's tokenizer."""
+  pytest.importorskip("lm_eval")
+  pytest.importorskip("tenacity")  # of lm_eval[api]
+  server = server_of_its_own
+  task = tmp_path / "tasks"
+  task.mkdir()
+  rows = [{"q": q, "c": ["a river", "of time", "x"], "a": 0} for q in ("the", "and the night", "flow of")]
+  (task / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  common = f"""dataset_path: json
+dataset_kwargs: {{data_files: {{test: {task / "rows.jsonl"}}}}}
+test_split: test
+"""
+  choice = """output_type: multiple_choice
+doc_to_text: q
+doc_to_choice: c
+doc_to_target: a
+metric_list: [{metric: acc}]
+"""
+  texts = """output_type: generate_until
+doc_to_text: q
+doc_to_target: q
+generation_kwargs: {max_gen_toks: 8, until: ["zz"]}
+metric_list: [{metric: exact_match}]
+"""
+  rolling = """output_type: loglikelihood_rolling
+doc_to_text: ''
+doc_to_target: q
+metric_list: [{metric: word_perplexity}]
+"""
+  for name, rest in (("choice", choice), ("texts", texts), ("rolling", rolling)):
+    (task / f"{name}.yaml").write_text(f"task: tiny_{name}\n{common}{rest}")
+  arguments = f"model=tiny,base_url={server.url}/v1/completions,num_concurrent=2,tokenized_requests=True"
+  arguments += f",max_length=100,auth_token={KEY}"
+  command = ["-m", "lm_eval", "--model", "local-completions", "--model_args", arguments, "--include_path", str(task)]
+  command += ["--tasks", "tiny_choice,tiny_texts,tiny_rolling", "--output_path", str(tmp_path / "out"), "--log_samples"]
+  variables = environment() | {"OPENAI_API_KEY": KEY, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+  done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr[-3000:]
+  (result,) = tmp_path.glob("out/**/results_*.json")
+  assert set(json.loads(result.read_text())["results"]) == {"tiny_choice", "tiny_texts", "tiny_rolling"}
+  (samples,) = tmp_path.glob("out/**/samples_tiny_choice_*.jsonl")
+  for line in samples.read_text().splitlines():
+    sample = json.loads(line)
+    context = server.http.post("/tokenize", json={"prompt": sample["doc"]["q"]}).json()["tokens"]
+    for given, (found,) in zip(sample["doc"]["c"], sample["resps"]):
+      whole = server.http.post("/tokenize", json={"prompt": f"{sample['doc']['q']} {given}"}).json()["tokens"]
+      body = {"prompt": [whole], "max_tokens": 0, "echo": True, "logprobs": 1}
+      echoed = server.http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
+      assert float(found[0]) == pytest.approx(sum(echoed[len(context) :]), abs=1e-3)
+
+
+@pytest.fixture
+def server_of_its_own(talker):
+  server = Server(talker)
+  try:
+    assert server.wait()[-1] == 200
+    yield server
+  finally:
+    server.process.kill()
+    server.process.communicate()
+
+
+CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVE = """(async () => {
+  const get = id => document.getElementById(id), wait = () => new Promise(done => setTimeout(done, 20));
+  const until = async test => { while (!test()) await wait(); };
+  const set = (id, value) => { get(id).value = value; get(id).dispatchEvent(new Event("change")); };
+  set("key", KEY);
+  await until(() => get("mode").children.length == 3);
+  const found = {models: [...get("mode").children].map(c => c.value), traces: get("trace").checked};
+  set("mode", "adaptive"); get("threshold").value = "2"; get("most").value = "20"; get("seed").value = "3";
+  const send = async text => {
+    get("prompt").value = text;
+    get("send").click();
+    await until(() => !get("send").disabled);
+  };
+  await send("<b>of</b>");
+  found.talk = [...get("talk").children].map(c => [c.className, c.textContent]);
+  found.markup = get("talk").querySelectorAll("b").length;
+  found.facts = get("facts").textContent;
+  found.live = get("live").textContent;
+  found.passes = get("passes").children.length;
+  set("kind", "text");
+  await send("the");
+  found.text = get("text").textContent; found.error = get("error").textContent;
+  get("most").value = "1000";
+  await send("the");
+  found.refused = get("error").textContent;
+  return JSON.stringify(found);
+})()"""
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(CHROME is None, reason="needs chromium")
+def test_the_page_in_a_browser(server_of_its_own, tmp_path):
+  """A headless browser is told over a pipe what to do (the DevTools protocol)."""
+  commands, answers = os.pipe(), os.pipe()
+  launch = 'exec "$0" --headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe about:blank'
+  launch += f" 3<&{commands[0]} 4>&{answers[1]}"
+  browser = subprocess.Popen(["bash", "-c", launch, CHROME, str(tmp_path)], pass_fds=(commands[0], answers[1]))
+  try:
+    found = json.loads(drive_browser(commands[1], answers[0], server_of_its_own.url))
+  finally:
+    browser.kill()
+    browser.wait()
+  assert found.pop("markup") == 0
+  check_page(found, server_of_its_own)
+
+
+def drive_browser(commands, answers, url):
+  """What DRIVE returns in a page."""
+  with open(commands, "wb", 0) as out, open(answers, "rb", 0) as back:
+    rest, number = b"", 0
+
+    def ask(method, session=None, **params):
+      nonlocal rest, number
+      number += 1
+      message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
+      out.write(json.dumps(message).encode() + b"\0")
+      while True:
+        while b"\0" not in rest:
+          rest += back.read(1 << 16)
+        line, _, rest = rest.partition(b"\0")
+        answer = json.loads(line)
+        if answer.get("id") == number:
+          assert "error" not in answer, answer
+          return answer["result"]
+
+    target = ask("Target.createTarget", url=url)["targetId"]
+    session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    script = DRIVE.replace("KEY", json.dumps(KEY))
+    while ask("Runtime.evaluate", session, expression="document.readyState")["result"]["value"] != "complete":
+      time.sleep(0.05)
+    done = ask("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)
+    assert "exceptionDetails" not in done, done
+    return done["result"]["value"]
