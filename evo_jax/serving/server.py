@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+import concurrent.futures
 import contextlib
 import logging
 import socket
+import threading
 from typing import Any
 
 import uvicorn
@@ -50,8 +52,8 @@ class _Server(uvicorn.Server):
 
 
 def run_server(service: Service, listening: socket.socket, make_engine: Callable[[], Engine], ready: Callable) -> None:
-  """Serves until a signal; calls `ready` once all programs are compiled. Raises what `make_engine` raises, and
-  UserError where the engine fails later."""
+  """Serves until a signal; calls `ready` once all programs are compiled. Raises what `make_engine` raises, and what
+  ended the engine, if anything did."""
   config = uvicorn.Config(
     make_app(service), log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=_CLOSES
   )
@@ -74,6 +76,20 @@ def run_server(service: Service, listening: socket.socket, make_engine: Callable
     raise service.engine.failure
 
 
+def _in_thread(make: Callable[[], Any]) -> concurrent.futures.Future:
+  """What a function gives, which runs in a thread that does not keep the process from ending."""
+  future: concurrent.futures.Future = concurrent.futures.Future()
+
+  def run():
+    try:
+      future.set_result(make())
+    except BaseException as error:
+      future.set_exception(error)
+
+  threading.Thread(target=run, name="compiles", daemon=True).start()
+  return future
+
+
 def _log_errors() -> None:
   """Tracebacks of requests that fail go to stderr; nothing else is logged."""
   log = logging.getLogger("uvicorn.error")
@@ -86,12 +102,13 @@ def _log_errors() -> None:
 async def _watch(server: _Server, service: Service, make_engine: Callable[[], Engine], ready: Callable) -> None:
   """Compiles; then ends the server when it is to end and nothing is left, or time is up, or the engine has failed."""
   try:
-    compiling = asyncio.create_task(asyncio.to_thread(make_engine))
-    while not compiling.done() and not server.should_exit and not service.ending:
-      await asyncio.wait([compiling], timeout=_LOOKS)
-    service.engine = await compiling
-    if not service.ending:
-      ready()
+    compiling = _in_thread(make_engine)
+    while not compiling.done() and not service.ending:
+      await asyncio.sleep(_LOOKS)
+    if not compiling.done():
+      return  # nothing was asked for yet
+    service.engine = compiling.result()
+    ready()
     while not service.ending and service.engine.failure is None and not server.should_exit:
       await asyncio.sleep(_LOOKS)
     with contextlib.suppress(TimeoutError):
