@@ -23,7 +23,7 @@ from evo_jax.decoding import steps
 from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling
 from evo_jax.errors import UserError
-from evo_jax.run import Run, load_run
+from evo_jax.run import Run, fingerprint, load_run
 
 _KEY = "EVO_JAX_API_KEY"
 
@@ -38,7 +38,7 @@ def main() -> None:
   mesh = cli.make_mesh()
   listening = server.open_socket(args.host, args.port) if jax.process_index() == 0 else None
   run = load_run(args.workdir, args.step, mesh)
-  modes = {name: _sampling(name, args, run) for name in names}
+  modes, mark = {name: _sampling(name, args, run) for name in names}, fingerprint(run)
   make_engine = lambda: Engine(
     run,
     args.rows,
@@ -56,7 +56,7 @@ def main() -> None:
   key = args.api_key or os.environ.get(_KEY, "")
   limits = service_lib.Limits(args.queue, args.timeout, args.max_body << 20, args.drain, key)
   models = list(dict.fromkeys([args.name or Path(args.workdir).resolve().name, *args.alias]))
-  service = service_lib.Service(run, modes, models, args.rows, limits, args.traces)
+  service = service_lib.Service(run, modes, models, limits, args.rows, args.traces, mark)
   say = lambda line: print(f"evo_jax: {line}", file=sys.stderr, flush=True)
   where = server.address_of(listening)
   if not key and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 
-from evo_jax import run as run_lib
 from evo_jax.data.chat import ChatTokenizer
 from evo_jax.data.tokenizers import continuing
 from evo_jax.decoding import prompts
@@ -23,6 +22,7 @@ from evo_jax.decoding.engine import Engine, Handle, Score
 from evo_jax.decoding.progress import TokenChoice
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
+from evo_jax.run import Run
 from evo_jax.serving.answers import Answer, TokenNames, Written, count_usage
 from evo_jax.serving.errors import ApiError, from_user_error
 from evo_jax.serving.metrics import Metrics
@@ -61,16 +61,17 @@ class Service:
 
   def __init__(
     self,
-    run: run_lib.Run,
+    run: Run,
     modes: dict[str, Sampling],
     models: list[str],
-    rows: int,
     limits: Limits,
+    rows: int,
     traces: bool = True,
+    fingerprint: str = "",
   ):
     """modes: by name, the first by default. models: the model's name, and others that mean the same. rows, traces: as
-    the engine will have them."""
-    self.traces = traces
+    the engine will have them. fingerprint: of the model, by which clients see whether a seed still means the same."""
+    self.traces, self.fingerprint = traces, fingerprint
     self.modes, self.models, self.limits = modes, models, limits
     self.run, self.rows = run, rows
     self.engine: Engine | None = None
@@ -78,7 +79,6 @@ class Service:
     self.started = int(time.time())
     self.unfinished = 0  # texts
     self.metrics = Metrics(lambda: self.engine, lambda: self.unfinished)
-    self.fingerprint = f"fp_{run_lib.fingerprint(run)}"
     self.names = TokenNames(run.tokenizer)
     self._text_seconds = 1.0  # of recent requests, for each text
     try:
