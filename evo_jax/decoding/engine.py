@@ -33,7 +33,7 @@ from evo_jax.data.tokenizers import continuing
 from evo_jax.decoding import rows as rows_lib
 from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
-from evo_jax.decoding.programs import Programs, Settings
+from evo_jax.decoding.programs import BEST, Programs, Settings
 from evo_jax.decoding.progress import Generation, Progress, TokenChoice
 from evo_jax.decoding.prompts import Prompt, Request, make_request
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
@@ -49,11 +49,13 @@ _HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for 
 @dataclasses.dataclass(frozen=True)
 class Score:
   """What autoregression says of a continuation. tokens: (n,) its ids; log_p: (n,) float32 their log-probabilities in
-  nats; greedy: (n,) bool, which of them are the most probable."""
+  nats; greedy: (n,) bool, which of them are the most probable. choices: the same with the most probable tokens, where
+  they were asked for."""
 
   tokens: np.ndarray
   log_p: np.ndarray
   greedy: np.ndarray
+  choices: list[TokenChoice] | None = None
 
   @property
   def total(self) -> float:
@@ -153,6 +155,7 @@ class _Job:
   seed: int = 0
   scored: int | None = None
   best: int = 1
+  chooses: bool = False  # whether a score has `choices`
   digests: list[bytes] = dataclasses.field(default_factory=list)
   group: int = 0
   row: int | None = None
@@ -292,6 +295,7 @@ class Engine:
     logit_bias: dict[int, float] | None = None,
     best: int | None = None,
     infill: bool = False,
+    begin: int | None = None,
   ) -> Handle:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
@@ -302,6 +306,7 @@ class Engine:
       logit_bias: what is added to the logits of some ids.
       best: log-probabilities are wanted, of what was chosen and of so many most probable tokens (0 to 20).
       infill: whether the prompt has gaps, which are filled.
+      begin: the token at position 0; default: the tokenizer's begin token.
 
     Raises UserError for what cannot be, before anything runs.
     """
@@ -315,7 +320,7 @@ class Engine:
       request = dataclasses.replace(request, repetition=number)
     if best is not None:
       self._check_scores()
-    begin, known, pages = self.run.tokenizer.begin_id, [], 0
+    begin, known, pages = self.run.tokenizer.begin_id if begin is None else begin, [], 0
     if self._reads:
       known = request.tokens[: request.prompt_end - 1]
       pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
@@ -330,13 +335,20 @@ class Engine:
     return self.submit_score(context, continuation).result()
 
   def submit_score(
-    self, context: str | Sequence[int], continuation: str | Sequence[int]
+    self,
+    context: str | Sequence[int],
+    continuation: str | Sequence[int],
+    best: int | None = None,
+    begin: int | None = None,
   ) -> "concurrent.futures.Future[Score]":
-    """The same, without waiting. Raises UserError for what is too long, or empty."""
+    """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). begin:
+    the token at position 0; default: the tokenizer's begin token. Raises UserError for what is too long, or empty."""
     self._check_scores()
+    if best is not None and not 0 <= best <= BEST:
+      raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
     ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
-    before = [tokenizer.begin_id, *ids(context, tokenizer)]
+    before = [tokenizer.begin_id if begin is None else begin, *ids(context, tokenizer)]
     after = ids(continuation, continuing(tokenizer) if len(before) > 1 else tokenizer)
     if not after:
       raise UserError("the continuation to be scored is empty")
@@ -345,7 +357,7 @@ class Engine:
       raise UserError(f"{len(before)} tokens and {len(after)} to be scored do not fit the context of {self.context}")
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
-    return self._send(_Job(0, tokens, pages, scored=len(before)))
+    return self._send(_Job(0, tokens, pages, scored=len(before), best=best or 1, chooses=best is not None))
 
   def _check_scores(self) -> None:
     if not self.scores:
@@ -557,12 +569,12 @@ class Engine:
       np.concatenate([piece[i] for piece in job.found])[first - job.found[0][0] :][:n] for i in (1, 2, 3)
     )
     tokens = job.tokens[job.scored :]
-    if job.generation is None:
-      self._end(job, Score(tokens, log_p, token[:, 0] == tokens))
-      return
-    best = [list(zip(*(a[i, : job.settings.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
-    choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
-    self._end(job, dataclasses.replace(job.generation, choices=choices))
+    score = Score(tokens, log_p, token[:, 0] == tokens)
+    if job.chooses:
+      best = [list(zip(*(a[i, : job.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
+      choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
+      score = dataclasses.replace(score, choices=choices)
+    self._end(job, score if job.generation is None else dataclasses.replace(job.generation, choices=score.choices))
 
   def _look(self) -> None:
     """Hands on what was committed, and ends texts that are done."""
@@ -590,7 +602,7 @@ class Engine:
     """Has the text that a job wrote scored, for its log-probabilities."""
     self._free(job)
     job.generation = generation
-    job.scored, job.best = len(job.tokens), max(job.settings.best, 1)
+    job.scored, job.best, job.chooses = len(job.tokens), job.settings.best, True
     job.tokens = np.concatenate([job.tokens, np.array(generation.tokens, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)
     self._waiting.appendleft(job)
