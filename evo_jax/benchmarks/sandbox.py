@@ -66,7 +66,9 @@ class Sandbox:
   def check(self) -> None:
     """Raises UserError where the machine cannot shut programs in."""
     if not self.run("pass"):
-      raise UserError("--run_code: an empty program did not come to its end; the machine is too slow, or its limits low")
+      raise UserError(
+        "--run_code: an empty program did not come to its end; the machine is too slow, or its limits low"
+      )
 
 
 class CodeEval:
