@@ -27,6 +27,7 @@ import numpy as np
 from evo_jax import cli
 from evo_jax.benchmarks import tasks as tasks_lib
 from evo_jax.benchmarks.answers import GAPS
+from evo_jax.benchmarks.kept import make_folder
 from evo_jax.benchmarks.pairs import BEGINS
 from evo_jax.benchmarks.sandbox import Sandbox
 from evo_jax.benchmarks.table import format_table, make_rows
@@ -217,6 +218,8 @@ def check_flags(args: flags.FlagValues) -> None:
     raise UserError(f"--data={args.data}: is no folder")
   if "://" in (args.output or args.workdir):
     raise UserError("--output: answers are kept in a local folder; give one, as --output=answers")
+  if args.output:
+    make_folder(args.output)
   if args.json:
     cli.check_output("json", args.json)
 

@@ -7,7 +7,6 @@ import json
 import os
 from typing import Any
 
-from evo_jax.data import storage
 from evo_jax.errors import UserError
 
 
@@ -16,6 +15,18 @@ def digest(value: Any) -> str:
   return hashlib.sha256(
     json.dumps(value, ensure_ascii=False, sort_keys=True).encode(errors="surrogatepass")
   ).hexdigest()
+
+
+def make_folder(folder: str) -> str:
+  """The folder's path, once it is there and can be written to. Raises UserError."""
+  path = os.path.expanduser(folder)
+  try:
+    os.makedirs(path, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--output={folder}: cannot be made: {error.strerror}") from error
+  if not os.access(path, os.W_OK):
+    raise UserError(f"--output={folder}: cannot be written: permission denied")
+  return path
 
 
 class KeptAnswers:
@@ -32,11 +43,8 @@ class KeptAnswers:
     if folder is None:
       return
     settings = json.loads(json.dumps(settings))
-    path = os.path.join(os.path.expanduser(folder), f"{kind}-{digest(settings)[:16]}.jsonl")
-    if problem := storage.unwritable(path):
-      raise UserError(f"--output={folder}: {problem}")
+    path = os.path.join(make_folder(folder), f"{kind}-{digest(settings)[:16]}.jsonl")
     try:
-      os.makedirs(os.path.dirname(path), exist_ok=True)
       self._file = open(path, "a+b")  # noqa: SIM115
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
