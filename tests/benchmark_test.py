@@ -3,6 +3,7 @@
 What needs lm-evaluation-harness is marked `extended`; sandbox_test.py has what runs a model's programs.
 """
 
+import dataclasses
 import json
 import random
 import sys
@@ -65,7 +66,7 @@ def test_a_pair_is_encoded_as_one_text(name):
   ):
     pair = encoder.pair(context, continuation)
     whole = encoder.encode(context + continuation)
-    assert [*pair.context, *pair.continuation] == whole
+    assert [*pair.continuation] == whole[len(pair.context) :]
     assert whole.count(tokenizer.begin_id) == tokenizer.adds_begin == (whole[0] == tokenizer.begin_id)
     assert [*pair.context] == encoder.encode(context.rstrip())
   assert encoder.pair("The answer is ", "42") == encoder.pair("The answer is", " 42")
@@ -163,12 +164,13 @@ def test_texts_are_the_samplers_and_repeated_questions_have_numbers(engine):
   found = texts([Question("abc", sampling), Question("abc", sampling, number=1), Question("de", sampling)])
   want = Sampler(r, sampling, one_device())(["abc", "de"], 2, seed=5)
   assert [answer.text for answer in found] == [want[0].text, want[1].text, want[2].text]
-  assert found[0].passes >= found[0].tokens > 0
+  assert len({answer.text for answer in found}) > 1
+  want = Sampler(r, dataclasses.replace(sampling, endless=True), one_device())(["abc"], 1, seed=5)[0].text
+  stop = tuple(want[3:5])
+  (stopped,) = texts([Question("abc", dataclasses.replace(sampling, endless=True, stop=stop))])
+  assert stopped.text == min((want.split(string)[0] for string in stop), key=len) and stopped.passes >= 3
   (short,) = texts([Question("abcdefghijkl" * 8, Sampling(max_tokens=200, greedy=True))])
   assert short.cut and short.tokens <= CONTEXT // 2
-  stop = tuple(found[0].text[3:5])
-  (stopped,) = texts([Question("abc", Sampling(max_tokens=12, temperature=0.7, stop=stop))])
-  assert stopped.text == min((found[0].text.split(string)[0] for string in stop), key=len)
 
 
 def test_a_gap_is_filled_in_the_length_whose_document_is_the_most_probable(engine):
@@ -218,7 +220,7 @@ def test_a_killed_evaluation_goes_on_and_other_settings_are_not_mixed_up(tmp_pat
 
 def random_pairs(seed=0):
   rng = np.random.default_rng(seed)
-  sizes = [(1, 3), (7, 8), (20, 17), (9, 1), (30, 11)]
+  sizes = [(1, 19), (10, 10), (19, 1), (12, 8)]  # all of one length, for few programs in the slow computation
   return [([0, *rng.integers(1, V - 1, c - 1).tolist()], rng.integers(1, V - 1, n).tolist()) for c, n in sizes]
 
 
@@ -234,7 +236,8 @@ def test_the_bound_is_that_of_reading_the_windows_one_by_one(path, order):
   r = model()
   net, size = r.model.bind({"params": r.params}), r.config.window.size
   step = 1 if order else 3
-  for (context, continuation), bound in zip(random_pairs(), ContinuationScorer(r, path, draws=2)(random_pairs())):
+  pairs = random_pairs()[1:]
+  for (context, continuation), bound in zip(pairs, ContinuationScorer(r, path, draws=2)(pairs)):
     tokens, nats, greedy, passes = [*context, *continuation], 0.0, True, 0
     _, cache = net.clean(jnp.array([tokens]))
     for start in range(len(context), len(tokens), size):
@@ -258,12 +261,11 @@ def test_a_bounds_noise_depends_on_the_pair_alone():
   r = model()
   together, alone = (ContinuationScorer(r, "diagonal:3", draws=3) for _ in range(2))
   found = together(random_pairs())
-  for pair, bound in zip(random_pairs(), found):
-    (one,) = alone([pair])
-    assert one.nats == pytest.approx(bound.nats, abs=1e-4) and one.stderr == pytest.approx(bound.stderr, abs=1e-4)
-  assert found[2].stderr > 1e-3
-  (other,) = ContinuationScorer(r, "diagonal:3", draws=3, seed=1)(random_pairs()[2:3])
-  assert abs(other.nats - found[2].nats) > 1e-3
+  (one,) = alone(random_pairs()[1:2])  # with fewer windows
+  assert one.nats == pytest.approx(found[1].nats, abs=1e-4) and one.stderr == pytest.approx(found[1].stderr, abs=1e-4)
+  assert found[1].stderr > 1e-3
+  (other,) = alone([(random_pairs()[1][0], random_pairs(1)[1][1])])
+  assert other.stderr != one.stderr
   with pytest.raises(UserError, match="together at most 96"):
     together([([0] * 90, [1] * 7)])
   with pytest.raises(UserError, match="shared clock"):

@@ -240,9 +240,14 @@ def complete(
   """The values of all requests. compute: gives those of some numbers, as they come; it is asked for what is not kept,
   of equal requests once, and what it gives is kept at once."""
   keys = [digest(request) for request in requests]
-  missing = list({key: number for number, key in reversed(list(enumerate(keys))) if key not in kept}.values())[::-1]
+  first: dict[str, int] = {}
+  for number, key in enumerate(keys):
+    if key not in kept:
+      first.setdefault(key, number)
+  missing = list(first.values())
   if missing:
-    with Progress(len(requests), len(requests) - len(missing), what) as progress:
+    total = len({*keys})
+    with Progress(total, total - len(missing), what) as progress:
       for place, value in compute(missing):
         kept.add(keys[missing[place]], value)
         progress.advance()

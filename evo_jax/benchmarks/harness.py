@@ -17,6 +17,7 @@ import logging
 import os
 from pathlib import Path
 import random
+import sys
 import tempfile
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ import numpy as np
 from evo_jax import run as run_lib
 from evo_jax.benchmarks import tasks as tasks_lib
 from evo_jax.benchmarks.answers import GAPS, Answer, Likelihood, Likelihoods, PathLikelihoods, Question, Texts
-from evo_jax.benchmarks.kept import KeptAnswers
+from evo_jax.benchmarks.kept import KeptAnswers, digest
 from evo_jax.benchmarks.pairs import Encoder
 from evo_jax.benchmarks.sandbox import CodeEval, Sandbox
 from evo_jax.benchmarks.tasks import Benchmark
@@ -204,6 +205,7 @@ class Asker:
     the model can read. Raises UserError."""
     self.run, self.encoder, self._output, self._seed = run, Encoder(run.tokenizer, begin, chat), output, seed
     self.context = min(context or 4096, run.config.model.position_limit)
+    self._stores: dict[str, KeptAnswers] = {}
     self._about = {"begin": begin, "chat": chat, "context": self.context, "step": run.step}
     if output is not None:
       self._about["model"] = run_lib.fingerprint(run)
@@ -231,7 +233,11 @@ class Asker:
     return Texts(engine, self.encoder, kept, self._seed, gaps)
 
   def _keep(self, kind: str, settings: dict[str, Any]) -> KeptAnswers:
-    return KeptAnswers(self._output, kind, {**self._about, **settings})
+    settings = {**self._about, **settings}
+    name = f"{kind} {digest(settings)}"
+    if name not in self._stores:
+      self._stores[name] = KeptAnswers(self._output, kind, settings)
+    return self._stores[name]
 
 
 @dataclasses.dataclass
@@ -447,14 +453,15 @@ def evaluate_tasks(
   for member in members:
     loaded.tasks[member].set_fewshot_seed(_SEED)
   groups = {name: group for name, group in loaded.groups.items() if set(_tasks_of(group)) <= set(members)}
-  return evaluator.evaluate(
-    model,
-    {"tasks": {member: loaded.tasks[member] for member in members}, "groups": groups, "group_map": {}},
-    samples=samples,
-    bootstrap_iters=_BOOTSTRAPS,
-    confirm_run_unsafe_code=True,  # only loaded with a sandbox
-    **dataclasses.asdict(conversation),
-  )
+  with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result
+    return evaluator.evaluate(
+      model,
+      {"tasks": {member: loaded.tasks[member] for member in members}, "groups": groups, "group_map": {}},
+      samples=samples,
+      bootstrap_iters=_BOOTSTRAPS,
+      confirm_run_unsafe_code=True,  # only loaded with a sandbox
+      **dataclasses.asdict(conversation),
+    )
 
 
 def _tasks_of(group) -> list[str]:
