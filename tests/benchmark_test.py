@@ -15,6 +15,7 @@ from huggingface_test import FOLDER, load
 import jax
 import jax.numpy as jnp
 import numpy as np
+from processes_test import assert_well, ends, processes
 import pytest
 
 from evo_jax.benchmarks import published, tasks
@@ -469,3 +470,33 @@ def test_pairs_are_those_of_the_harness(name):
       want = theirs._encode_pair(context, continuation)
       assert [list(part) for part in encoder.pair(context, continuation)] == [list(part) for part in want]
   assert encoder.prefix_id == theirs.prefix_token_id
+
+
+@pytest.mark.extended
+def test_several_processes_give_the_table_of_one(trained, data, tmp_path):
+  flags = [f"--workdir={trained}", f"--data={data}", "--rows=2", "--tasks=piqa,gsm8k", "--shots=1", "--limit=3"]
+  flags += ["--path=ar,left:2", "--draws=1"]
+  alone = run("evo_jax.benchmark", *flags, f"--output={tmp_path / 'one'}")
+  with processes(2, [*flags, f"--output={tmp_path / 'two'}", "--mesh=fsdp:2"], "evo_jax.benchmark") as started:
+    ended = ends(started)
+  assert_well(ended)
+  assert ended[0][1] == alone.stdout and not ended[1][1]
+
+
+@pytest.mark.extended
+def test_the_harness_asks_by_its_own_means(trained, data, tmp_path):
+  """`simple_evaluate` with the registered name, and a conversation only where special tokens are meant as such."""
+  import lm_eval
+
+  from evo_jax.benchmarks import harness
+
+  loaded = harness.load_tasks(tasks.parse_tasks("piqa"), str(data), None)
+  arguments = {"workdir": str(trained), "rows": 8, "output": str(tmp_path)}
+  results = lm_eval.simple_evaluate(
+    model="evo_jax", model_args=arguments, tasks=[*loaded.tasks.values()], limit=2, bootstrap_iters=0
+  )
+  assert 0 <= results["results"]["piqa"]["acc,none"] <= 1 and len(results["samples"]["piqa"]) == 2
+  with pytest.raises(UserError, match="needs chat=True"):
+    lm_eval.simple_evaluate(
+      model="evo_jax", model_args=arguments, tasks=[*loaded.tasks.values()], limit=2, apply_chat_template=True
+    )

@@ -9,7 +9,10 @@ import sys
 from conftest import ROOT, environment, run
 import pytest
 
-FILES = ["README.md", *(f"evo_jax/{name}/README.md" for name in ("data", "decoding", "pretrained", "planning", "flow"))]
+FILES = [
+  "README.md",
+  *(f"evo_jax/{name}/README.md" for name in ("data", "decoding", "pretrained", "planning", "flow", "benchmarks")),
+]
 READMES = {name: (pathlib.Path(ROOT) / name).read_text() for name in FILES}
 BLOCKS = [block for text in READMES.values() for block in re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.M | re.S)]
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", "").splitlines()]

@@ -176,9 +176,10 @@ class EvoJax(Model):
     max_batch_size: int | None = None,
     device: str | None = None,
   ):
-    """chat: whether special tokens in texts are meant as such; True with --apply_chat_template. The harness's own
+    """chat: whether special tokens in texts are meant as such; to be True with --apply_chat_template. The harness's own
     batch_size, max_batch_size and device mean nothing here: an engine has `rows`, on the devices that JAX has."""
     del batch_size, max_batch_size, device
+    self._chat = bool(chat)
     run = run_lib.load_run(workdir, step)
     sampling = Sampling(mode=mode, threshold=float(threshold), greedy=True)
     infill = bool(infill) and mode in DEFAULT_PATH
@@ -186,6 +187,11 @@ class EvoJax(Model):
     engine = asker.make_engine(rows=int(rows), modes=[sampling], infill=infill)
     likelihoods = asker.likelihoods(path, int(draws), engine)
     super().__init__(run, asker.encoder, likelihoods, asker.texts(engine, sampling), sampling, infill)
+
+  def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    if not self._chat:
+      raise UserError("--apply_chat_template: needs chat=True among the --model_args of evo_jax")
+    return super().apply_chat_template(chat_history, add_generation_prompt)
 
 
 class Asker:
