@@ -219,7 +219,7 @@ class Texts:
       best = filled[int(np.argmax(scores))]
       text = continuing(self._engine.run.tokenizer).decode(np.array(best.tokens, np.int64))
       text = first_part(text, question.sampling.stop) + ("\n" if line else "")
-      return Answer(text, sum(len(one.tokens) for one in filled), sum(one.passes for one in filled), cut)
+      return Answer(text, sum(gaps), sum(one.passes for one in filled), cut)
 
     return finish
 
