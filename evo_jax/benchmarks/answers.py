@@ -49,7 +49,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What was written. tokens, passes: so many; of infilling those of all gaps that were tried. cut: whether the prompt
+  """What was written. tokens: so many; passes: until the last of them was committed; of infilling both of all gaps that
+  were tried. cut: whether the prompt
   was too long, or left no room for as many tokens as were asked for."""
 
   text: str
@@ -181,7 +182,10 @@ class Texts:
     def finish():
       written = handle.result()
       return Answer(
-        first_part(written.text, question.sampling.stop), len(written.tokens), written.passes, cut or room < asked
+        first_part(written.text, question.sampling.stop),
+        len(written.tokens),
+        max(written.settled, default=0),
+        cut or room < asked,
       )
 
     return finish

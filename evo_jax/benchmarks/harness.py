@@ -213,8 +213,7 @@ class Asker:
     self.context = min(context or 4096, run.config.model.position_limit)
     self._stores: dict[str, KeptAnswers] = {}
     self._about = {"begin": begin, "chat": chat, "context": self.context, "step": run.step}
-    if output is not None:
-      self._about["model"] = run_lib.fingerprint(run)
+    self._about["model"] = run_lib.fingerprint(run)  # by all processes
 
   def make_engine(self, rows: int, modes: Sequence[Sampling], infill: bool) -> Engine:
     modes = [dataclasses.replace(mode, max_tokens=None, greedy=False) for mode in modes] or ["ar"]
