@@ -19,7 +19,7 @@ from processes_test import assert_well, ends, processes
 import pytest
 
 from evo_jax.benchmarks import published, tasks
-from evo_jax.benchmarks.answers import Likelihoods, PathLikelihoods, Question, Texts, complete
+from evo_jax.benchmarks.answers import Likelihoods, PathLikelihoods, Question, Texts, complete, parts
 from evo_jax.benchmarks.kept import KeptAnswers
 from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt, windows
 from evo_jax.benchmarks.table import format_table, make_rows
@@ -271,6 +271,16 @@ def test_a_bounds_noise_depends_on_the_pair_alone():
     together([([0] * 90, [1] * 7)])
   with pytest.raises(UserError, match="shared clock"):
     ContinuationScorer(r, "learned:3")
+
+
+def test_a_long_continuation_is_its_parts():
+  pair = Pair((0, 1), (2, 3, 4, 5, 6))
+  assert parts(pair, 2) == [Pair((0, 1), (2, 3)), Pair((0, 1, 2, 3), (4, 5)), Pair((0, 1, 2, 3, 4, 5), (6,))]
+  r = model()
+  scorer, (_, (context, continuation), *_) = ContinuationScorer(r, "left:3"), random_pairs()
+  (whole,) = scorer([(context, continuation)])
+  split = scorer(parts(Pair(tuple(context), tuple(continuation)), r.config.window.size))
+  assert sum(bound.nats for bound in split) == pytest.approx(whole.nats, abs=1e-4) and len(split) == 2
 
 
 def test_likelihoods_by_a_path_have_the_sign_of_likelihoods():

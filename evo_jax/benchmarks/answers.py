@@ -22,6 +22,7 @@ from evo_jax.decoding.settings import Sampling
 from evo_jax.evaluation.continuations import ContinuationScorer
 
 _IN_FLIGHT = 256  # requests that an engine has at once
+_PART = 512  # tokens of a continuation whose bound is found at once
 GAPS = (8, 16, 32)  # tokens of a gap whose text is written, of which the most probable is taken
 
 
@@ -83,15 +84,15 @@ class Likelihoods:
   def _compute(self, asked: list[tuple[list[Pair], bool]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers and likelihoods as they come. asked: the windows of each request, and whether it was cut."""
     windows = [(number, pair) for number, (pairs, _) in enumerate(asked) for pair in pairs]
-    left, parts = Counter(number for number, _ in windows), {number: [] for number in range(len(asked))}
+    left, found = Counter(number for number, _ in windows), {number: [] for number in range(len(asked))}
     done = (number for number in range(len(asked)) if not left[number])  # nothing to be predicted
     for number in done:
       yield number, _summed([], asked[number][1])
     for place, *part in self._score([pair for _, pair in windows]):
       number = windows[place][0]
-      parts[number].append((place, part))
-      if len(parts[number]) == left[number]:
-        yield number, _summed([part for _, part in sorted(parts.pop(number))], asked[number][1])
+      found[number].append((place, part))
+      if len(found[number]) == left[number]:
+        yield number, _summed([part for _, part in sorted(found.pop(number))], asked[number][1])
 
   def _score(self, pairs: list[Pair]) -> Iterator[tuple[int, float, bool, float | None]]:
     """Places and results as they come, sorted by context, so that those with a common beginning follow each other."""
@@ -133,17 +134,28 @@ class PathLikelihoods(Likelihoods):
     self._scorer, self._encoder, self._kept = scorer, encoder, kept
     self.limit = min(limit, scorer.limit)
 
+  def _compute(self, asked):
+    """A long continuation in parts, each behind those before it, which is the same bound in less memory."""
+    return super()._compute([([part for pair in pairs for part in parts(pair, _PART)], cut) for pairs, cut in asked])
+
   def _score(self, pairs):
     for places, bounds in self._scorer.batches(pairs):
       for place, bound in zip(places, bounds):
         yield place, -bound.nats, bound.greedy, bound.stderr
 
 
-def _summed(parts: list[tuple[float, bool, float | None]], cut: bool) -> dict[str, Any]:
-  errors = [stderr for *_, stderr in parts if stderr is not None]
+def parts(pair: Pair, size: int) -> list[Pair]:
+  """A continuation in parts of `size` tokens, each behind those before it."""
+  context, continuation = pair
+  starts = range(0, len(continuation), size)
+  return [Pair((*context, *continuation[:start]), continuation[start : start + size]) for start in starts]
+
+
+def _summed(found: list[tuple[float, bool, float | None]], cut: bool) -> dict[str, Any]:
+  errors = [stderr for *_, stderr in found if stderr is not None]
   return {
-    "log_p": float(sum(log_p for log_p, _, _ in parts)),
-    "greedy": all(greedy for _, greedy, _ in parts),
+    "log_p": float(sum(log_p for log_p, _, _ in found)),
+    "greedy": all(greedy for _, greedy, _ in found),
     "stderr": float(np.sqrt(np.sum(np.square(errors)))) if errors else None,
     "cut": cut,
   }

@@ -11,6 +11,7 @@ or from Python: `lm_eval.simple_evaluate(model=EvoJax("runs/tiny"), tasks=["arc_
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -37,7 +38,7 @@ from evo_jax.benchmarks.kept import KeptAnswers, digest
 from evo_jax.benchmarks.pairs import Encoder
 from evo_jax.benchmarks.sandbox import CodeEval, Sandbox
 from evo_jax.benchmarks.tasks import Benchmark
-from evo_jax.data.chat import ChatTemplate
+from evo_jax.data import chat as chat_lib
 from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError
@@ -89,14 +90,17 @@ class Model(LM):
   def tok_encode(self, string: str, **_) -> list[int]:
     return self._encoder.encode(string)
 
+  @functools.cached_property
+  def _template(self) -> chat_lib.ChatTemplate:
+    return chat_lib.ChatTemplate(self._run.tokenizer, chat_lib.DATE)
+
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     return getattr(self._run.tokenizer, "chat_template", None) if chat_template else None
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as text; without a generation prompt it ends with the last message's text, which is continued."""
-    template = ChatTemplate(self._run.tokenizer)
     messages = [{"role": message["role"], "content": message["content"]} for message in chat_history]
-    text = template.render(messages, add_generation_prompt)
+    text = self._template.render(messages, add_generation_prompt)
     if add_generation_prompt:
       return text
     last = messages[-1]["content"].strip()

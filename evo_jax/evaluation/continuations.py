@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 import pickle
 from typing import Any
 import zlib
@@ -19,6 +20,7 @@ from evo_jax.run import Run
 
 _LENGTH_MULTIPLE = 128  # lengths of batches are rounded up, so that few programs are compiled
 _PASSES = 64  # of a time grid; paths of fewer share compiled code
+_FEW_WINDOWS = 4  # of a pair; a batch of pairs with more has fewer pairs
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -42,7 +44,7 @@ class ContinuationScorer:
   """
 
   def __init__(self, run: Run, path: str, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4):
-    """draws: of the latents' noise. window: tokens of a window; 0: as in training. rows: pairs of a batch. Raises
+    """draws: of the latents' noise. window: tokens of a window; 0: as in training. rows: pairs of a batch, at most. Raises
     UserError for a path that does not exist, or that the model does not have."""
     config, mesh = run.config, run.mesh
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
@@ -82,7 +84,7 @@ class ContinuationScorer:
     return found
 
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
-    """The same as it comes: numbers of some pairs, of similar length, the longest first, and their bounds. Raises
+    """The same as it comes: numbers of some pairs, of similar length, long continuations first, and their bounds. Raises
     UserError for a pair that is empty, or longer than the model can read."""
     for context, continuation in pairs:
       if not len(context) or not len(continuation) or len(context) + len(continuation) > self.limit:
@@ -90,13 +92,16 @@ class ContinuationScorer:
           f"{len(context)} tokens and {len(continuation)} to be scored: both must have some, and together at most "
           f"{self.limit}"
         )
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    for start in range(0, len(order), self._rows):
-      numbers = order[start : start + self._rows]
-      arrays, windows = self._pack([pairs[i] for i in numbers])
-      self._send((arrays, windows))
-      nats, greedy, passes = self._run_batch(arrays, windows)
-      yield numbers, [_bound(nats[:, i], greedy[:, i], passes[:, i]) for i in range(len(numbers))]
+    windows = [1 << (-(-len(continuation) // self._size) - 1).bit_length() for _, continuation in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: (-windows[i], -len(pairs[i][0]) - len(pairs[i][1])))
+    for count, same in itertools.groupby(order, windows.__getitem__):
+      shards = sharding.batch_shards(self._mesh)
+      rows = -(-max(self._rows * _FEW_WINDOWS // max(count, _FEW_WINDOWS), 1) // shards) * shards
+      while numbers := list(itertools.islice(same, rows)):
+        arrays = self._pack([pairs[i] for i in numbers], rows, count)
+        self._send((arrays, count))
+        nats, greedy, passes = self._run_batch(arrays, count)
+        yield numbers, [_bound(nats[:, i], greedy[:, i], passes[:, i]) for i in range(len(numbers))]
 
   def follow(self) -> None:
     """In a process that asks for nothing: returns when process 0 has called `close`."""
@@ -107,10 +112,8 @@ class ContinuationScorer:
     """Lets the other processes go."""
     self._send(None)
 
-  def _pack(self, pairs: list[Pair]) -> tuple[tuple[np.ndarray, ...], int]:
-    """tokens (B, T), begin, end (B,) int32 and digest (B,) uint32 of a batch, and its number of windows."""
-    B, most = self._rows, max(len(continuation) for _, continuation in pairs)
-    windows = 1 << (-(-most // self._size) - 1).bit_length()
+  def _pack(self, pairs: list[Pair], B: int, windows: int) -> tuple[np.ndarray, ...]:
+    """tokens (B, T), begin, end (B,) int32 and digest (B,) uint32 of a batch with so many windows."""
     longest = max(len(context) + max(len(continuation), windows * self._size) for context, continuation in pairs)
     tokens = np.zeros((B, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
     begin, end, digest = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.uint32)
@@ -119,7 +122,7 @@ class ContinuationScorer:
       tokens[i, : len(ids)] = ids
       begin[i], end[i] = len(context), len(ids)
       digest[i] = zlib.crc32(ids.astype("<i4").tobytes(), len(context))
-    return (tokens, begin, end, digest), windows
+    return tokens, begin, end, digest
 
   def _run_batch(self, arrays: tuple[np.ndarray, ...], windows: int) -> tuple[np.ndarray, ...]:
     rows = sharding.batch_sharding(self._mesh)
