@@ -44,7 +44,7 @@ class ContinuationScorer:
   """
 
   def __init__(self, run: Run, path: str, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4):
-    """draws: of the latents' noise. window: tokens of a window; 0: as in training. rows: pairs of a batch, at most. Raises
+    """draws: of the noise. window: tokens of a window; 0: as in training. rows: pairs of a batch, at most. Raises
     UserError for a path that does not exist, or that the model does not have."""
     config, mesh = run.config, run.mesh
     if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
@@ -84,7 +84,7 @@ class ContinuationScorer:
     return found
 
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
-    """The same as it comes: numbers of some pairs, of similar length, long continuations first, and their bounds. Raises
+    """The same as it comes: numbers of some pairs of similar length, long ones first, and their bounds. Raises
     UserError for a pair that is empty, or longer than the model can read."""
     for context, continuation in pairs:
       if not len(context) or not len(continuation) or len(context) + len(continuation) > self.limit:
