@@ -1,7 +1,7 @@
 """The harness's own `hf` model beside this project's, on the same weights and items: the same answers, and how fast.
 
   pip install -e '.[bench,hf]'
-  python -m experiments.benchmark_reference --workdir=DIR --data=BENCH [--limit=100] [--texts=20] [--output=FOLDER]
+  python -m experiments.benchmark_reference --workdir=DIR --data=BENCH --stages=FOLDER [--limit=100] [--texts=20]
 
 The run's weights are exported, and `hf` reads them in float32. Both are asked the same requests, by the harness:
 
@@ -11,8 +11,8 @@ The run's weights are exported, and `hf` reads them in float32. Both are asked t
   speed        items per second of each task, without loading and compilation: `hf` (in batches of --hf_batch), this
                project by `ar`, without shared prefixes, and for texts by `verify`
 
-Each stage is kept in --output as a JSON file, and not repeated where that is there. Nothing else should run meanwhile.
-The comparison is written to benchmark_reference.json there, and printed.
+Each stage is kept in --stages as a JSON file, and not repeated where that is there. Nothing else should run meanwhile.
+The comparison is written to benchmark_reference.json in --output, and printed.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,8 @@ TEXTS = "gsm8k"
 def main() -> None:
   args = flags.FLAGS
   output = common.results_folder(args.output)
-  output.mkdir(parents=True, exist_ok=True)
+  stages = Path(args.stages)
+  stages.mkdir(parents=True, exist_ok=True)
   harness = import_harness()
   run = run_lib.load_run(args.workdir)
   if run.config.model.dtype != "float32":
@@ -52,12 +53,12 @@ def main() -> None:
   }
   limits = {"likelihoods": args.limit, "texts": args.texts}
   ask = lambda kind, name, make: stage(
-    output / f"benchmark_reference_{kind}_{name}.json",
+    stages / f"{kind} {name}.json",
     lambda: ask_tasks(harness, loaded[kind], limits[kind], make()),
   )
   found = {"likelihoods": {}, "texts": {}}
   for kind in found:
-    found[kind]["hf"] = ask(kind, "hf", lambda: load_hf(args, run, output))
+    found[kind]["hf"] = ask(kind, "hf", lambda: load_hf(args, stages))
     for name, (mode, share) in settings(kind).items():
       found[kind][name] = ask(kind, name, lambda mode=mode, share=share: make_model(harness, run, args, mode, share))
   with Engine(run, rows=1, context=args.context) as engine:
@@ -69,8 +70,7 @@ def main() -> None:
     "texts": texts,
     "speed": speeds(found),
   }
-  path = output / "benchmark_reference.json"
-  path.write_text(json.dumps(result, indent=1) + "\n")
+  common.write_result("benchmark_reference", result, output)
   print(format_result(result))
 
 
@@ -146,9 +146,9 @@ class Timed:
       engine.close()
 
 
-def load_hf(args: flags.FlagValues, run: run_lib.Run, output: Path):
+def load_hf(args: flags.FlagValues, stages: Path):
   """The harness's model on the exported weights."""
-  folder = output / "benchmark_reference_weights"
+  folder = stages / "weights"
   if not folder.exists():
     exporter.export_run(run_lib.load_run(args.workdir, exact=True), args.workdir, str(folder), "float32")
   from lm_eval.models.huggingface import HFLM
@@ -272,5 +272,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("context", 2048, "Tokens of the longest text.")
   flags.DEFINE_integer("rows", 8, "Texts that an engine writes at once.")
   flags.DEFINE_integer("hf_batch", 8, "Batch size of hf.")
+  flags.DEFINE_string("stages", "runs/benchmark_reference", "Folder in which stages are kept, and exported weights.")
   flags.DEFINE_string("output", "", "Folder for results; default: experiments/results.")
   cli.run(main)

@@ -6,7 +6,7 @@
 
 This runs `evo_jax.benchmark` twice, on tasks of likelihoods and on those of texts, with the same items in every row:
 `ar` and two paths for the ones; `ar`, `verify`, and `adaptive` at three thresholds for the others. Answers are kept in
---answers, so that the same command goes on after any end. It writes benchmark_table.json and benchmark_table.md into
+--answers, so that the same command goes on after any end. It prints the table, and writes benchmark_table.json into
 --output.
 """
 
@@ -37,7 +37,6 @@ def main() -> None:
     raise UserError("--answers: a folder is needed, in which answers are kept")
   make_folder(args.answers)
   output = common.results_folder(args.output)
-  output.mkdir(parents=True, exist_ok=True)
   texts = f"{TEXTS},{CODE}" if args.run_code else TEXTS
   parts = [
     benchmark(
@@ -50,9 +49,8 @@ def main() -> None:
   rows = [row for part in parts for row in part["rows"]]
   left_out = {name: why for part in parts for name, why in part["left_out"].items()}
   result = {"settings": [part["settings"] for part in parts], "rows": rows, "left_out": left_out}
-  (output / "benchmark_table.json").write_text(json.dumps(result, indent=1) + "\n")
+  common.write_result("benchmark_table", result, output)
   text = format_table(rows, left_out)
-  (output / "benchmark_table.md").write_text(f"```text\n{text}\n```\n")
   print(text)
 
 
