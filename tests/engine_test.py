@@ -160,6 +160,21 @@ def test_scores_are_the_clean_streams(engine):
     np.testing.assert_array_equal(score.greedy, np.asarray(log_p).argmax(-1)[0, -length:] == score.tokens)
 
 
+def test_a_score_may_have_the_most_probable_tokens_and_another_begin_token(engine):
+  r, tokens = model(), [5, 1, 2, 3, 4]
+  log_p = jax.nn.log_softmax(r.model.apply({"params": r.params}, jnp.array([tokens[:-1]]))[0, :, :V])
+  score = engine.submit_score(tokens[1:3], tokens[3:], best=2, begin=tokens[0]).result()
+  np.testing.assert_allclose(score.log_p, [log_p[2, 3], log_p[3, 4]], atol=2e-5)
+  for choice, row in zip(score.choices, np.asarray(log_p)[2:]):
+    assert [token for token, _ in choice.best] == np.argsort(-row)[:2].tolist()
+    np.testing.assert_allclose([value for _, value in choice.best], np.sort(row)[:-3:-1], atol=2e-5)
+  written = engine.submit("abc", Sampling(max_tokens=5, greedy=True, endless=True), begin=5, best=0).result()
+  again = engine.submit_score("abc", written.tokens, begin=5).result()
+  np.testing.assert_allclose([choice.log_p for choice in written.choices], again.log_p, atol=1e-5)
+  with pytest.raises(UserError, match="best=21: is not from 0 to 20"):
+    engine.submit_score("abc", "d", best=21)
+
+
 def test_log_probabilities_of_what_was_written(engine):
   sampling = Sampling(max_tokens=20, endless=True, greedy=True)
   generation = engine.submit("abcdef" * 3, sampling, best=3).result()

@@ -11,7 +11,10 @@ import pytest
 
 FILES = [
   "README.md",
-  *(f"evo_jax/{name}/README.md" for name in ("data", "decoding", "serving", "pretrained", "planning", "flow")),
+  *(
+    f"evo_jax/{name}/README.md"
+    for name in ("data", "decoding", "serving", "pretrained", "planning", "flow", "benchmarks")
+  ),
 ]
 READMES = {name: (pathlib.Path(ROOT) / name).read_text() for name in FILES}
 BLOCKS = [block for text in READMES.values() for block in re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.M | re.S)]

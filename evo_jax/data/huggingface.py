@@ -61,7 +61,8 @@ class _Ids(NamedTuple):
 class HuggingFace:
   """The tokenizer of a folder as Hugging Face writes it.
 
-  chat_template: Jinja source, or None. special: by text, the id of every special token.
+  chat_template: Jinja source, or None. special: by text, the id of every special token. adds_begin: whether it is the
+  tokenizer itself that puts `begin_id` in front of text.
   """
 
   unit = "byte"
@@ -81,6 +82,8 @@ class HuggingFace:
     ids = self._find_ids(specification, config, vocabulary)
     self.begin_id, self.separator_id, self.end_ids, self.turn_end_ids = ids
     self.special = _special_tokens(specification, config, vocabulary, self.named, ids)
+    begin = self.named.get("bos_token")
+    self.adds_begin = begin is not None and _adds_begin(specification, config, begin)
     self._pieces = _pieces(specification, vocabulary, self.special)
     self._around = {token["content"]: (token["lstrip"], token["rstrip"]) for token in specification["added_tokens"]}
     self._specification = _protected(specification, self.special)

@@ -322,6 +322,7 @@ class Engine:
     infill: bool = False,
     tokenizer: Tokenizer | None = None,
     trace: bool = False,
+    begin: int | None = None,
   ) -> Handle:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
@@ -334,6 +335,7 @@ class Engine:
       infill: whether the prompt has gaps, which are filled.
       tokenizer: by which the prompt is encoded, as a `ChatTokenizer`; default: the run's.
       trace: whether what its passes do is recorded (`Handle.trace`), which takes a look after each pass.
+      begin: the token at position 0; default: the tokenizer's begin token.
 
     Raises UserError for what cannot be, before anything runs.
     """
@@ -350,7 +352,7 @@ class Engine:
       request = dataclasses.replace(request, repetition=number)
     if best is not None:
       self._check_scores()
-    begin, known, pages = tokenizer.begin_id, [], 0
+    begin, known, pages = tokenizer.begin_id if begin is None else begin, [], 0
     if self._reads:
       known = request.tokens[: request.prompt_end - 1]
       pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
@@ -364,16 +366,20 @@ class Engine:
     return self.submit_score(context, continuation).result()
 
   def submit_score(
-    self, context: str | Sequence[int], continuation: str | Sequence[int], best: int | None = None
+    self,
+    context: str | Sequence[int],
+    continuation: str | Sequence[int],
+    best: int | None = None,
+    begin: int | None = None,
   ) -> "concurrent.futures.Future[Score]":
-    """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). Raises
-    UserError for what is too long, or empty."""
+    """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). begin:
+    the token at position 0; default: the tokenizer's begin token. Raises UserError for what is too long, or empty."""
     self._check_scores()
     if best is not None and not 0 <= best <= BEST:
       raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
     ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
-    before = [tokenizer.begin_id, *ids(context, tokenizer)]
+    before = [tokenizer.begin_id if begin is None else begin, *ids(context, tokenizer)]
     after = ids(continuation, continuing(tokenizer) if len(before) > 1 else tokenizer)
     if not after:
       raise UserError("the continuation to be scored is empty")

@@ -140,13 +140,15 @@ class Step:
 @flax.struct.dataclass
 class _PathState:
   """Where a path is: latents, the solver's state, the last pass's context logits (None: not needed), the NLL so far
-  (..., T) and the passes (...)."""
+  (..., T), the passes (...), and (..., T) bool, which tokens were the most probable when they became known (None: not
+  asked for)."""
 
   latent: latents_lib.Latent
   solver: latents_lib.SolverState
   context: jax.Array | None
   nats: jax.Array
   passes: jax.Array
+  greedy: jax.Array | None = None
 
 
 def path_nll(
@@ -165,24 +167,39 @@ def path_nll(
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
   None: the field is called with the latents alone.
   """
+  end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits)
+  return end.nats, end.passes
+
+
+def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, counted=None) -> _PathState:
+  """The end of a path, as of `path_nll`.
+
+  counted (..., T) bool: the others are never known, and cost nothing; whether tokens are greedy is then found, too, and
+  `key` may be one for each of the leading axis.
+  """
   chex.assert_rank(codes_VxM, 2)
   chex.assert_type(token, int)
   dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
+  unfinished = lambda latent: ~latent.known if counted is None else ~latent.known & counted
 
   def step(path: _PathState, index: jax.Array) -> _PathState:
     latent, solver = path.latent, path.solver
-    noise = jax.random.normal(jax.random.fold_in(key, index), latent.y.shape, dtype)
+    noise = _normal(key, index, latent.y.shape, dtype)
     context = field(latent) if path.context is None else field(latent, path.context)
     log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
     observation = policies.Observation(index, latent.time, log_belief, uncertainty, solver, codes_VxM, warp)
     time_next = jnp.broadcast_to(policy(observation), token.shape).astype(dtype)
+    time_next = time_next if counted is None else jnp.where(counted, time_next, latent.time)
     taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
     after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
     nats = taken.nll((latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)))
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
     solver = solver.after(after.y, precision, latents_lib.expected_code(log_belief, codes_VxM))
-    passes = path.passes + jnp.any(~latent.known, axis=-1)
-    return _PathState(after, solver, None if path.context is None else context, path.nats + nats, passes)
+    passes = path.passes + jnp.any(unfinished(latent), axis=-1)
+    greedy = path.greedy
+    if greedy is not None:
+      greedy |= after.known & ~latent.known & (jnp.argmax(log_belief, axis=-1) == token)
+    return _PathState(after, solver, None if path.context is None else context, path.nats + nats, passes, greedy)
 
   zeros = jnp.zeros((*token.shape, codes_VxM.shape[1]), dtype)
   start = _PathState(
@@ -191,9 +208,16 @@ def path_nll(
     context=None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, len(prior_logits))),
     nats=jnp.zeros(token.shape, dtype),
     passes=jnp.zeros(token.shape[:-1], jnp.int32),
+    greedy=None if counted is None else jnp.zeros(token.shape, bool),
   )
-  end = policies.run_until_known(step, start, lambda path: jnp.any(~path.latent.known))
-  return end.nats, end.passes
+  return policies.run_until_known(step, start, lambda path: jnp.any(unfinished(path.latent)))
+
+
+def _normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+  """A pass's noise; `key` may be one for each of the leading axis."""
+  if key.ndim:
+    return jax.vmap(lambda key: _normal(key, index, shape[1:], dtype))(key)
+  return jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
 
 
 def erasure_nll(
@@ -281,3 +305,62 @@ def _window_field(net, cache, anchor_BxN, anchor_token_BxN, codes_VxM, log_unigr
     return window_logits(net, cache, anchor_BxN, anchor_token_BxN, latent, codes_VxM, prior_logits)
 
   return field
+
+
+def continuation_nll(
+  net: Network,
+  statistics: Statistics,
+  tokens_BxT: jax.Array,
+  begin_B: jax.Array,
+  end_B: jax.Array,
+  key_B: jax.Array,
+  policy: policies.Policy | None,
+  size: int,
+  windows: int,
+  draws: int = 1,
+  self_conditioned: bool = False,
+  chunk: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """NLL bounds in nats (draws, B) of what stands in sequences (B, T) from position `begin` (1 or more) to `end`, given
+  all before it; whether every token of it was the most probable when it became known, (draws, B) bool; and the passes
+  (draws, B) taken.
+
+  policy: None for autoregression, without noise (draws = 1), whose second result means nothing; else `windows` windows
+  of `size` tokens follow the context, each read after the clean text before it. Of a window that reaches over the end,
+  the rest is never known, as of a text that is still to be written: nothing is told of the continuation's length.
+  begin + windows * size must be at most T. key_B: one key a row, so that a row's noise does not depend on the others.
+  self_conditioned, chunk: as of `sequence_nll`.
+  """
+  B, T = tokens_BxT.shape
+  hidden, cache = net.clean(tokens_BxT[:, :-1])
+  if policy is None:
+    position = jnp.arange(1, T)
+    counted = (position >= begin_B[:, None]) & (position < end_B[:, None])
+    nats = jnp.sum(jnp.where(counted, token_nll(net, hidden, tokens_BxT, chunk), 0.0), axis=1)
+    return nats[None], jnp.zeros((1, B), bool), (end_B - begin_B)[None]
+  anchor_BxN = begin_B[:, None] - 1 + size * jnp.arange(windows)
+  counted = anchor_BxN[..., None] + 1 + jnp.arange(size) < end_B[:, None, None]
+  slots = gather_windows(tokens_BxT, anchor_BxN, size)
+  token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
+  field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
+  learned = isinstance(policy, policies.LearnedClock)
+  ar_nats = token_nll(net, hidden, tokens_BxT, chunk) if learned else None
+
+  def draw(key_B):
+    key_B, start_B = (jax.vmap(jax.random.fold_in, (0, None))(key_B, i) for i in (0, 1))
+    drawn, kl = policy, 0.0
+    if isinstance(policy, policies.RandomOrder):
+      drawn = policy.replace(rank=jax.vmap(lambda key: random_rank(key, token.shape[1:]))(start_B))
+    if learned:
+      count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
+      noise = _normal(start_B, jnp.int32(0), token.shape, codes.dtype)
+      delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
+      drawn = policy.replace(delay=delay, sharpness=sharpness)
+    prior_logits = prior if self_conditioned else None
+    end = _follow_path(field, codes, statistics.warp, token, drawn, key_B, prior_logits, counted)
+    nats = jnp.sum(jnp.where(counted, end.nats + kl, 0.0), axis=(1, 2))
+    return nats, jnp.all(end.greedy | ~counted, axis=(1, 2)), jnp.sum(end.passes, axis=1)
+
+  number = jnp.arange(draws)
+  keys = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(key_B, i))(number)
+  return jax.lax.map(draw, keys)

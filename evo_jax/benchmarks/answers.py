@@ -1,0 +1,311 @@
+"""A model's answers to a benchmark's requests: likelihoods of continuations and generated texts, kept as they come."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import dataclasses
+import itertools
+import time
+from typing import Any
+import zlib
+
+import numpy as np
+from rich import progress as rich_progress
+from rich.console import Console
+
+from evo_jax.benchmarks.kept import KeptAnswers, digest
+from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt
+from evo_jax.data.tokenizers import continuing
+from evo_jax.decoding.engine import Engine, Score
+from evo_jax.decoding.programs import BEST
+from evo_jax.decoding.prompts import Request
+from evo_jax.decoding.settings import Sampling
+from evo_jax.evaluation.continuations import ContinuationScorer
+
+_IN_FLIGHT = 256  # requests that an engine has at once
+_PART = 512  # tokens of a continuation whose bound is found at once
+GAPS = (8, 16, 32)  # tokens of a gap whose text is written, of which the most probable is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+  """Of a continuation: log_p in nats, of a path a bound; greedy: whether it is what greedy decoding writes; stderr: of
+  the noise's draws, in nats; cut: whether the context was too long."""
+
+  log_p: float
+  greedy: bool
+  stderr: float | None = None
+  cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A text to be written behind a context. sampling: with its stop strings and length. number: of those with the same
+  context, sampling and document. document: the text before and behind a gap, where that is to be filled instead."""
+
+  context: str
+  sampling: Sampling
+  number: int = 0
+  document: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What was written. tokens: so many; passes: until the last of them was committed; of infilling both of all gaps that
+  were tried. cut: whether the prompt
+  was too long, or left no room for as many tokens as were asked for."""
+
+  text: str
+  tokens: int
+  passes: int
+  cut: bool = False
+
+
+class Likelihoods:
+  """Likelihoods by autoregression: an engine reads what contexts have in common once."""
+
+  def __init__(self, engine: Engine, encoder: Encoder, kept: KeptAnswers):
+    self._engine, self._encoder, self._kept = engine, encoder, kept
+    self.limit = engine.context
+
+  def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+    """Of continuations given their contexts."""
+    compute = lambda numbers: self._compute([fitted(self._encoder.pair(*pairs[i]), self.limit) for i in numbers])
+    return self._all([("pair", *pair) for pair in pairs], compute)
+
+  def rolling(self, texts: Sequence[str]) -> list[Likelihood]:
+    """Of whole texts, each token behind as many as the model can read."""
+    compute = lambda numbers: self._compute([(self._encoder.rolling(texts[i], self.limit), False) for i in numbers])
+    return self._all([("rolling", text) for text in texts], compute)
+
+  def _all(self, requests: Sequence[tuple], compute: Callable) -> list[Likelihood]:
+    values = complete(self._kept, requests, compute, "likelihoods")
+    return [Likelihood(**value) for value in values]
+
+  def _compute(self, asked: list[tuple[list[Pair], bool]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and likelihoods as they come. asked: the windows of each request, and whether it was cut."""
+    windows = [(number, pair) for number, (pairs, _) in enumerate(asked) for pair in pairs]
+    left, found = Counter(number for number, _ in windows), {number: [] for number in range(len(asked))}
+    done = (number for number in range(len(asked)) if not left[number])  # nothing to be predicted
+    for number in done:
+      yield number, _summed([], asked[number][1])
+    for place, *part in self._score([pair for _, pair in windows]):
+      number = windows[place][0]
+      found[number].append((place, part))
+      if len(found[number]) == left[number]:
+        yield number, _summed([part for _, part in sorted(found.pop(number))], asked[number][1])
+
+  def _score(self, pairs: list[Pair]) -> Iterator[tuple[int, float, bool, float | None]]:
+    """Places and results as they come, sorted by context, so that those with a common beginning follow each other."""
+    waiting: deque = deque()
+    order = sorted(range(len(pairs)), key=pairs.__getitem__)
+    for (context, single), group in itertools.groupby(
+      order, lambda i: (pairs[i].context, len(pairs[i].continuation) == 1)
+    ):
+      # Of several continuations of one token, one reading of the context tells most.
+      places = list(group)
+      for job in [places] if single and len(places) > 1 else [[place] for place in places]:
+        best = BEST if len(job) > 1 else None
+        waiting.append((job, self._submit(context, pairs[job[0]].continuation, best)))
+        if len(waiting) >= _IN_FLIGHT:
+          yield from self._results(pairs, *waiting.popleft())
+    for job, future in waiting:
+      yield from self._results(pairs, job, future)
+
+  def _submit(self, context: Sequence[int], continuation: Sequence[int], best: int | None = None):
+    return self._engine.submit_score(context[1:], continuation, best, begin=context[0])
+
+  def _results(self, pairs: list[Pair], job: list[int], future) -> Iterator[tuple[int, float, bool, None]]:
+    score: Score = future.result()
+    for place in job:
+      pair, found = pairs[place], score
+      if place != job[0] and pair.continuation != pairs[job[0]].continuation:
+        best = score.choices[0].best
+        if (log_p := dict(best).get(pair.continuation[0])) is not None:
+          yield place, log_p, pair.continuation[0] == best[0][0], None
+          continue
+        found = self._submit(*pair).result()
+      yield place, found.total, bool(found.greedy.all()), None
+
+
+class PathLikelihoods(Likelihoods):
+  """The same by a path's bound."""
+
+  def __init__(self, scorer: ContinuationScorer, encoder: Encoder, kept: KeptAnswers, limit: int):
+    self._scorer, self._encoder, self._kept = scorer, encoder, kept
+    self.limit = min(limit, scorer.limit)
+
+  def _compute(self, asked):
+    """A long continuation in parts, each behind those before it, which is the same bound in less memory."""
+    return super()._compute([([part for pair in pairs for part in parts(pair, _PART)], cut) for pairs, cut in asked])
+
+  def _score(self, pairs):
+    for places, bounds in self._scorer.batches(pairs):
+      for place, bound in zip(places, bounds):
+        yield place, -bound.nats, bound.greedy, bound.stderr
+
+
+def parts(pair: Pair, size: int) -> list[Pair]:
+  """A continuation in parts of `size` tokens, each behind those before it."""
+  context, continuation = pair
+  starts = range(0, len(continuation), size)
+  return [Pair((*context, *continuation[:start]), continuation[start : start + size]) for start in starts]
+
+
+def _summed(found: list[tuple[float, bool, float | None]], cut: bool) -> dict[str, Any]:
+  errors = [stderr for *_, stderr in found if stderr is not None]
+  return {
+    "log_p": float(sum(log_p for log_p, _, _ in found)),
+    "greedy": all(greedy for _, greedy, _ in found),
+    "stderr": float(np.sqrt(np.sum(np.square(errors)))) if errors else None,
+    "cut": cut,
+  }
+
+
+class Texts:
+  """Generated texts."""
+
+  def __init__(self, engine: Engine, encoder: Encoder, kept: KeptAnswers, seed: int = 0, gaps: Sequence[int] = GAPS):
+    """gaps: lengths of a gap, in tokens, that are tried where a document is to be filled."""
+    self._engine, self._encoder, self._kept, self._seed, self._gaps = engine, encoder, kept, seed, tuple(gaps)
+
+  def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+    requests = [("text", dataclasses.asdict(question), self._gaps) for question in questions]
+    compute = lambda numbers: self._compute([questions[i] for i in numbers])
+    return [Answer(**value) for value in complete(self._kept, requests, compute, "texts")]
+
+  def _compute(self, questions: list[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and answers as they come, those to the longest prompts first."""
+    waiting: deque = deque()
+    for number in sorted(range(len(questions)), key=lambda i: -len(questions[i].context)):
+      question = questions[number]
+      waiting.append((number, (self._fill if question.document else self._write)(question)))
+      if len(waiting) >= _IN_FLIGHT:
+        number, finish = waiting.popleft()
+        yield number, dataclasses.asdict(finish())
+    for number, finish in waiting:
+      yield number, dataclasses.asdict(finish())
+
+  def _write(self, question: Question) -> Callable[[], Answer]:
+    """Begins a text; what finishes it."""
+    asked = question.sampling.max_tokens
+    ids, room, cut = fitted_prompt(self._encoder.encode_context(question.context), asked, self._engine.context)
+    handle = self._submit(ids, [*ids[1:]], len(ids) + room, question, infill=False)
+
+    def finish():
+      written = handle.result()
+      return Answer(
+        first_part(written.text, question.sampling.stop),
+        len(written.tokens),
+        max(written.settled, default=0),
+        cut or room < asked,
+      )
+
+    return finish
+
+  def _submit(self, ids, tokens, length, question, infill):
+    request = Request(question.context, tuple(tokens), length, zlib.crc32(repr(tokens).encode()), question.number)
+    return self._engine.submit(request, question.sampling, seed=self._seed, infill=infill, begin=ids[0])
+
+  def _fill(self, question: Question) -> Callable[[], Answer]:
+    """Begins to fill a document's gap, in all lengths that are tried. Where the answer is a line, the line's end is
+    part of the document."""
+    before, behind = question.document
+    line = question.sampling.stop == ("\n",)
+    rest = self._encoder.continue_text("\n" + behind if line else behind)
+    ids, limit = self._encoder.encode_context(before), self._engine.context
+    gaps = [gap for gap in self._gaps if gap < limit // 2] or [limit // 4]
+    room = limit - max(gaps)
+    cut = len(ids) + len(rest) > room
+    rest = rest[: max(room - len(ids), room // 2)]  # what is near the gap is kept
+    ids = ids[-(room - len(rest)) :]
+    begun = [
+      (self._submit(ids, [*ids[1:], *[None] * gap, *rest], len(ids) + gap + len(rest), question, True)) for gap in gaps
+    ]
+
+    def finish():
+      filled = [handle.result() for handle in begun]
+      scores = []
+      if len(filled) > 1:  # that of the text and of all that follows, as of documents of any length
+        scores = [
+          self._engine.submit_score(ids[1:], [*one.tokens, *rest] or rest, begin=ids[0])
+          for one in filled
+          if one.tokens or rest
+        ]
+      scores = [score.result().total for score in scores] or [0.0]
+      best = filled[int(np.argmax(scores))]
+      text = continuing(self._engine.run.tokenizer).decode(np.array(best.tokens, np.int64))
+      text = first_part(text, question.sampling.stop) + ("\n" if line else "")
+      return Answer(text, sum(gaps), sum(one.passes for one in filled), cut)
+
+    return finish
+
+
+def first_part(text: str, stop: Iterable[str]) -> str:
+  """What stands before each stop string, as the harness cuts texts."""
+  for string in stop:
+    text = text.split(string)[0]
+  return text
+
+
+def complete(
+  kept: KeptAnswers,
+  requests: Sequence[Hashable],
+  compute: Callable[[list[int]], Iterator[tuple[int, Any]]],
+  what: str,
+) -> list[Any]:
+  """The values of all requests. compute: gives those of some numbers, as they come; it is asked for what is not kept,
+  of equal requests once, and what it gives is kept at once."""
+  keys = [digest(request) for request in requests]
+  first: dict[str, int] = {}
+  for number, key in enumerate(keys):
+    if key not in kept:
+      first.setdefault(key, number)
+  missing = list(first.values())
+  if missing:
+    total = len({*keys})
+    with Progress(total, total - len(missing), what) as progress:
+      for place, value in compute(missing):
+        kept.add(keys[missing[place]], value)
+        progress.advance()
+  return [kept[key] for key in keys]
+
+
+class Progress:
+  """How far some requests are, with the time left: in a terminal a bar, else a line a minute."""
+
+  def __init__(self, total: int, done: int, what: str):
+    self._console = Console(stderr=True)
+    self._total, self._done, self._what, self._begun = total, done, what, done
+    self._started = self._said = time.monotonic()
+    self._bar = None
+    if self._console.is_terminal:
+      columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+      )
+      self._bar = rich_progress.Progress(*columns, console=self._console, transient=True)
+      self._task = self._bar.add_task(what, total=total, completed=done)
+
+  def __enter__(self) -> "Progress":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def advance(self) -> None:
+    self._done += 1
+    if self._bar:
+      self._bar.advance(self._task)
+      return
+    now = time.monotonic()
+    if now - self._said > 60:
+      self._said = now
+      left = (self._total - self._done) * (now - self._started) / (self._done - self._begun)
+      line = f"evo_jax: {self._done:,} of {self._total:,} {self._what}, {left / 60:,.0f} minutes left"
+      self._console.file.write(line + "\n")
+      self._console.file.flush()
