@@ -119,7 +119,9 @@ class OwnPath:
       hint = "" if kind == "s" or len(arguments) > 1 else "; a number goes behind the name, as in FILE.py:NAME:0.5"
       raise self.error(f"takes ({', '.join(parameters)}), but is called with {wanted}{hint}") from error
     if kind == "s" and not (self.number and 1 <= self.number <= MOST and self.number == int(self.number)):
-      raise self.error(f"needs a number of passes from 1 to {MOST}, as in FILE.py:{getattr(self.function, '__name__', 'NAME')}:16")
+      raise self.error(
+        f"needs a number of passes from 1 to {MOST}, as in FILE.py:{getattr(self.function, '__name__', 'NAME')}:16"
+      )
     if self.number is not None and not np.isfinite(self.number):
       raise self.error("its number is not finite")
 
