@@ -18,9 +18,10 @@ answer has the fewest bits per byte. Each curve is fitted by
 
   bits = a * x^-exponent
 
-without an offset: over a decade and a half of compute an irreducible loss cannot be told from a smaller exponent (the
-two fit equally well), so that the exponents hold for this range alone. Errors are by bootstrap over held-out sequences,
-or items, which all runs share, and over seeds.
+without an offset: over a decade and a half of compute an irreducible loss can hardly be told from a smaller exponent,
+so the exponents hold for this range alone. Whether there is more to see says the curvature, the second-order
+coefficient of log bits in log x, which an offset makes positive. Errors are by bootstrap over held-out sequences, or items, which
+all runs share, and over seeds.
 
 What a stopped run has done is kept; the same command goes on. --scale=small: shapes for a smoke test.
 """
@@ -333,6 +334,16 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return -slope, np.exp(v.mean(-1) - slope * u.mean(-1))
 
 
+def curvature(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """The second-order coefficient (...) of log y (..., S, R) in log x (S, R), by least squares; NaN below 3 sizes."""
+  if len(x) < 3:
+    return np.full(y.shape[:-2], np.nan)
+  u = np.log(x).ravel()
+  u = u - u.mean()
+  v = np.log(y).reshape(-1, u.size)
+  return np.linalg.lstsq(np.stack([np.ones_like(u), u, u**2], axis=1), v.T)[0][2].reshape(y.shape[:-2])
+
+
 def resampled(curve: Curve) -> np.ndarray:
   """Bits per byte (draws, S, R) with sequences, or items, and seeds drawn with replacement; the same draws for all
   curves of as many."""
@@ -353,6 +364,7 @@ def fits(found: dict[str, list[Curve]]) -> list[dict[str, Any]]:
       for curve in group:
         exponent, a = fit(curve.x(against), curve.y)
         draws, _ = fit(curve.x(against), resampled(curve))
+        bend = curvature(curve.x(against), curve.y), curvature(curve.x(against), resampled(curve)).std(ddof=1)
         first = (exponent, draws) if first is None else first
         residual = np.log(curve.y / (a * curve.x(against) ** -exponent))
         result.append(
@@ -363,6 +375,8 @@ def fits(found: dict[str, list[Curve]]) -> list[dict[str, Any]]:
             "exponent": float(exponent),
             "stderr": float(draws.std(ddof=1)),
             "a": float(a),
+            "curvature": None if np.isnan(bend[0]) else float(bend[0]),
+            "curvature_stderr": None if np.isnan(bend[1]) else float(bend[1]),
             "residual": float(np.sqrt((residual**2).mean())),
             "above_first": float(exponent - first[0]),
             "above_first_stderr": float((draws - first[1]).std(ddof=1)),
@@ -383,12 +397,16 @@ def report(points: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     head = f"{point['size']:<8}{point['method']:<8}{point['seed']:>4}{point['parameters']:>12,}{point['tokens']:>13,}"
     print(f"{head}{point['flops']:>10.2e}{point['seconds']:>7.0f}  {', '.join(bits)}")
   print("\nbits = a * x^-exponent")
-  print(f"{'of':<7}{'against':<12}{'curve':<18}{'exponent':>10}{'stderr':>9}{'residual':>10}{'above the first':>24}")
+  print(
+    f"{'of':<7}{'against':<12}{'curve':<18}{'exponent':>10}{'stderr':>9}{'residual':>10}{'curvature':>20}"
+    f"{'above the first':>20}"
+  )
   for row in found:
     above = f"{row['above_first']:+.4f} +- {row['above_first_stderr']:.4f}" if row["above_first_stderr"] else ""
+    bend = "" if row["curvature"] is None else f"{row['curvature']:+.4f} +- {row['curvature_stderr']:.4f}"
     print(
       f"{row['measure']:<7}{row['against']:<12}{row['curve']:<18}{row['exponent']:>10.4f}{row['stderr']:>9.4f}"
-      f"{row['residual']:>10.4f}{above:>24}"
+      f"{row['residual']:>10.4f}{bend:>20}{above:>20}"
     )
 
 

@@ -45,6 +45,7 @@ _SMALLER_ABLATION = {
   ),
   '= 0, 32, ("ar",)': '= 0, 2, ("ar",)',
   "base.config.model.context, 32)": "base.config.model.context, 4)",
+  "for path in (OwnPath(even_first, 8), OwnPath(apart, 2.0))": "for path in (OwnPath(apart, 2.0),)",
   "max_tokens=48": "max_tokens=8",
 }
 
@@ -86,7 +87,7 @@ def test_ablate_the_flow(tmp_path):
   """A path and a policy of one's own are trained, priced, compared, and written with."""
   shown = run_notebook("ablate_the_flow.ipynb", _SMALLER_ABLATION, tmp_path)
   assert "even_first minus base: bits per byte" in shown and "mine.py:apart:2 squared_error" in shown
-  assert all(f"--- {path}: " in shown for path in ("even_first:8", "apart:2"))
+  assert "--- apart:2: " in shown
   rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
   paths = ["ar", "streams:2", "diagonal:8", "rolling:8", "even_first:8", "apart:2"]
   assert [row["path"] for row in rows] == 3 * paths

@@ -249,6 +249,8 @@ def test_exponents_are_those_of_a_power_law():
   x = np.array([1e11, 1e12, 1e13])[:, None] * np.ones(2)
   exponent, a = scaling.fit(x, 7.0 * x**-0.08)
   assert exponent == pytest.approx(0.08) and a == pytest.approx(7.0)
+  assert scaling.curvature(x, 7.0 * x**-0.08) == pytest.approx(0.0, abs=1e-9)
+  assert scaling.curvature(x, 1.0 + 7.0 * x**-0.08) > 1e-4  # an irreducible loss
   hardness = rng.uniform(0.5, 1.5, 200)
   seeds, sequences = np.exp(0.01 * rng.normal(size=x.shape)), 0.02 * rng.normal(size=(3, 2, 200))
   bits = 7.0 * (x**-0.08 * seeds)[..., None] * hardness + sequences
