@@ -36,7 +36,7 @@ from typing import Any
 from absl import flags
 import jax
 
-from evo_jax import cli
+from evo_jax import cli, functions
 from evo_jax.data import chat
 from evo_jax.decoding import bulk
 from evo_jax.decoding.progress import Generation
@@ -103,6 +103,8 @@ def _write_texts(args: flags.FlagValues, run: Run, sampling: Sampling) -> None:
   """Writes texts into the folder --output."""
   depends = {name: value for name, value in dataclasses.asdict(sampling).items() if name != "batch_size"}
   depends |= {"chat": args.chat, "system": args.system}
+  if functions.is_own(args.path):
+    depends["path_file"] = functions.digest(args.path)
   writes, started = jax.process_index() == 0, time.monotonic()
   progress = _Progress() if writes else lambda totals, written: None
   prompts = lambda: _located_prompts(args)
@@ -276,7 +278,7 @@ def _define_sampling_flags(default: Sampling) -> None:
   flags.DEFINE_integer("steps", default.steps, "Mode flow: passes per window.")
   path = (
     "Mode flow: diagonal (default), rolling, random or learned, in --steps passes, or any path that evaluate knows, as "
-    "streams:4. Mode adaptive: spread (default), entropy, confidence or maturity."
+    "streams:4 or FILE.py:NAME. Mode adaptive: spread (default), entropy, confidence or maturity."
   )
   flags.DEFINE_string("path", default.path, path)
   grid = "Steps of diagonal and rolling: even in time, in (log-)precision, or t after each pass as 0.8,0.5,0.2."

@@ -20,13 +20,25 @@ from evo_jax import config as config_lib
 from evo_jax import run as run_lib
 from evo_jax.decoding import sampler as sampler_lib
 from evo_jax.decoding import settings
+from evo_jax.errors import UserError
 from evo_jax.evaluation import paths as paths_lib
-from evo_jax.training import files, loop
+from evo_jax.flow import bound, windows
+from evo_jax.training import files, loop, step
 from evo_jax.training.state import TrainState
 
 
-def train(config: config_lib.Config, workdir: str) -> None:
-  """Trains, or goes on training, in `workdir`; then prints and writes a table of held-out bits, and samples."""
+def train(
+  config: config_lib.Config, workdir: str, redraw: windows.Redraw | None = None, price: bound.Price | None = None
+) -> None:
+  """Trains, or goes on training, in `workdir`; then prints and writes a table of held-out bits, and samples.
+
+  redraw, price: pure functions that change a step's windows and the price of a bound's step (`step.OwnFunctions`). The
+  work directory does not know of them: to go on, call with the same. Raises UserError.
+  """
+  if price is not None:
+    bound.check_price(price, "price")
+    if config.loss.integrand != "step":
+      raise UserError(f"config.loss.integrand: {config.loss.integrand!r} does not go with a price of one's own")
   with loop.prepare(config, workdir) as setup:
     evaluator = paths_lib.Evaluator(setup.model, config, setup.tokenizer, setup.mesh)
     count = len(setup.held_out.tokens)
@@ -36,7 +48,7 @@ def train(config: config_lib.Config, workdir: str) -> None:
       table = evaluator(params, statistics, some, config.eval.train_paths)
       return {f"valid_{entry['path']}": entry["bits"] for entry in table}
 
-    state = loop.train(setup, evaluate)
+    state = loop.train(setup, evaluate, step.OwnFunctions(redraw, price))
     if state is not None:
       _finish(setup, state, evaluator)
 

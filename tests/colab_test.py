@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, in a few small steps."""
 
+import csv
 import json
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, environment
+import numpy as np
 import pytest
 
 from evo_jax.pretrained.source import open_source
@@ -34,6 +36,17 @@ _SMALLER_FASTER = {
   "max_tokens=100, **fields": "max_tokens=12, **fields",
   "num=4, max_tokens=100": "num=8, max_tokens=40",
   '"config.train.steps": STEPS}': '"config.train.steps": STEPS, "config.window.count": 4, "config.train.log_every": 1}',
+}
+_SMALLER_ABLATION = {
+  "values.train.steps = STEPS": (
+    "values.train.steps = STEPS\n"
+    "values.model.layers, values.model.width, values.model.hidden, values.model.context = 1, 16, 16, 32\n"
+    "values.window.size, values.data.batch_size, values.optim.warmup = 8, 4, 1"
+  ),
+  '= 0, 32, ("ar",)': '= 0, 2, ("ar",)',
+  "base.config.model.context, 32)": "base.config.model.context, 4)",
+  "for path in (OwnPath(even_first, 8), OwnPath(apart, 2.0))": "for path in (OwnPath(apart, 2.0),)",
+  "max_tokens=48": "max_tokens=8",
 }
 
 
@@ -67,6 +80,22 @@ def test_evo_in_ten_minutes(tmp_path):
   assert shown.count("displayed") == 2
   assert (tmp_path / "trace.html").exists() and (tmp_path / "trace.png").exists()
   assert shown.count("(self):\n    return self._") == 2
+
+
+@pytest.mark.slow
+def test_ablate_the_flow(tmp_path):
+  """A path and a policy of one's own are trained, priced, compared, and written with."""
+  shown = run_notebook("ablate_the_flow.ipynb", _SMALLER_ABLATION, tmp_path)
+  assert "even_first minus base: bits per byte" in shown and "mine.py:apart:2 squared_error" in shown
+  assert "--- apart:2: " in shown
+  rows = list(csv.DictReader((tmp_path / "ablation.csv").open()))
+  paths = ["ar", "streams:2", "diagonal:8", "rolling:8", "even_first:8", "apart:2"]
+  assert [row["path"] for row in rows] == 3 * paths
+  assert [row["run"] for row in rows] == 6 * ["base"] + 12 * ["even_first"]
+  assert [row["minus"] for row in rows] == 12 * [""] + 6 * ["base"]
+  base, own, difference = np.array([float(row["bits"]) for row in rows]).reshape(3, 6)
+  np.testing.assert_allclose(difference, own - base, atol=1e-9)
+  assert 0 < np.abs(difference).max() < 0.1  # four steps on other windows
 
 
 @pytest.mark.slow

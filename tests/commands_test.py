@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, assert_refused, call, environment, run, train_flags
+import numpy as np
 import pytest
 
 from evo_jax import config as config_lib
@@ -184,6 +185,85 @@ def test_the_frontier_in_short(text, tmp_path, monkeypatch):
   assert "step 1/1" in done.stderr and "step" not in again.stderr, again.stderr
   runs = json.loads((tmp_path / "frontier_cpu.json").read_text())["result"]["runs"]
   assert [r["name"] for r in runs] == ["ar", "bd3_4"]  # what the file held stays
+
+
+def finished_point(folder, config, paths, bits):
+  """What a run of the scaling experiment leaves, measured on four sequences and four items."""
+  folder.mkdir(parents=True)
+  measured = {path: {"bits": bits, "stderr": 0.1, "each": [bits - 0.2, bits, bits, bits + 0.2]} for path in paths}
+  (folder / "measured_test_4_1.json").write_text(json.dumps({"step": config.train.steps} | measured))
+  asked = {"steps": config.train.steps, "tasks": ["arc_easy", "piqa"], "count": 4, "every_answer": True}
+  answers = {"asked": asked, "bits": bits, "stderr": 0.1, "each": [bits * n for n in (7, 8, 17, 21)]}
+  (folder / "items.json").write_text(json.dumps(answers | {"lengths": [8, 8, 18, 22], "accuracy": {}, "chance": {}}))
+  (folder / "metrics.jsonl").write_text('{"step": 1, "tokens_per_second": 100.0}\n')
+
+
+@pytest.mark.slow
+def test_scaling_in_short(text, tmp_path):
+  """Two sizes of both methods, fitted and drawn; what is finished is kept, the one that is not is trained, and asked
+  questions."""
+  from experiments import scaling
+
+  scale = scaling.SCALES["small"]
+  for size, method, bits in (("1k", "ar", 8.0), ("3k", "ar", 7.5), ("3k", "evo", 7.0)):
+    config, _, _ = scaling.configure(scale["sizes"][size], method, 0, scale, str(text))
+    folder = tmp_path / "runs" / "small" / f"{method}-{size}-0"
+    finished_point(folder, config, scaling.METHODS[method][1], bits)
+  choices = {"question": "What runs?", "choices": {"text": ["a river", "a token"], "label": ["A", "B"]}}
+  goal = {"goal": "know the time", "sol1": "token of the flow", "sol2": "time is known at last"}
+  for task, row in {"arc_easy": choices, "piqa": goal}.items():
+    (tmp_path / "items" / task).mkdir(parents=True)
+    lines = [json.dumps(row | {"answerKey": "AB"[i], "label": i}) for i in (0, 1)]
+    (tmp_path / "items" / task / "validation.jsonl").write_text("\n".join(lines))
+  command = ("experiments.scaling", "--scale=small", f"--data={text}", f"--output={tmp_path}", "--seeds=1")
+  flags = ("--only=1k,3k", f"--workdir={tmp_path}/runs", f"--items={tmp_path}/items", "--tasks=arc_easy,piqa")
+  done = succeed(*command, *flags)
+  result = json.loads((tmp_path / "scaling_small.json").read_text())["result"]
+  points = {(point["size"], point["method"]): point for point in result["points"]}
+  assert [*points] == [("1k", "ar"), ("1k", "evo"), ("3k", "ar"), ("3k", "evo")]
+  trained = points["1k", "evo"]
+  assert trained["learning_rate"] == scale["rate"] / trained["shape"]["width"] and trained["parameters"] == 848
+  assert all(entry["bits"] > 6 and len(entry["each"]) == 4 for entry in trained["text"].values())
+  answers = trained["items"]
+  assert answers["bits"] == pytest.approx(sum(answers["each"]) / sum(answers["lengths"]), rel=1e-4)
+  assert answers["lengths"] == [8, 8, 18, 22] and answers["chance"] == {"arc_easy": 0.5, "piqa": 0.5}
+  assert answers["accuracy"] == {"arc_easy": 0.5, "piqa": 0.5}  # one question, twice, with either answer
+  fitted = {(f["measure"], f["curve"], f["against"]): f for f in result["fits"]}
+  assert len(fitted) == len(result["fits"]) == 2 * (4 + 2)
+  kept = fitted["text", "ar", "flops"]
+  flops = [points[size, "ar"]["flops"] for size in ("1k", "3k")]
+  assert kept["exponent"] == pytest.approx(np.log(8.0 / 7.5) / np.log(flops[1] / flops[0]))
+  assert (tmp_path / "scaling_small.png").stat().st_size > 10_000
+  again = succeed(*command, *flags)
+  assert "step" in done.stderr and "step" not in again.stderr, again.stderr
+  assert json.loads((tmp_path / "scaling_small.json").read_text())["result"] == result
+  assert_refused(call(*command, f"--items={tmp_path}"), "arc_easy/validation.jsonl cannot be read")
+
+
+def test_exponents_are_those_of_a_power_law():
+  """Exactly, and within errors where sequences and seeds scatter; questions lose their beginning, answers do not."""
+  from evo_jax.data import tokenizers
+  from experiments import scaling
+
+  rng = np.random.default_rng(0)
+  x = np.array([1e11, 1e12, 1e13])[:, None] * np.ones(2)
+  exponent, a = scaling.fit(x, 7.0 * x**-0.08)
+  assert exponent == pytest.approx(0.08) and a == pytest.approx(7.0)
+  assert scaling.curvature(x, 7.0 * x**-0.08) == pytest.approx(0.0, abs=1e-9)
+  assert scaling.curvature(x, 1.0 + 7.0 * x**-0.08) > 1e-4  # an irreducible loss
+  hardness = rng.uniform(0.5, 1.5, 200)
+  seeds, sequences = np.exp(0.01 * rng.normal(size=x.shape)), 0.02 * rng.normal(size=(3, 2, 200))
+  bits = 7.0 * (x**-0.08 * seeds)[..., None] * hardness + sequences
+  points = [[{"flops": value} for value in row] for row in x]
+  curve = scaling.Curve("ar", points, bits, np.full(200, 1.0))
+  draws, _ = scaling.fit(x, scaling.resampled(curve))
+  exponent, _ = scaling.fit(x, curve.y)
+  assert abs(exponent - 0.08) < 4 * draws.std() < 0.02
+  item = scaling.Item("piqa", "a long question", [" wrong", " right"], 1)
+  batch, numbers = scaling.item_batch([item], tokenizers.Bytes(), 12, False)
+  assert tokenizers.Bytes().decode(batch.tokens[0, 1:]) == "estion right"
+  assert tokenizers.Bytes().decode(batch.tokens[batch.counted]) == " right"
+  assert scaling.item_batch([item], tokenizers.Bytes(), 12, True)[1].tolist() == [0, 0] and numbers.tolist() == [0]
 
 
 def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():

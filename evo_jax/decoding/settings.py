@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from evo_jax import config as config_lib
+from evo_jax import functions
 from evo_jax.errors import UserError
 from evo_jax.flow import schedules, steppers
+from evo_jax.flow.schedules import Path
 from evo_jax.flow.warp import Warp
 
 MODES = ("ar", "flow", "adaptive", "verify")
@@ -37,7 +39,8 @@ class Sampling:
   greedy: bool = False
   stop: tuple[str, ...] = ()  # what is written ends before the first of these strings; given text is not searched
   steps: int = 8  # flow: passes per window
-  path: str = ""  # flow: diagonal, or any that evaluation knows; adaptive: spread, entropy, confidence or maturity
+  # flow: diagonal, or any that evaluation knows, also one's own; adaptive: spread, entropy, confidence or maturity
+  path: Path = ""
   grid: str = "time"  # flow: steps even in time, in log-precision, or t after each pass, as 0.8,0.5,0.2
   stepper: str = "ode"  # flow, adaptive: ode, ode2 (second order) or ancestral
   threshold: float = 0.25  # adaptive
@@ -79,7 +82,7 @@ def shared_threshold(sampling: Sampling) -> float:
   return 1.0 if wide else Sampling.threshold
 
 
-def check_sampling(sampling: Sampling, config: config_lib.Config) -> str | None:
+def check_sampling(sampling: Sampling, config: config_lib.Config) -> Path | None:
   """The path, with its number, that windows take; None in modes without a path.
 
   Raises UserError, naming the flag, for parameters that are impossible or that the model does not support.
@@ -160,9 +163,10 @@ def _adaptive_path(sampling: Sampling) -> str:
   return path
 
 
-def _flow_path(sampling: Sampling, config: config_lib.Config) -> str:
+def _flow_path(sampling: Sampling, config: config_lib.Config) -> Path:
   path = sampling.path or DEFAULT_PATH["flow"]
   path = f"{path}:{sampling.steps}" if path in STEPS_PATHS else path
+  path = functions.read_path(path, sampling.steps) if isinstance(path, str) else path
   name, _ = schedules.parse_path(path)
   _require(sampling, name != "ar", "path", "has a mode of its own, --mode=ar")
   learned = config.model.progression == "learned"
@@ -188,7 +192,7 @@ def _grid_times(sampling: Sampling) -> list[float] | None:
   return times
 
 
-def clock_steps(sampling: Sampling, path: str, warp: Warp) -> jax.Array | None:
+def clock_steps(sampling: Sampling, path: Path, warp: Warp) -> jax.Array | None:
   """The clock (K + 1,) float32 of a path's K passes; None: even steps.
 
   "precision": steps even in the logarithm of the diagonal's precision, between t = 0.98 and t = 0.02.

@@ -11,7 +11,8 @@ from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow import policies, schedules
-from evo_jax.flow.bound import BITS_PER_NAT, sequence_nll
+from evo_jax.flow.bound import BITS_PER_NAT, Price, sequence_nll
+from evo_jax.flow.schedules import Path
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
@@ -32,31 +33,36 @@ class Evaluator:
     seed: int = 0,
     max_passes: int = 64,
     window: int = 0,
+    price: Price | None = None,
   ):
-    """seed: of the latents' noise. window: tokens of a window, which must divide the context; 0: as in training."""
+    """seed: of the latents' noise. window: tokens of a window, which must divide the context; 0: as in training.
+    price: of a step, where it is not to be its NLL; `ar` has none."""
     self.config, self.tokenizer, self.mesh, self.max_passes = config, tokenizer, mesh, max_passes
     self.window = window or config.window.size
     shards = sharding.batch_shards(mesh)
     self._rows = -(-config.eval.batch_size // shards) * shards  # of a batch on the devices
     self._key = jax.random.key(seed)
 
+    self._vocab_rows = model.rows
     model = model.clone(layout=sharding.Layout.of(mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def nll(params, statistics, batch, key, policy):
       net = model.bind({"params": params})
       self_conditioned = config.loss.self_conditioning > 0
-      return sequence_nll(net, statistics, batch, key, policy, self.window, self_conditioned, config.loss.chunk)
+      chunk = config.loss.chunk
+      return sequence_nll(net, statistics, batch, key, policy, self.window, self_conditioned, chunk, price)
 
     self._nll = nll
 
-  def check_paths(self, paths: tuple[str, ...]) -> None:
+  def check_paths(self, paths: tuple[Path, ...]) -> None:
     """Raises UserError for a path that does not exist, or that this model does not have."""
     for path in paths:
-      if schedules.parse_path(path)[0] == "learned" and self.config.model.progression != "learned":
-        raise UserError(f"path {path!r}: the model has a shared clock (config.model.progression)")
+      check_path(path, self.config)
+      if isinstance(path, schedules.OwnPath):
+        policies.check_policy(path, self.window, self._vocab_rows, self.config)
 
-  def token_nll(self, params: Any, statistics: Statistics, batch: Batch, path: str) -> tuple[np.ndarray, np.ndarray]:
+  def token_nll(self, params: Any, statistics: Statistics, batch: Batch, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """NLL bounds (n, L) in nats of the tokens after the first of each sequence, and the passes (n,) taken.
 
     Tokens that the batch does not count are included. The noise is the same at every call.
@@ -75,7 +81,9 @@ class Evaluator:
     rows = sharding.batch_sharding(self.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
 
-  def __call__(self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[str, ...]) -> list[dict[str, Any]]:
+  def __call__(
+    self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[Path, ...]
+  ) -> list[dict[str, Any]]:
     """One object per path: `path`, `bits` per byte or character, its `stderr`, `passes_per_token` and `unit`.
 
     Raises UserError for a path that does not exist, or that this model does not have.
@@ -83,11 +91,11 @@ class Evaluator:
     return [entry for entry, _ in self.measure(params, statistics, batch, paths)]
 
   def measure(
-    self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[str, ...]
+    self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[Path, ...]
   ) -> list[tuple[dict[str, Any], np.ndarray]]:
     """As `__call__`, each object with the bits (n,) of the single sequences, for standard errors of differences."""
     self.check_paths(paths)
-    lengths = _counted(self.tokenizer.lengths()[batch.tokens[:, 1:]], batch).sum(axis=1)
+    lengths = self.lengths(batch)
     table = []
     with jax.set_mesh(self.mesh):
       for path in paths:
@@ -95,7 +103,7 @@ class Evaluator:
         sequence_bits = _counted(nll, batch).sum(axis=1, dtype=np.float64) * BITS_PER_NAT
         bits, stderr = ratio(sequence_bits, lengths)
         entry = {
-          "path": path,
+          "path": str(path),
           "bits": bits,
           "stderr": stderr,
           "passes_per_token": float(passes.sum() / nll.size),
@@ -103,6 +111,16 @@ class Evaluator:
         }
         table.append((entry, sequence_bits))
     return table
+
+  def lengths(self, batch: Batch) -> np.ndarray:
+    """Bytes or characters (n,) of the sequences' tokens that count."""
+    return _counted(self.tokenizer.lengths()[batch.tokens[:, 1:]], batch).sum(axis=1)
+
+
+def check_path(path: Path, config: config_lib.Config) -> None:
+  """Raises UserError for a path that a model of this configuration does not have."""
+  if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
+    raise UserError(f"path {path!r}: the model has a shared clock (config.model.progression)")
 
 
 def _counted(values: np.ndarray, batch: Batch) -> np.ndarray:
@@ -126,7 +144,7 @@ def path_gap(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
   diagonals, "diagonal:inf" extrapolates to infinitely many passes. Empty where the table lacks `ar` or two diagonals.
   """
   bits = {entry["path"]: entry["bits"] for entry in table}
-  diagonals = sorted(int(number) for name, number in map(schedules.parse_path, bits) if name == "diagonal")
+  diagonals = sorted(int(path.removeprefix("diagonal:")) for path in bits if path.startswith("diagonal:"))
   if "ar" not in bits or len(diagonals) < 2:
     return []
   few, many = diagonals[-2:]
@@ -140,13 +158,15 @@ def path_gap(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def format_table(table: list[dict[str, Any]]) -> str:
   """The table as text."""
-  lines = [f"{'path':<14}{table[0]['unit']:>18}{'stderr':>10}{'passes per token':>20}"]
+  width = max([14, *(len(entry["path"]) + 1 for entry in table)])
+  lines = [f"{'path':<{width}}{table[0]['unit']:>18}{'stderr':>10}{'passes per token':>20}"]
   for entry in table:
     stderr = "-" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
-    lines.append(f"{entry['path']:<14}{entry['bits']:>18.4f}{stderr:>10}{entry['passes_per_token']:>20.4g}")
+    lines.append(f"{entry['path']:<{width}}{entry['bits']:>18.4f}{stderr:>10}{entry['passes_per_token']:>20.4g}")
   return "\n".join(lines)
 
 
 def format_gap(gap: list[dict[str, Any]], unit: str) -> str:
   """The path gap as text."""
-  return "\n".join([f"path gap: {unit} above ar"] + [f"{entry['path']:<14}{entry['gap']:>18.4f}" for entry in gap])
+  width = max([14, *(len(entry["path"]) + 1 for entry in gap)])
+  return "\n".join([f"path gap: {unit} above ar"] + [f"{entry['path']:<{width}}{entry['gap']:>18.4f}" for entry in gap])

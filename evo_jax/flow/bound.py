@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.batch import Batch
+from evo_jax.errors import UserError
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import policies, schedules
 from evo_jax.flow.interface import Beliefs, Network, WindowInputs
@@ -119,7 +120,12 @@ class Step:
     )
     return cls(codes_VxM, latent, latents_lib.Latent(ends[0], time_next, token), d, ends)
 
-  def nll(self, log_probs: tuple[jax.Array, ...], expected_code: jax.Array | None = None) -> jax.Array:
+  def nll(
+    self,
+    log_probs: tuple[jax.Array, ...],
+    expected_code: jax.Array | None = None,
+    price: Callable[..., jax.Array] | None = None,
+  ) -> jax.Array:
     """The step's NLL in nats (..., T): nothing for a known token, a jump's for one that becomes known, a Gaussian
     increment's for any other.
 
@@ -127,14 +133,41 @@ class Step:
     antithetic ends has the expectation of a single one without the parts odd in the noise, of which the linear one is
     nearly all of the variance of a short step that stands for its whole path. expected_code (..., T, M): of the belief
     before; the increment's NLL is then its limit for short steps, without noise, and `log_probs` need not have the
-    ends'.
+    ends'. price: a `Price` of one's own for the tokens that move; it gets expected_code, too.
     """
     before, *after = log_probs
+    if price is not None:
+      steps = (self.replace(after=self.after.replace(y=y)) for y in self.ends)
+      own = sum(price(step, before, log_p, expected_code) for step, log_p in zip(steps, after)) / len(after)
+      return jnp.where(self.before.known | (self.after.time >= self.before.time), 0.0, own)
     if expected_code is None:
       increment = sum(latents_lib.step_nll(before, log_p) for log_p in after) / len(after)
     else:
       increment = self.d * latents_lib.small_step_rate(self.codes_VxM, expected_code, self.after.token)
     return jnp.where(self.before.known, 0.0, jnp.where(self.after.known, latents_lib.jump_nll(before), increment))
+
+
+# A price of one's own, in nats (..., T): price(step, log_before, log_after, expected_code), with the token's
+# log-probabilities (..., T) under the beliefs before and after the step, and the expected code (..., T, M) before it. A
+# jump is a step to `step.after.time` 0. Only the step's own NLL makes the total a bound on -log p.
+Price = Callable[[Step, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def check_price(price: Price, where: str) -> None:
+  """Raises UserError, a line that begins with `where`, for a function that is no price; nothing is computed."""
+
+  def priced(lead: tuple[int, ...]) -> jax.Array:
+    zeros = lambda *shape: jnp.zeros((*lead, *shape), jnp.float32)
+    latent = latents_lib.Latent(zeros(2), zeros(), zeros().astype(jnp.int32))
+    step = Step(jnp.zeros((3, 2), jnp.float32), latent, latent, zeros(), (zeros(2),))
+    return jnp.broadcast_to(price(step, zeros(), zeros(), zeros(2)), lead)
+
+  for lead in ((2, 4), (2, 3, 4)):
+    try:
+      jax.eval_shape(lambda lead=lead: priced(lead))
+    except Exception as error:
+      hint = "; a price takes (step, log_before, log_after, expected_code)"
+      raise UserError(f"{where}: {schedules.failure(error)}{hint}") from error
 
 
 @flax.struct.dataclass
@@ -159,19 +192,20 @@ def path_nll(
   policy: policies.Policy,
   key: jax.Array,
   prior_logits: jax.Array | None = None,
+  price: Price | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """One sample of a path's NLL bound in nats for every token (..., T), and the passes (...) that it took.
 
   The bound's mean is at least -log p. Steps are not evaluated in antithetic pairs: along one trajectory the noise of a
   step's NLL is made up for by the steps after it, and the sum scatters little. policy: makes the path from what each
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
-  None: the field is called with the latents alone.
+  None: the field is called with the latents alone. price: of a step, where it is not to be its NLL.
   """
-  end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits)
+  end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price)
   return end.nats, end.passes
 
 
-def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, counted=None) -> _PathState:
+def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price=None, counted=None) -> _PathState:
   """The end of a path, as of `path_nll`.
 
   counted (..., T) bool: the others are never known, and cost nothing; whether tokens are greedy is then found, too, and
@@ -192,9 +226,11 @@ def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, count
     time_next = time_next if counted is None else jnp.where(counted, time_next, latent.time)
     taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
     after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
-    nats = taken.nll((latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)))
+    code = latents_lib.expected_code(log_belief, codes_VxM)
+    log_probs = latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)
+    nats = taken.nll(log_probs) if price is None else taken.nll(log_probs, code, price)
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
-    solver = solver.after(after.y, precision, latents_lib.expected_code(log_belief, codes_VxM))
+    solver = solver.after(after.y, precision, code)
     passes = path.passes + jnp.any(unfinished(latent), axis=-1)
     greedy = path.greedy
     if greedy is not None:
@@ -261,13 +297,15 @@ def sequence_nll(
   size: int = 0,
   self_conditioned: bool = False,
   chunk: int = 0,
+  price: Price | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """NLL bounds in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only, whether they count or
   not; and the passes (B,) taken.
 
   policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read
   after the clean text before it, and the policy makes the path: the sum bounds the sequence's -log p. The delays of a
-  learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream.
+  learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream. price: as
+  of `path_nll`; autoregression has none.
   """
   tokens = batch.tokens
   chex.assert_rank(tokens, 2)
@@ -282,7 +320,7 @@ def sequence_nll(
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
   key, start_key = jax.random.split(key)
-  if isinstance(policy, policies.RandomOrder) and not self_conditioned:
+  if isinstance(policy, policies.RandomOrder) and not self_conditioned and price is None:
     nats, passes = erasure_nll(field, codes, token, policy, key)
     return nats.reshape(B, L), jnp.sum(passes, axis=1)
   kl = 0.0
@@ -294,7 +332,8 @@ def sequence_nll(
     noise = jax.random.normal(start_key, token.shape)
     delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
     policy = policy.replace(delay=delay, sharpness=sharpness)
-  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, prior if self_conditioned else None)
+  first_prior = prior if self_conditioned else None
+  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, first_prior, price)
   return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)
 
 
@@ -357,7 +396,7 @@ def continuation_nll(
       delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
       drawn = policy.replace(delay=delay, sharpness=sharpness)
     prior_logits = prior if self_conditioned else None
-    end = _follow_path(field, codes, statistics.warp, token, drawn, key_B, prior_logits, counted)
+    end = _follow_path(field, codes, statistics.warp, token, drawn, key_B, prior_logits, counted=counted)
     nats = jnp.sum(jnp.where(counted, end.nats + kl, 0.0), axis=(1, 2))
     return nats, jnp.all(end.greedy | ~counted, axis=(1, 2)), jnp.sum(end.passes, axis=1)
 

@@ -21,7 +21,7 @@ from evo_jax import config as config_lib
 from evo_jax.batch import Batch
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
-from evo_jax.flow.bound import BITS_PER_NAT, Step, infer_clock, token_nll
+from evo_jax.flow.bound import BITS_PER_NAT, Price, Step, infer_clock, token_nll
 from evo_jax.flow.interface import Beliefs, Distillation, Network, Teacher, WindowInputs
 from evo_jax.flow.statistics import Mean, Measurement, Statistics
 from evo_jax.flow.warp import precision_at
@@ -75,6 +75,7 @@ def training_loss(
   config: config_lib.Loss,
   learned: bool = False,
   clean_frozen: bool = False,
+  price: Price | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], Measurement, Metrics]:
   """The objective's two terms, and what was measured on the way.
 
@@ -88,6 +89,7 @@ def training_loss(
     learned: whether the network infers progression times (config.model.progression).
     clean_frozen: whether nothing that the clean stream reads is trained: it then has no gradient, and its
       cross-entropy, a metric alone, is 0 among the terms.
+    price: of a bound's step, where it is not to be its NLL; needs config.integrand = step.
 
   Returns:
     (ar, window): weighted losses in nats per token; the terms of all parts of a batch are to be added up. A
@@ -114,13 +116,14 @@ def training_loss(
   )
   if log_p_clean is not None:
     nats_BxL = latents_lib.jump_nll(log_p_clean)
-  expected = _expected_code(net, scene, hidden_BxNxWxD) if config.integrand == "rate" else None
+  needs_code = config.integrand == "rate" or price is not None
+  expected = _expected_code(net, scene, hidden_BxNxWxD) if needs_code else None
   nats_BxNxW = jnp.where(scene.unknown, latents_lib.jump_nll(jnp.concatenate([log_p_bound[0], log_p_ce], axis=1)), 0.0)
   head = None
   if distilled is not None and net.head_candidates:
     head = _head_terms(net, scene, draw, hidden_BxNxWxD, hidden_BxLxD, distilled, config)
   loss_nats = _loss_nats(scene, nats_BxNxW, distilled, head, config)
-  window, path_nats, bound_nats = _window_sums(scene, draw, step.nll(log_p_bound, expected), loss_nats, config)
+  window, path_nats, bound_nats = _window_sums(scene, draw, step.nll(log_p_bound, expected, price), loss_nats, config)
   ar = jnp.zeros(()) if nats_BxL is None or clean_frozen else _sum_counted(nats_BxL, batch) / counts.tokens
   measured = _measurement(statistics, batch, scene, draw, nats_BxNxW, path_nats)
   metrics = _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) | _draft_metrics(

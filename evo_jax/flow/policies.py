@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evo_jax import config as config_lib
 from evo_jax.flow import latents as latents_lib
 from evo_jax.flow import schedules
 from evo_jax.flow.warp import Warp
@@ -195,6 +196,45 @@ class ErrorControlled:
     return jnp.where(unknown, jnp.minimum(jnp.where(best < schedules.END, 0.0, best), observation.time), 0.0)
 
 
+@flax.struct.dataclass
+class OwnPolicy:
+  """A policy by a function of one's own: function(observation), or function(observation, number).
+
+  What it asks for is made good: tokens never move back, a time below 0 is 0, a token with none (NaN) stays, and where
+  no token of a window would move, its leftmost becomes known, so that every path ends. `function` must be pure, and
+  must not mix windows, the leading axes of (..., T), which are others in the bound than in the samplers.
+  """
+
+  function: Callable = flax.struct.field(pytree_node=False)
+  number: jax.Array | None = None
+
+  def __call__(self, observation: Observation) -> jax.Array:
+    time = observation.time
+    asked = self.function(observation) if self.number is None else self.function(observation, self.number)
+    asked = jnp.broadcast_to(jnp.asarray(asked, time.dtype), time.shape)
+    moved = jnp.where(asked < time, jnp.maximum(asked, 0.0), time)
+    stands = jnp.all(moved == time, axis=-1, keepdims=True)
+    return jnp.where(stands & observation.leftmost, 0.0, moved)
+
+
+def check_policy(path: schedules.OwnPath, tokens: int, rows: int, config: config_lib.Config) -> None:
+  """Raises UserError for a policy of one's own that fails on windows of `tokens` tokens, or does not give a time for
+  each; nothing is computed. rows: of the vocabulary's tables."""
+  if path.fixed:
+    return
+  policy = OwnPolicy(path.function, None if path.number is None else np.float32(path.number))
+
+  def times(lead: tuple[int, ...]) -> jax.Array:
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    solver = latents_lib.SolverState.start(zeros(*lead, tokens, config.model.code_dim))
+    warp = Warp.start(zeros(config.warp.knots), config.warp.precision_max)
+    log_belief, codes = zeros(*lead, tokens, rows), zeros(rows, config.model.code_dim)
+    return policy(Observation(jnp.int32(0), zeros(*lead, tokens), log_belief, zeros(), solver, codes, warp))
+
+  for lead in ((2,), (2, 3)):  # of samplers, and of the bound
+    path.call(jax.eval_shape, lambda lead=lead: times(lead))
+
+
 def run_until_known(step: Callable, carry: Any, unfinished: Callable, first: int = 0) -> Any:
   """Runs carry = step(carry, index) for passes `first`, ... as long as `unfinished(carry)`."""
   start = (jnp.asarray(first, jnp.int32), carry)
@@ -210,19 +250,25 @@ def run_policy(policy: Policy, step: Callable, carry: Any, unfinished: Callable,
 
 
 def make_policy(
-  path: str, tokens: int, rolling_width: float, most: int = 0, s: jax.Array | None = None
+  path: schedules.Path, tokens: int, rolling_width: float, most: int = 0, s: jax.Array | None = None
 ) -> Policy | None:
-  """The policy that a path's name stands for, over windows of `tokens` tokens; None for "ar", which needs no window.
+  """The policy that a path's name, or a path of one's own, stands for, over windows of `tokens` tokens; None for "ar",
+  which needs no window.
 
   Time grids are padded with zeros to `most` passes, so that paths of different lengths share compiled code. s: the
-  clock of a grid, as in `schedules.time_grid`. Raises UserError for an unknown name.
+  clock of a grid, as in `schedules.time_grid`. Raises UserError for an unknown name, and for a path of one's own whose
+  times are not those of a path.
   """
+  pad = lambda times: TimeGrid(jnp.pad(times, [(0, max(most + 1 - len(times), 0)), (0, 0)]))
+  if isinstance(path, schedules.OwnPath):
+    if path.fixed:
+      return pad(schedules.own_grid(path, tokens))
+    return OwnPolicy(path.function, None if path.number is None else np.float32(path.number))
   name, number = schedules.parse_path(path)
   if name == "ar":
     return None
   if name in ("diagonal", "rolling", "streams", "staircase", "scaffold"):
-    times = schedules.time_grid(path, tokens, rolling_width, s)
-    return TimeGrid(jnp.pad(times, [(0, max(most + 1 - len(times), 0)), (0, 0)]))
+    return pad(schedules.time_grid(path, tokens, rolling_width, s))
   if name == "learned":
     return LearnedClock(np.int32(number))
   if name == "random":

@@ -18,7 +18,11 @@ b = 1 is the diagonal; a large b is a jump, at the clock's time sigmoid(m).
 Letters in names: T tokens of a window, K steps.
 """
 
+from collections.abc import Callable, Hashable
+import dataclasses
+import inspect
 import re
+from typing import Any
 
 import flax.struct
 import jax
@@ -36,6 +40,7 @@ _FORMS = "ar, staircase, " + ", ".join(
 )
 _SCAFFOLD_TIME = 0.5  # t at the scaffold's end where a path's name does not say
 MOST = 65_536  # passes of a window, or tokens of a pass, that a path's name can ask for
+_ROUNDING = 1e-5  # by which times of a path of one's own may miss its ends
 END = 0.02  # on a learned clock a token whose time falls below this jumps, and one above 1 - this waits
 
 
@@ -75,8 +80,93 @@ def learned_clock(delay: jax.Array, sharpness: jax.Array, s: jax.Array) -> jax.A
   return jnp.where(inside, time, (s <= 0.0).astype(time.dtype))
 
 
-def parse_path(path: str) -> tuple[str, float]:
-  """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none. Raises UserError."""
+def is_fixed(function: Callable) -> bool:
+  """Whether a function of one's own is a path, function(s, tokens), by the name of its first parameter: of a policy,
+  function(observation), it is `observation`."""
+  return next(iter(_parameters(function)), None) == "s"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPath:
+  """A path of one's own by a pure function. Raises UserError for a function or a number that is of no use.
+
+  function: one of two kinds, which the name of the first parameter tells apart:
+    function(s, tokens)       a path that is fixed beforehand: the times (tokens,), or broadcast to it, at the shared
+                              clock s () float32: 1 at s = 0, 0 at s = 1, never rising
+    function(observation), function(observation, number)
+                              a policy, as `policies.Policy`; what it asks for is made good as `policies.OwnPolicy` says
+  number: of a path its passes K; of a policy with a number that number, float32. name: in tables and messages; default:
+  the function's, and the number.
+  """
+
+  function: Callable
+  number: float | None = None
+  name: str = ""
+
+  def __post_init__(self):
+    parameters = _parameters(self.function)
+    kind = next(iter(parameters), None)
+    if kind not in ("s", "observation"):
+      takes = f"takes ({', '.join(parameters)})" if callable(self.function) else "is no function"
+      raise self.error(f"{takes}; a path takes (s, tokens), a policy (observation) or (observation, number)")
+    if not isinstance(self.function, Hashable):
+      raise self.error("has no hash, by which compiled programs are found: a function is wanted")
+    arguments = (None, None) if kind == "s" or self.number is not None else (None,)
+    try:
+      inspect.signature(self.function).bind(*arguments)
+    except TypeError as error:
+      wanted = "(s, tokens)" if kind == "s" else "(observation, number)" if len(arguments) > 1 else "(observation)"
+      hint = "" if kind == "s" or len(arguments) > 1 else "; a number goes behind the name, as in FILE.py:NAME:0.5"
+      raise self.error(f"takes ({', '.join(parameters)}), but is called with {wanted}{hint}") from error
+    if kind == "s" and not (self.number and 1 <= self.number <= MOST and self.number == int(self.number)):
+      raise self.error(
+        f"needs a number of passes from 1 to {MOST}, as in FILE.py:{getattr(self.function, '__name__', 'NAME')}:16"
+      )
+    if self.number is not None and not np.isfinite(self.number):
+      raise self.error("its number is not finite")
+
+  @property
+  def fixed(self) -> bool:
+    """Whether it is fixed beforehand, not a policy."""
+    return is_fixed(self.function)
+
+  def __str__(self) -> str:
+    number = "" if self.number is None else f":{self.number:g}"
+    return self.name or f"{getattr(self.function, '__name__', type(self.function).__name__)}{number}"
+
+  def error(self, problem: str) -> UserError:
+    """The error to raise for it."""
+    return UserError(f"path {str(self)!r}: {problem}")
+
+  def call(self, function: Callable, *args: Any) -> Any:
+    """function(*args), which calls this path's. Raises UserError for whatever it raises."""
+    try:
+      return function(*args)
+    except Exception as error:
+      raise self.error(failure(error)) from error
+
+
+Path = str | OwnPath  # a path's name, or one's own
+
+
+def failure(error: Exception) -> str:
+  """What to say of a function of one's own that raised an exception: one line."""
+  return f"fails: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _parameters(function: Any) -> list[str]:
+  """Names of a function's parameters; [] of what is none."""
+  try:
+    return list(inspect.signature(function).parameters)
+  except (TypeError, ValueError):
+    return []
+
+
+def parse_path(path: Path) -> tuple[str, float]:
+  """Splits 'diagonal:16' into ('diagonal', 16); the number is 0 where there is none, the name "" where the path is
+  one's own. Raises UserError."""
+  if isinstance(path, OwnPath):
+    return "", path.number or 0
   name, colon, text = path.strip().partition(":")
   if name not in ("ar", "staircase", "scaffold", *_PASSES, *_TOKENS, *LIMITS):
     raise UserError(f"path {path!r}: not one of {_FORMS}")
@@ -133,6 +223,22 @@ def time_grid(path: str, tokens: int, rolling_width: float, s: jax.Array | None 
   s = jnp.arange(steps + 1) / steps if s is None else jnp.asarray(s)
   times = linear_clock(name, tokens, rolling_width)(s[:, None])
   return times.at[-1].set(0.0)  # the end is exact, whatever the rounding
+
+
+def own_grid(path: OwnPath, tokens: int) -> jax.Array:
+  """Times (K+1, T) float32 of a path of one's own that is fixed beforehand. Raises UserError where they are not those
+  of a path."""
+  K = int(path.number)
+  at = lambda s: jnp.broadcast_to(jnp.asarray(path.function(s, tokens), jnp.float32), (tokens,))
+  times = np.asarray(path.call(jax.vmap(at), jnp.arange(K + 1, dtype=jnp.float32) / K))
+  if not np.isfinite(times).all() or times.min() < -_ROUNDING or times.max() > 1.0 + _ROUNDING:
+    raise path.error("gives times that are not in [0, 1]")
+  if abs(times[0] - 1.0).max() > _ROUNDING or abs(times[-1]).max() > _ROUNDING:
+    raise path.error("must be 1 at s = 0 and 0 at s = 1, for all tokens")
+  if (rises := np.diff(times, axis=0).max(axis=1) > _ROUNDING).any():
+    raise path.error(f"rises between s = {rises.argmax() / K:g} and {(rises.argmax() + 1) / K:g}; times only fall")
+  times = np.minimum.accumulate(np.clip(times, 0.0, 1.0))
+  return jnp.asarray(np.where(times < _ROUNDING, 0.0, np.where(times > 1.0 - _ROUNDING, 1.0, times)), jnp.float32)
 
 
 def rank(values: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Letters in names: B batch, L tokens of a sequence, N windows of a sequence, W to
 M code elements, P paths of the mixture.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,21 @@ def draw_windows(
     coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)),
     drafts=mixture.parallel > 0,
     all_unknown=mixture.all_unknown and not bound_windows,
+  )
+
+
+Redraw = Callable[[WindowDraw], WindowDraw]  # a pure function that changes a step's draw
+
+
+def follow(draw: WindowDraw, path: Callable, instead_of: str) -> WindowDraw:
+  """The draw with the windows of a Gaussian path on a path of one's own, path(s, tokens) as in `schedules.OwnPath`, at
+  the clocks that were drawn; in `paths` and the metrics it goes by the other's name."""
+  times = jax.vmap(jax.vmap(lambda s: jnp.broadcast_to(path(s, draw.time.shape[-1]), draw.time.shape[-1:])))
+  chosen = (draw.path == config_lib.GAUSSIAN_PATHS.index(instead_of))[..., None]
+  time_next = jnp.where((draw.clock_next >= 1.0)[..., None], 0.0, _snap(times(draw.clock_next)))
+  return draw.replace(
+    time=jnp.where(chosen, _snap(times(draw.clock)), draw.time),
+    time_next=jnp.where(chosen, time_next, draw.time_next),
   )
 
 

@@ -118,10 +118,13 @@ def _load_tokenizer(config: config_lib.Data, folder: epath.Path) -> tokenizers.T
     return tokenizer
 
 
-def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainState | None:
+def train(
+  setup: Setup, evaluate: Evaluate | None = None, own: step_lib.OwnFunctions = step_lib.AS_CONFIGURED
+) -> state_lib.TrainState | None:
   """Trains, or goes on training. Returns the state after the last step; None where a signal stopped the run.
 
-  evaluate: called every config.eval.eval_every steps; its metrics go to the log. Raises UserError where training has
+  evaluate: called every config.eval.eval_every steps; its metrics go to the log. own: functions that steps are made
+  with; nothing saved tells of them. Raises UserError where training has
   diverged, where a checkpoint or the log cannot be written, and where another run has taken over the work directory.
   """
   config, mesh = setup.config, setup.mesh
@@ -138,7 +141,7 @@ def train(setup: Setup, evaluate: Evaluate | None = None) -> state_lib.TrainStat
     profiler = _Profiler(config.train, done, setup.folder)
     stack.callback(profiler.close)
     stop = stack.enter_context(_stop_on_signal())
-    step_fn = step_lib.make_step(setup.model, config, mesh, jax.devices()[0].device_kind)
+    step_fn = step_lib.make_step(setup.model, config, mesh, jax.devices()[0].device_kind, own)
 
     operations = functools.partial(
       flops.train_step, config, setup.model.rows, visible=True, **partition.describe_work(state.params, state.frozen)

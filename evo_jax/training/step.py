@@ -1,6 +1,7 @@
 """One pure training step: draw windows, gradients in shards and microbatches, clip, update."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,8 @@ import optax
 from evo_jax import config as config_lib
 from evo_jax.batch import Batch
 from evo_jax.flow import objective
-from evo_jax.flow.windows import WindowDraw, draw_windows
+from evo_jax.flow.bound import Price
+from evo_jax.flow.windows import Redraw, WindowDraw, draw_windows
 from evo_jax.network import evo as evo_lib
 from evo_jax.parallel import sharding
 from evo_jax.training import optim, partition
@@ -19,16 +21,37 @@ from evo_jax.training import state as state_lib
 from evo_jax.training.state import TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnFunctions:
+  """Pure functions of one's own that a step is made with; None: as the configuration says.
+
+  redraw: changes the step's windows, as `windows.follow` does. price: of a bound's step, where it is not to be its NLL.
+  """
+
+  redraw: Redraw | None = None
+  price: Price | None = None
+
+
+AS_CONFIGURED = OwnFunctions()
+
+
 def train_step(
-  state: TrainState, batch: Batch, *, model: evo_lib.Evo, config: config_lib.Config, windows: bool = True
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: evo_lib.Evo,
+  config: config_lib.Config,
+  windows: bool = True,
+  own: OwnFunctions = AS_CONFIGURED,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step on a global batch: the new state and metrics (losses in bits per token).
 
   windows: False leaves them out (before `config.windows_start`).
   """
   draw = _draw(state, batch, config) if config.window.count and windows else None
+  draw = own.redraw(draw) if draw is not None and own.redraw else draw
   counts = objective.Counts.of(batch, draw)
-  gradients_of = functools.partial(_gradients, model=model, config=config)
+  gradients_of = functools.partial(_gradients, model=model, config=config, price=own.price)
   specs = sharding.specs(model.layout, evo_lib.abstract_params(model.config, model.vocab_size))
   number = 2 if config.optim.separate_clip else 1
   map_batch_shards = model.layout.map_batch_shards
@@ -84,7 +107,7 @@ def _state_metrics(state: TrainState, model: evo_lib.Evo, with_windows: bool) ->
   return metrics
 
 
-def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: config_lib.Config):
+def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: config_lib.Config, price: Price | None):
   """Of one shard of the batch, in microbatches, of which one is in memory at a time: gradients of the trained
   parameters (of the AR term and the window term where they are clipped apart, of their sum otherwise), metrics as sums
   and counts, and measurements.
@@ -99,7 +122,7 @@ def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: con
     net = local.bind({"params": partition.merge(params, frozen)})
     learned, clean_frozen = config.model.progression == "learned", partition.leaves_clean_stream(params)
     terms, measured, metrics = objective.training_loss(
-      net, statistics, batch, draw, counts, config.loss, learned, clean_frozen
+      net, statistics, batch, draw, counts, config.loss, learned, clean_frozen, price
     )
     return terms, (metrics, measured)
 
@@ -168,11 +191,17 @@ _COMPILER_OPTIONS = {
 }
 
 
-def make_step(model: evo_lib.Evo, config: config_lib.Config, mesh: jax.sharding.Mesh, device_kind: str):
+def make_step(
+  model: evo_lib.Evo,
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  device_kind: str,
+  own: OwnFunctions = AS_CONFIGURED,
+):
   """`train_step` as it is compiled for devices of a kind: (state, batch, windows=True), where `state` is donated."""
   options = next((value for name, value in _COMPILER_OPTIONS.items() if device_kind.startswith(name)), None)
   return jax.jit(
-    functools.partial(train_step, model=model, config=config),
+    functools.partial(train_step, model=model, config=config, own=own),
     static_argnames="windows",
     donate_argnums=0,
     out_shardings=(state_lib.state_shardings(model, config, mesh), None),
