@@ -20,11 +20,15 @@ Paths, over windows of the training size (or --window), each after the text befo
   spread:h      the leftmost, all of less than h bits, and others that are far enough apart
   error:e       all of a window's tokens together, in steps as long as their estimated error allows
 
+Of conversations (--chat, or what `evo_jax.prepare --chat` wrote) only the answers are measured, in bits per token of
+theirs, each given the conversation before it; windows begin where answers do.
+
 Text is cut into consecutive sequences of the model's context, or of --length tokens, each without what came before it;
 the remainder at the end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals
 of two lengths are among the paths, the path gap is printed too.
 """
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -57,12 +61,16 @@ def main() -> None:
   length, window = args.length or run.config.model.context, args.window or run.config.window.size
   check_lengths(args, run.config.model, length, window)
   batch, source = read_text(args, run, length, 1 if args.show_progression else args.sequences)
+  if batch.answers is not None:
+    run = isolating(run)
   if args.show_progression:
     result, text = show_progression(run, batch, window, args.passes)
   else:
     result, text = measure(run, batch, paths or default_paths(run), window, args.seed)
     tokens = f"{length}" if batch.counted is None else f"up to {batch.counted[:, 1:].sum(1).max()}"
-    text = f"{source}: {len(batch.tokens)} sequences of {tokens} tokens, windows of {window}, step {run.step}\n{text}"
+    answers = "" if batch.answers is None else f", {batch.answers[:, 1:].sum():,} of which count"
+    what = f"{len(batch.tokens)} sequences of {tokens} tokens{answers}, windows of {window}, step {run.step}"
+    text = f"{source}: {what}\n{text}"
   if jax.process_index():
     return
   print(text)
@@ -90,6 +98,8 @@ def check_flags(args: flags.FlagValues) -> None:
   for name in ("sequences", "window", "length"):
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
+  if args.chat is not None and not args.data:
+    raise UserError(f"--chat={args.chat}: is how --data is read, which is not given")
   if args.json:
     cli.check_output("json", args.json)
 
@@ -108,7 +118,9 @@ def read_text(args: flags.FlagValues, run: run_lib.Run, length: int, count: int)
   """The sequences of `length` tokens to measure, at most `count` (0: all), and what to call them."""
   split = args.split
   if args.data:
-    corpora = corpora_lib.load_text(args.data, "--data", run.config.data, run.tokenizer)
+    config = run.config.data
+    config = config if args.chat is None else dataclasses.replace(config, chat="" if args.chat == "text" else args.chat)
+    corpora = corpora_lib.load_text(args.data, "--data", config, run.tokenizer)
     source = formats.shown(args.data)
   else:
     corpora = corpora_lib.load_corpora(run.config.data, run.tokenizer)
@@ -124,6 +136,12 @@ def read_text(args: flags.FlagValues, run: run_lib.Run, length: int, count: int)
   return batches_lib.held_out(corpora, split, length, count, run.config.model.isolate_documents), source
 
 
+def isolating(run: run_lib.Run) -> run_lib.Run:
+  """The run, whose model keeps conversations of one sequence apart."""
+  config = dataclasses.replace(run.model.config, isolate_documents=True)
+  return dataclasses.replace(run, model=run.model.clone(config=config))
+
+
 def measure(
   run: run_lib.Run, batch: Batch, paths: tuple[str, ...], window: int, seed: int
 ) -> tuple[list[dict[str, Any]], str]:
@@ -137,10 +155,10 @@ def measure(
 
 
 def show_progression(run: run_lib.Run, batch: Batch, window: int, passes: int) -> tuple[list[dict[str, Any]], str]:
-  """The inferred progression of the first sequence's tokens, but for padding, and as text."""
+  """The inferred progression of the first sequence's tokens that count, and as text."""
   entries = progression.infer_progression(run, batch.tokens[0], window, passes)
-  if batch.counted is not None:
-    entries = entries[: batch.counted[0, 1:].sum()]
+  if batch.mask is not None:
+    entries = [entry for entry, counts in zip(entries, batch.mask[0, 1:]) if counts]
   return entries, progression.format_progression(entries, run.tokenizer, window)
 
 
@@ -151,6 +169,12 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string(
     "data", "", "Text to measure: comma-separated globs, or prepared folders; empty: the run's own held-out text."
+  )
+  flags.DEFINE_enum(
+    "chat",
+    None,
+    [*config_lib.CHATS, "text"],
+    "What files of --data are: conversations, as data.chat; default: as the run's.",
   )
   flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run, or of a prepared folder.")
   flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")

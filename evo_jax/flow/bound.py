@@ -157,31 +157,36 @@ def path_nll(
   policy: policies.Policy,
   key: jax.Array,
   prior_logits: jax.Array | None = None,
+  inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """One sample of a path's NLL bound in nats for every token (..., T), and the passes (...) that it took.
 
   The bound's mean is at least -log p. Steps are not evaluated in antithetic pairs: along one trajectory the noise of a
   step's NLL is made up for by the steps after it, and the sum scatters little. policy: makes the path from what each
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
-  None: the field is called with the latents alone.
+  None: the field is called with the latents alone. inside (..., T) bool: the tokens that there are; the others stay
+  unknown, cost nothing, and to the policy are no candidates; None: all.
   """
   chex.assert_rank(codes_VxM, 2)
   chex.assert_type(token, int)
   dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
+  where_inside = lambda x, other: x if inside is None else jnp.where(inside, x, other)
+  unknown = lambda latent: where_inside(~latent.known, False)
 
   def step(path: _PathState, index: jax.Array) -> _PathState:
     latent, solver = path.latent, path.solver
     noise = jax.random.normal(jax.random.fold_in(key, index), latent.y.shape, dtype)
     context = field(latent) if path.context is None else field(latent, path.context)
     log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
-    observation = policies.Observation(index, latent.time, log_belief, uncertainty, solver, codes_VxM, warp)
-    time_next = jnp.broadcast_to(policy(observation), token.shape).astype(dtype)
+    time = where_inside(latent.time, 0.0)
+    observation = policies.Observation(index, time, log_belief, uncertainty, solver, codes_VxM, warp)
+    time_next = where_inside(jnp.broadcast_to(policy(observation), token.shape).astype(dtype), 1.0)
     taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
     after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
     nats = taken.nll((latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)))
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
     solver = solver.after(after.y, precision, latents_lib.expected_code(log_belief, codes_VxM))
-    passes = path.passes + jnp.any(~latent.known, axis=-1)
+    passes = path.passes + jnp.any(unknown(latent), axis=-1)
     return _PathState(after, solver, None if path.context is None else context, path.nats + nats, passes)
 
   zeros = jnp.zeros((*token.shape, codes_VxM.shape[1]), dtype)
@@ -192,20 +197,26 @@ def path_nll(
     nats=jnp.zeros(token.shape, dtype),
     passes=jnp.zeros(token.shape[:-1], jnp.int32),
   )
-  end = policies.run_until_known(step, start, lambda path: jnp.any(~path.latent.known))
-  return end.nats, end.passes
+  end = policies.run_until_known(step, start, lambda path: jnp.any(unknown(path.latent)))
+  return where_inside(end.nats, 0.0), end.passes
 
 
 def erasure_nll(
-  field: latents_lib.Field, codes_VxM: jax.Array, token: jax.Array, policy: policies.RandomOrder, key: jax.Array
+  field: latents_lib.Field,
+  codes_VxM: jax.Array,
+  token: jax.Array,
+  policy: policies.RandomOrder,
+  key: jax.Array,
+  inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """A random order's NLL bound in nats for every token (..., T), and its passes (...): in mean that of `path_nll` under
   the same policy.
 
   Which tokens are known does not depend on what was read before, so each pass is evaluated by itself, on all tokens
-  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
+  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough. inside: as there.
   """
   T = token.shape[-1]
+  inside = jnp.ones(token.shape, bool) if inside is None else inside
   count = jnp.minimum(policy.passes, _ERASURE_PASSES)
 
   def add_pass(i, total):
@@ -213,19 +224,31 @@ def erasure_nll(
     low, high = i * policy.passes // count, (i + 1) * policy.passes // count  # the stratum's passes
     index = jax.random.randint(pass_key, (), low, high)
     known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
-    time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
+    time = ((random_rank(rank_key, token.shape) >= known) | ~inside).astype(codes_VxM.dtype)
     latent = latents_lib.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
     nats = latents_lib.jump_nll(latents_lib.log_prob(field(latent), token))
     share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown tokens that this pass reveals
-    return total + jnp.where(latent.known, 0.0, nats * share)
+    return total + jnp.where(latent.known | ~inside, 0.0, nats * share)
 
   total = jax.lax.fori_loop(0, count, add_pass, jnp.zeros(token.shape, codes_VxM.dtype))
-  return total, jnp.full(token.shape[:-1], policy.passes)
+  return total, jnp.where(jnp.any(inside, axis=-1), policy.passes, 0)
 
 
 def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Random orders over the last axis: int32 ranks, uniform over all permutations."""
   return schedules.rank(jax.random.uniform(key, shape))
+
+
+@flax.struct.dataclass
+class Tiles:
+  """Windows of size W that cover answers, each from its first token on: each token of an answer is in one of them.
+
+  anchor_BxN: int32, positions of the tokens before the windows. tokens_BxN: int32, how many of its W tokens are of the
+  answer, from the first on; 0: it is no window.
+  """
+
+  anchor_BxN: jax.Array
+  tokens_BxN: jax.Array
 
 
 def sequence_nll(
@@ -237,6 +260,7 @@ def sequence_nll(
   size: int = 0,
   self_conditioned: bool = False,
   chunk: int = 0,
+  tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """NLL bounds in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only, whether they count or
   not; and the passes (B,) taken.
@@ -244,23 +268,31 @@ def sequence_nll(
   policy: None for autoregression; else windows of `size` tokens tile the sequence (`size` must divide L), each read
   after the clean text before it, and the policy makes the path: the sum bounds the sequence's -log p. The delays of a
   learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream.
+
+  tiles: of conversations, the windows, in place of those that tile the sequence; they read what a model has read when
+  it answers, and the sums bound -log p of the answers given what is before each. What is in no tile has 0; of
+  autoregression, too, the passes are those of the tiles' tokens.
   """
   tokens = batch.tokens
   chex.assert_rank(tokens, 2)
   B, L = tokens.shape[0], tokens.shape[1] - 1
   hidden, cache = None, None
-  if policy is None or size < L:  # a window of the whole sequence has no past
+  if policy is None or tiles is not None or size < L:  # a window of the whole sequence has no past
     hidden, cache = net.clean(tokens[:, :-1], None if batch.segments is None else batch.segments[:, :-1])
   if policy is None:
-    return token_nll(net, hidden, tokens, chunk), jnp.full(B, L)
-  anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size))
+    passes = jnp.full(B, L) if tiles is None else jnp.sum(tiles.tokens_BxN, axis=1)
+    return token_nll(net, hidden, tokens, chunk), passes
+  if tiles is None:
+    anchor_BxN, inside = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size)), None
+  else:
+    anchor_BxN, inside = tiles.anchor_BxN, jnp.arange(size) < tiles.tokens_BxN[..., None]
   slots = gather_windows(tokens, anchor_BxN, size)
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
   key, start_key = jax.random.split(key)
   if isinstance(policy, policies.RandomOrder) and not self_conditioned:
-    nats, passes = erasure_nll(field, codes, token, policy, key)
-    return nats.reshape(B, L), jnp.sum(passes, axis=1)
+    nats, passes = erasure_nll(field, codes, token, policy, key, inside)
+    return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
   kl = 0.0
   if isinstance(policy, policies.RandomOrder):
     policy = policy.replace(rank=random_rank(start_key, token.shape))
@@ -270,8 +302,19 @@ def sequence_nll(
     noise = jax.random.normal(start_key, token.shape)
     delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
     policy = policy.replace(delay=delay, sharpness=sharpness)
-  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, prior if self_conditioned else None)
-  return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)
+  prior = prior if self_conditioned else None
+  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, prior, inside)
+  nats = nats + kl if inside is None else jnp.where(inside, nats + kl, 0.0)
+  return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
+
+
+def _in_sequence(nats_BxNxW, tiles, length):
+  """(B, L) of what windows have: those that tile the sequence, or those of `tiles`, where nothing else is but 0."""
+  B, _, W = nats_BxNxW.shape
+  if tiles is None:
+    return nats_BxNxW.reshape(B, length)
+  place = tiles.anchor_BxN[..., None] + jnp.arange(W)  # behind the end there is nothing to add
+  return jnp.zeros((B, length)).at[jnp.arange(B)[:, None, None], place].add(nats_BxNxW, mode="drop")
 
 
 def _window_field(net, cache, anchor_BxN, anchor_token_BxN, codes_VxM, log_unigram_V) -> Callable:
