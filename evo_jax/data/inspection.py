@@ -17,7 +17,8 @@ def table(manifest: Manifest) -> Iterator[str]:
   """Lines: what was prepared how, and for each source and split the documents, tokens and bytes."""
   yield f"fingerprint {manifest.fingerprint}; tokens of {manifest.tokenizer_identity} as {manifest.dtype}"
   yield f"vocabulary of {manifest.vocab_size:,}, begin {manifest.begin_id}, separator {manifest.separator_id}"
-  yield "flags: " + " ".join(f"--{name}={value}" for name, value in manifest.flags.items() if value != "")
+  flags = [f"--{name}={value}" for name, value in manifest.flags.items() if value != "" and name != "chat"]
+  yield "flags: " + " ".join([*flags, *shards.CHAT_FLAGS[manifest.chat]])
   answers_head = f"{'of answers':>18}" if manifest.chat else ""
   yield f"{'split':6}{'documents':>14}{'tokens':>18}{answers_head}{'bytes of text':>18}{'shards':>8}  source"
   for source in manifest.sources:

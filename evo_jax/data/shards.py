@@ -48,6 +48,7 @@ RECORD = 1024  # tokens
 _WAITING = 256  # records that are written at a time
 VERSION = 2  # of the format of text; 1 had no marks, and cannot be read
 CHAT_VERSION = 3  # of that of conversations
+CHAT_FLAGS = {"": (), "answers": ("--chat",), "last": ("--chat", "--last_answer")}  # of evo_jax.prepare, by data.chat
 
 
 @dataclasses.dataclass(frozen=True)
