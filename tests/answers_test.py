@@ -173,7 +173,7 @@ def lines(count, seed=0):
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
   """A file of 300 conversations, one that is too long, one whose answer is too far behind, and one without."""
-  long = [("user", "a"), ("assistant", "of a river " * 60)], [("user", "of a river " * 60), ("assistant", "a")]
+  long = [("user", "a"), ("assistant", "of a river " * 200)], [("user", "of a river " * 200), ("assistant", "a")]
   odd = [conversation(*turns) for turns in (*long, [("user", "a")])]
   file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
   file.write_text("\n".join([*lines(300), *(json.dumps({"messages": messages}) for messages in odd)]))
@@ -191,9 +191,9 @@ def test_batches_hold_whole_conversations_that_do_not_see_each_other(chats, capf
   tokenizer, config = load(), data(chats, chat="answers", valid_share=0.0, test_share=0.0)
   corpora = corpora_lib.load_corpora(config, tokenizer)
   assert "1 of 303 documents are skipped (has no answer: 1)" in capfd.readouterr().err
-  text = batches_lib.TrainingText(corpora, config, 64)
+  text = batches_lib.TrainingText(corpora, config, 256)
   (report,) = text.reports
-  assert re.search(r"301 conversations in \d+ sequences of 64 tokens, .* % of them padding; 1 are longer", report)
+  assert re.search(r"301 conversations in \d+ sequences of 256 tokens, .* % of them padding; 1 are longer", report)
   assert "; 1 more are left out" in report
   count = int(re.search(r"in ([\d,]+) sequences", report)[1])
   take = lambda start, many: [next(it) for it in [text.batches(start=start)] for _ in range(many)]
@@ -203,18 +203,15 @@ def test_batches_hold_whole_conversations_that_do_not_see_each_other(chats, capf
     for batch in epochs
     for tokens, mask, segments in zip(batch.tokens, batch.answers, batch.segments)
   ]
-  assert (
-    set(rows[:count]) == set(rows[count : 2 * count])
-    and len(set(rows)) == count
-    and rows[:count] != rows[count : 2 * count]
-  )
+  first, second = rows[:count], rows[count : 2 * count]
+  assert set(first) == set(second) and len(set(first)) == count and first != second
   expected = sorted(tuple(zip(*read(tokenizer, json.loads(line))[:2])) for line in lines(300))
   found = []
-  for row in rows[:count]:
+  for row in first:
     numbers = sorted({segment for *_, segment in row} - {0})
     found += [tuple((token, mask) for token, mask, segment in row if segment == number) for number in numbers]
     assert not any(mask for _, mask, segment in row if segment == 0)
-  assert sorted(part for part in found if len(part) < 65) == expected
+  assert sorted(part for part in found if len(part) < 257) == expected
   again = take(3, 1)[0]
   for name in ("tokens", "answers", "segments"):
     np.testing.assert_array_equal(getattr(again, name), getattr(epochs[3], name))
@@ -296,7 +293,7 @@ def train(workdir, file, *flags, **changes):
     "data.tokenizer_path": f"{FOLDER}/smollm",
     "data.batch_size": 8,
     "model.isolate_documents": True,
-    "model.context": 64,
+    "model.context": 128,
     "model.kv_heads": 2,
     "train.steps": 8,
     "mesh.fsdp": 2,
@@ -324,7 +321,7 @@ def rows(workdir):
 
 def test_a_run_measures_answers_and_goes_on_bit_for_bit(tuned, chats, tmp_path):
   workdir, done = tuned
-  assert re.search(r"conversations in \d+ sequences of 64 tokens", done.stdout)
+  assert re.search(r"conversations in \d+ sequences of 128 tokens", done.stdout)
   assert re.search(r"^path +bits per answer token +stderr", done.stdout, re.M), done.stdout
   table = json.loads((workdir / "table.json").read_text())
   assert [entry["passes_per_token"] for entry in table[:1]] == [1.0] and table[1]["passes_per_token"] < 0.4

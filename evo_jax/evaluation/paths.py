@@ -94,8 +94,7 @@ class Evaluator:
   ) -> list[tuple[dict[str, Any], np.ndarray]]:
     """As `__call__`, each object with the bits (n,) of the single sequences, for standard errors of differences."""
     self.check_paths(paths)
-    unit, sizes = self._unit(batch), np.ones(1) if batch.answers is not None else self.tokenizer.lengths()
-    lengths = _counted(np.take(sizes, batch.tokens[:, 1:], mode="clip"), batch).sum(axis=1)
+    lengths = self.lengths(batch)
     tokens = batch.tokens[:, 1:].size if batch.answers is None else lengths.sum()
     table = []
     with jax.set_mesh(self.mesh):
@@ -108,12 +107,18 @@ class Evaluator:
           "bits": bits,
           "stderr": stderr,
           "passes_per_token": float(passes.sum() / tokens),
-          "unit": f"bits per {unit}",
+          "unit": f"bits per {self.unit(batch)}",
         }
         table.append((entry, sequence_bits))
     return table
 
-  def _unit(self, batch: Batch) -> str:
+  def lengths(self, batch: Batch) -> np.ndarray:
+    """Bytes or characters (n,) of the sequences' tokens that count; of conversations, as many as there are tokens."""
+    tokens = batch.tokens[:, 1:]
+    sizes = self.tokenizer.lengths()[tokens] if batch.answers is None else np.ones(tokens.shape, int)
+    return _counted(sizes, batch).sum(axis=1)
+
+  def unit(self, batch: Batch) -> str:
     """What bits are per. Sequences of text beside conversations are those of which all tokens count."""
     if batch.answers is None:
       return self.tokenizer.unit
