@@ -510,6 +510,13 @@ class Config:
       "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
     )
     self.model.require(self.model.dtype != "float16", "dtype", "cannot be trained in: gradients vanish in it")
+    if self.data.chat:
+      self.check_isolates()
+
+  def check_isolates(self) -> None:
+    """Raises UserError where conversations of one sequence would not be kept apart."""
+    problem = "lets conversations of one sequence read each other; it must be True"
+    self.model.require(self.model.isolate_documents, "isolate_documents", problem)
 
   def _check_windows(self) -> None:
     model, window, paths = self.model, self.window, self.paths

@@ -298,7 +298,7 @@ def train(workdir, file, *flags, **changes):
     "train.steps": 8,
     "mesh.fsdp": 2,
     "eval.samples": 0,
-    "eval.paths": ("ar", "diagonal:1", "left:2"),
+    "eval.paths": ("ar", "diagonal:1"),
     **changes,
   }
   return call("evo_jax.main", *train_flags(workdir, file, **fields), devices=2)
@@ -358,8 +358,17 @@ def test_evaluate_measures_answers_of_other_conversations(tuned, chats, tmp_path
     ({"model.context": 8}, "no answer begins within config.model.context = 8 tokens"),
   ],
 )
-def test_runs_that_cannot_be_are_refused(chats, tmp_path, changes, message):
-  assert_refused(train(tmp_path / "run", chats, **changes), message)
+def test_runs_that_cannot_be_are_refused(tmp_path, changes, message):
+  (tmp_path / "a.jsonl").write_text("\n".join(lines(20)))
+  assert_refused(train(tmp_path / "run", tmp_path / "a.jsonl", **changes), message)
+
+
+def test_prepared_conversations_must_be_kept_apart(tmp_path):
+  (tmp_path / "a.jsonl").write_text("\n".join(lines(20)))
+  job = plan.Job(str(tmp_path / "a.jsonl"), chat="answers", valid_share=0.2)
+  preparation.prepare(job, load(), "huggingface", str(tmp_path / "chats"))
+  refused = train(tmp_path / "run", tmp_path / "chats", **{"data.chat": "", "model.isolate_documents": False})
+  assert_refused(refused, "isolate_documents: False lets conversations of one sequence read each other")
 
 
 def test_windows_tile_answers():

@@ -84,11 +84,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
   folder = checkpoint.make_workdir(workdir)
   with lease_lib.held(folder) as lease:
     corpora = corpora_lib.load_corpora(config.data, tokenizer)
-    config.model.require(
-      config.model.isolate_documents or not any(corpus.indexes for corpus in corpora),
-      "isolate_documents",
-      "lets conversations of one sequence read each other; it must be True",
-    )
+    if any(corpus.indexes for corpus in corpora):
+      config.check_isolates()
     L = config.model.context
     text = batches_lib.TrainingText(corpora, config.data, L)
     held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
