@@ -45,22 +45,25 @@ _SMALL = {
   "paths.erasure": 0.2,
   "data.tokenizer": "huggingface",
   "data.chat": "answers",
-  "data.batch_size": 8,
+  "data.batch_size": 4,
+  "loss.chunk": 8192,
+  "eval.batch_size": 4,
   "optim.learning_rate": 2e-3,
   "optim.warmup": 100,
-  "train.steps": 2000,
+  "train.steps": 1000,
   "train.checkpoint_every": 100,
   "train.eval_every": 0,
 }
+_QUICK = {"data.batch_size": 4, "train.accumulate": 1, "train.steps": 250, "optim.warmup": 20, "train.log_every": 10}
 # By setting: the shipped configuration, changes to it, whether it begins from the imported model, and the paths.
 SETTINGS = {
   "windows": (
     "smollm2_chat",
-    {"train.trainable": "windows", "optim.learning_rate": 1e-3, "train.steps": 500},
+    _QUICK | {"train.trainable": "windows", "optim.learning_rate": 1e-3},
     True,
     ("ar", "left:2", "left:4", "diagonal:1"),
   ),
-  "together": ("smollm2_chat", {}, True, ("ar", "left:2", "left:4", "diagonal:1")),
+  "together": ("smollm2_chat", _QUICK, True, ("ar", "left:2", "left:4", "diagonal:1")),
   "small": (
     "tiny",
     _SMALL,

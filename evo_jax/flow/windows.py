@@ -61,11 +61,7 @@ def draw_windows(
   Positions are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
 
   With `answers`, a window begins at any token of an answer, and lies in it: what is behind the answer's end stays
-  unknown and weighs nothing, as in generation, where nobody knows how long the answer will be. Token j of an answer,
-  from 0, is then in min(j + 1, W) of the windows that can be drawn. It weighs 1 / min(j + 1, W), times the sequence's
-  answer tokens per window, so that the sum over windows of weighted values is, in expectation, the sum over all tokens
-  of answers of a token's value, averaged over the windows that it can be in: no answer, however short, and no place in
-  one counts more than another.
+  unknown and weighs nothing (`_draw_in_answers`).
 
   Args:
     step_density_G: probabilities of evenly spaced bins of the clock for the bound's steps; None: uniform.
@@ -136,7 +132,13 @@ def _draw_anchors(quantile_BxN, length, size, counted_BxT):
 
 
 def _draw_in_answers(quantile_BxN, size, answers_BxT):
-  """Anchors (B, N) in front of tokens of answers, and the weights (B, N, size) of the windows' tokens."""
+  """Anchors (B, N) in front of tokens of answers, and the weights (B, N, size) of the windows' tokens.
+
+  Token j of an answer, from 0, is in min(j + 1, size) of the windows that can be drawn. It weighs 1 / min(j + 1, size),
+  times the sequence's answer tokens per window, so that the sum over windows of weighted values is, in expectation, the
+  sum over all tokens of answers of a token's value, averaged over the windows that it can be in: no answer, however
+  short, and no place in one counts more than another.
+  """
   position = jnp.arange(answers_BxT.shape[1])
   answers = answers_BxT & (position > 0)  # the first token is context only
   anchor = _pick(quantile_BxN, answers[:, 1:])
