@@ -79,12 +79,12 @@ def test_answers_are_measured_from_their_first_token(tokens):
   answers[:, 3:14] = answers[:4, 20:21] = answers[2:, 30:] = True
   segments = np.broadcast_to(1 + (np.arange(33) > 16), tokens.shape).astype(np.int32)
   batch = Batch(tokens, None, segments, answers)
-  paths = ("ar", "left:1", "left:4", "random:8")
-  ar, one, four, random = evaluator(state.params, state.statistics, batch, paths)
+  paths = ("ar", "left:1", "certain:2", "random:8")
+  ar, one, two, random = evaluator(state.params, state.statistics, batch, paths)
   assert ar["unit"] == "bits per answer token" and one["bits"] == pytest.approx(ar["bits"], rel=1e-4)
   assert ar["passes_per_token"] == one["passes_per_token"] == 1.0
-  passes = 6 * (2 + 1) + 4 + 4  # of 8 and 3 tokens, of 1, of 3
-  assert four["passes_per_token"] == pytest.approx(passes / answers.sum())
+  passes = 6 * (4 + 2) + 4 * 1 + 4 * 2  # of 8 and 3 tokens, of 1, of 3: what is behind an answer is no candidate
+  assert two["passes_per_token"] == pytest.approx(passes / answers.sum())
   with jax.set_mesh(mesh):
     nll, _ = evaluator.token_nll(state.params, state.statistics, batch, "random:8")
   assert ((nll > 0) == answers[:, 1:]).all() and random["bits"] > 0
