@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine():
-  with Engine(model(), rows=4, modes=MODES, page=16, cache_tokens=288, mesh=one_device()) as engine:
+  with Engine(model(), rows=4, modes=MODES, page=16, infill=True, cache_tokens=288, mesh=one_device()) as engine:
     yield engine
     assert engine.compilations == 0
     assert engine.pages_free == engine.shape.shards * (engine.shape.pages - 1)  # all came back
@@ -79,6 +79,29 @@ def test_a_text_is_that_of_a_sampler(engine, mode):
   for want, handle in zip(wanted, handles):
     assert handle.result().text == want.text and handle.result().tokens == want.tokens
     assert (handle.result().accepted is None) == (mode.mode != "verify")
+
+
+@pytest.mark.parametrize("mode", MODES[3:], ids=lambda s: s.mode)
+def test_gaps_are_filled_as_by_a_sampler(engine, mode):
+  sampling = dataclasses.replace(mode, temperature=0.8, stop=("fg",))
+  texts = ["ab[...3]cd[...9]e", "[...20]", "abcdefghijklmnopqrs[...]bc", "ab[...3]cd[...9]e"]
+  wanted = Sampler(model(), sampling, one_device())(texts, 1, 3, infill=True)
+  asked = [engine.submit(text, sampling, seed=3, number=n, infill=True) for text, n in zip(texts, (0, 0, 0, 1))]
+  for want, handle in zip(wanted, asked):
+    assert plain(handle.result()) == plain(want) and "".join(handle) == ""
+  with pytest.raises(UserError, match="mode=ar infill: the engine has no such program"):
+    engine.submit("a[...]b", infill=True)
+
+
+def test_a_model_of_diffusion_alone_writes_whole_texts():
+  r = run(V, loss__ar_weight=0.0, window__size=32, window__count=1)
+  sampling = Sampling(mode="flow", steps=4, max_tokens=20, temperature=0.8)
+  wanted = Sampler(r, sampling, one_device())(["abc", "", "abc"], 1, 3)
+  with Engine(r, rows=2, modes=[sampling], mesh=one_device()) as engine:
+    handles = [engine.submit(text, sampling, seed=3, number=n) for text, n in (("abc", 0), ("", 0), ("abc", 1))]
+    assert [plain(handle.result()) for handle in handles] == [plain(want) for want in wanted]
+    with pytest.raises(UserError, match="this engine has no scores"):
+      engine.score("abc", "d")
 
 
 def test_texts_are_what_they_are_alone_whatever_comes_and_goes(engine):
@@ -179,6 +202,10 @@ def test_coroutines_and_cancellation(engine):
     handle.cancel()
     with pytest.raises(asyncio.CancelledError):
       await handle.async_result()
+    handle = engine.submit("abc", Sampling(max_tokens=80, endless=True))
+    with pytest.raises(asyncio.TimeoutError):
+      await asyncio.wait_for(handle.async_result(), 1e-3)
+    assert len((await handle.async_result()).text) == 80  # who no longer waits does not end it
     return found
 
   found = asyncio.run(main())

@@ -36,7 +36,7 @@ from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
 from evo_jax.decoding.programs import Programs, Settings
 from evo_jax.decoding.progress import Generation, Progress, TokenChoice
 from evo_jax.decoding.prompts import Prompt, Request, make_request
-from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError
 from evo_jax.run import Run
 
@@ -62,15 +62,16 @@ class Score:
 
 
 class Handle:
-  """A text on its way: iterate over it, or ask for its result."""
+  """A text on its way: iterate over it, or ask for its result. `future` is for `concurrent.futures.as_completed`."""
 
   def __init__(self, cancel):
     self._cancel = cancel
-    self._future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
+    self.future: concurrent.futures.Future[Generation] = concurrent.futures.Future()
     self._pieces: list[str] = []
     self._changed = threading.Condition()
     self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-    self._future.add_done_callback(lambda _: self._tell())
+    self.future.set_running_or_notify_cancel()  # a coroutine that no longer waits for it does not cancel it
+    self.future.add_done_callback(lambda _: self._tell())
 
   def __iter__(self) -> Iterator[str]:
     """Pieces of committed text as they come: no half characters, no beginnings of stop strings, no drafts. Raises as
@@ -78,12 +79,12 @@ class Handle:
     number = 0
     while True:
       with self._changed:
-        self._changed.wait_for(lambda n=number: len(self._pieces) > n or self._future.done())
+        self._changed.wait_for(lambda n=number: len(self._pieces) > n or self.future.done())
         new = self._pieces[number:]
       yield from new
       number += len(new)
       if not new:
-        self._future.result()
+        self.future.result()
         return
 
   async def __aiter__(self) -> AsyncIterator[str]:
@@ -94,12 +95,12 @@ class Handle:
     try:
       while True:
         waiter[1].clear()
-        done, new = self._future.done(), self._pieces[number:]
+        done, new = self.future.done(), self._pieces[number:]
         for piece in new:
           yield piece
         number += len(new)
         if done and number == len(self._pieces):
-          self._future.result()
+          self.future.result()
           return
         if not new:
           await waiter[1].wait()
@@ -110,15 +111,15 @@ class Handle:
   def result(self, timeout: float | None = None) -> Generation:
     """The finished text. Raises `concurrent.futures.CancelledError` after `cancel`, TimeoutError after `timeout`
     seconds, and what ended the engine, if anything did."""
-    return self._future.result(timeout)
+    return self.future.result(timeout)
 
   async def async_result(self) -> Generation:
     """The same in a coroutine."""
-    return await asyncio.wrap_future(self._future)
+    return await asyncio.wrap_future(self.future)
 
   @property
   def done(self) -> bool:
-    return self._future.done()
+    return self.future.done()
 
   def cancel(self) -> None:
     """Frees the text's row and pages before the next passes. A text that is finished stays so."""
@@ -180,6 +181,8 @@ class Engine:
     context: int | None = None,
     cache_tokens: int | None = None,
     page: int = WIDTH,
+    infill: bool = False,
+    scores: bool = True,
     share: bool = True,
     measure: bool = False,
     mesh: jax.sharding.Mesh | None = None,
@@ -193,6 +196,8 @@ class Engine:
       context: tokens of the longest text; default: DEFAULT_CONTEXT, or what the model can read.
       cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
       page: tokens of a page, which is also what is read of a prompt at a time.
+      infill: whether the modes that fill gaps may be asked to, besides.
+      scores: whether texts may be scored, and log-probabilities be asked for; a model of diffusion alone has none.
       share: whether texts share pages of prompts that begin alike.
       measure: whether the thread waits for each program, so that `seconds` tells apart what takes time.
       mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
@@ -206,15 +211,19 @@ class Engine:
     if rows < 1 or rows % shards:
       raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
     modes = [Sampling(mode=mode) if isinstance(mode, str) else mode for mode in modes]
-    settings = [Settings(sampling) for sampling in modes]
+    settings = [Settings(sampling, gaps) for sampling in modes for gaps in ((False, True) if infill else (False,))]
+    settings = [each for each in settings if not each.infill or each.sampling.mode in DEFAULT_PATH]
+    self._reads = not run.config.diffusion_alone
+    self.scores = scores and self._reads
     room = Programs.room(run, settings)
     width = min(page, self.context)
     tokens = rows * (self.context + room) if cache_tokens is None else cache_tokens
+    tokens *= self._reads
     self.shape = rows_lib.Shape(
       rows, self.context + room, shards, 1 + max(tokens // (shards * width), 1), width, **Programs.sizes(run, settings)
     )
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
-    self._programs = Programs(run, self._device, self.shape, settings)
+    self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
     self._jobs: dict[int, _Job] = {}
     self._handles: dict[int, Any] = {}
     self._waiting: deque[_Job] = deque()
@@ -247,8 +256,10 @@ class Engine:
       self._thread.join()
 
   def follow(self) -> None:
-    """In a process that submits nothing: returns when process 0 has closed the engine."""
+    """In a process that submits nothing: returns when process 0 has closed the engine. Raises what ended it else."""
     self._thread.join()
+    if self._failure:
+      raise self._failure
 
   @property
   def compilations(self) -> int:
@@ -272,7 +283,7 @@ class Engine:
 
   def submit(
     self,
-    prompt: Prompt,
+    prompt: Prompt | Request,
     sampling: Sampling | None = None,
     *,
     seed: int = 0,
@@ -285,6 +296,7 @@ class Engine:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
     Args:
+      prompt: a text or messages; or a request that is made of them already, with its number.
       sampling: default: `Sampling()`. `batch_size` means nothing here.
       end_ids: tokens that end the text beside the tokenizer's.
       logit_bias: what is added to the logits of some ids.
@@ -296,11 +308,17 @@ class Engine:
     sampling = sampling or Sampling()
     settings = Settings(sampling, infill)
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
-    request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
-    request = dataclasses.replace(request, repetition=number)
-    begin = self.run.tokenizer.begin_id
-    known = list(request.tokens[: request.prompt_end - 1])
-    pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
+    if isinstance(prompt, Request):
+      request = prompt
+    else:
+      request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
+      request = dataclasses.replace(request, repetition=number)
+    if best is not None:
+      self._check_scores()
+    begin, known, pages = self.run.tokenizer.begin_id, [], 0
+    if self._reads:
+      known = request.tokens[: request.prompt_end - 1]
+      pages = -(-(request.max_length + self._programs.room_of(settings)) // self.shape.width)
     job = _Job(
       0, np.array([begin, *known], np.int32), pages, request, settings.with_row(end_ids, logit_bias, best), seed
     )
@@ -315,6 +333,7 @@ class Engine:
     self, context: str | Sequence[int], continuation: str | Sequence[int]
   ) -> "concurrent.futures.Future[Score]":
     """The same, without waiting. Raises UserError for what is too long, or empty."""
+    self._check_scores()
     tokenizer = self.run.tokenizer
     ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
     before = [tokenizer.begin_id, *ids(context, tokenizer)]
@@ -327,6 +346,10 @@ class Engine:
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
     return self._send(_Job(0, tokens, pages, scored=len(before)))
+
+  def _check_scores(self) -> None:
+    if not self.scores:
+      raise UserError("this engine has no scores, or its model, of diffusion alone, has none by autoregression")
 
   def _check_fits(self, pages: int, tokens: int) -> None:
     if pages > self._pools[0].size:
@@ -343,6 +366,7 @@ class Engine:
       job.number = number = self._numbers
       if job.request is None:
         handle = concurrent.futures.Future()
+        handle.set_running_or_notify_cancel()
       else:
         handle = Handle(lambda: self._send_cancel(number))
       self._handles[number] = handle
@@ -573,11 +597,8 @@ class Engine:
 
 
 def _end(handle: Any, result: Any) -> None:
-  future = handle._future if isinstance(handle, Handle) else handle
-  if isinstance(result, concurrent.futures.CancelledError):
-    future.cancel()
-    future.set_running_or_notify_cancel()
-  elif isinstance(result, BaseException):
+  future = handle.future if isinstance(handle, Handle) else handle
+  if isinstance(result, BaseException):
     future.set_exception(result)
   else:
     future.set_result(result)

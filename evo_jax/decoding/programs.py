@@ -67,8 +67,17 @@ class Settings:
 class Programs:
   """Compiled programs over an engine's rows, and what of a row's settings they read. Its state lies on the devices."""
 
-  def __init__(self, run: Run, device: DeviceModel, shape: rows_lib.Shape, settings: Sequence[Settings]):
-    """Compiles everything. Raises UserError for what the model does not support."""
+  def __init__(
+    self,
+    run: Run,
+    device: DeviceModel,
+    shape: rows_lib.Shape,
+    settings: Sequence[Settings],
+    reads: bool = True,
+    scores: bool = True,
+  ):
+    """Compiles everything. reads: whether prompts are read; scores: whether texts are scored. Raises UserError for
+    what the model does not support."""
     self._run, self._device, self._shape = run, device, shape
     self._schedules: dict[tuple[Sampling, bool], WindowSchedule | None] = {}
     self._drafts: dict[tuple[Sampling, bool], DraftPolicy] = {}
@@ -92,7 +101,7 @@ class Programs:
       model = run.model.config
       program = lambda net, statistics: rows_lib.empty(net, statistics, shape, model)
       self._state = device.run(("empty",), program)
-      self._compile()
+      self._compile(reads, scores)
 
   @staticmethod
   def sizes(run: Run, settings: Sequence[Settings]) -> dict[str, Any]:
@@ -100,8 +109,6 @@ class Programs:
     samplings = [s.program[0] for s in settings]
     drafts = [s for s in samplings if s.mode == "verify"]
     schedules = [schedule for s in samplings if (schedule := make_schedule(run, s)) is not None]
-    if any(schedule.full_sequence for schedule in schedules):
-      raise UserError("a model of diffusion alone has no cache; it is decoded by a Sampler")
     sizes = {schedule.size for schedule in schedules}
     remembers = any(schedule.self_conditioning for schedule in schedules)
     if remembers and len(sizes) > 1:
@@ -144,12 +151,13 @@ class Programs:
     if best is not None and (not 0 <= best <= BEST or settings.infill):
       raise UserError(f"best={best}: is not from 0 to {BEST}" if not settings.infill else "best: goes without infill")
 
-  def _compile(self) -> None:
+  def _compile(self, reads: bool, scores: bool) -> None:
     """Runs each program once, on no row."""
     X, W, J, B = self._shape.shards, self._shape.width, self._shape.columns, self._shape.rows
     piece = np.zeros((X, W), np.int32), np.zeros(X, np.int32), np.zeros((X, J), np.int32)
-    self.read_piece(*piece, None, 1)
-    for best in (1, BEST):
+    if reads:
+      self.read_piece(*piece, None, 1)
+    for best in (1, BEST) if scores else ():
       self.read_piece(*piece, np.zeros((X, W), np.int32), best)
     nobody, table = np.zeros(B, bool), np.zeros((B, J), np.int32)
     for each, schedule in self._schedules.items():
