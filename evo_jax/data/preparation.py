@@ -103,7 +103,11 @@ def _begin(folder: Folder, flags: dict[str, Any]) -> None:
 
 
 def _check_flags(folder: Folder, earlier: dict[str, Any], flags: dict[str, Any]) -> None:
-  for name, value in ({"chat": None} | flags).items():
+  chat = earlier.get("chat", "")
+  if chat != flags.get("chat", ""):
+    how = f"with {' '.join(shards.CHAT_FLAGS[chat])}" if chat else "without --chat"
+    raise UserError(f"{folder.path}: was begun {how}; use another one, or remove it")
+  for name, value in flags.items():
     if name != "max_skipped" and earlier.get(name) != value:
       raise UserError(
         f"{folder.path}: was begun with --{name}={earlier.get(name)}, not {value}; use another one, or remove it"
