@@ -25,6 +25,7 @@ PROGRESSIONS = ("shared", "learned")
 WINDOW_ATTENTIONS = ("full", "informed")
 TRACKERS = ("tensorboard", "wandb")
 TOKENIZERS = ("bytes", "chars27", "sentencepiece", "huggingface")
+CHATS = ("answers", "last")
 GAUSSIAN_PATHS = ("diagonal", "rolling", "independent", "learned")  # tokens pass through partial evidence
 JUMP_PATHS = ("staircase", "streams", "erasure", "ragged", "parallel")  # a token is unknown or known
 TRAIN_PATHS = GAUSSIAN_PATHS + JUMP_PATHS
@@ -130,7 +131,7 @@ class Model(Section):
   norm_epsilon: float = pinned(1e-5)
   norm_casts_first: bool = pinned(False)  # RMSNorm applies its weight in model.dtype, as transformers does, not float32
   tie_embeddings: bool = pinned(False)
-  isolate_documents: bool = False  # no attention across document boundaries
+  isolate_documents: bool = False  # no attention across document boundaries; conversations need it
   progression: str = of_windows("shared")  # shared: one clock for a window's tokens | learned: one inferred per token
   dtype: str = "float32"  # of computation
   param_dtype: str = "float32"  # of parameters; those that are trained are float32 beside frozen ones of any dtype
@@ -333,6 +334,9 @@ class Data(Section):
   test_share: float = 0.05
   tokenizer: str = pinned("bytes")  # bytes | chars27 | sentencepiece | huggingface
   tokenizer_path: str = ""  # folder of a trained SentencePiece model, or of a tokenizer.json
+  # Text files are conversations, of which only the assistant's tokens count: "" (no: text) | answers (all that it says)
+  # | last (its last turn). Folders say themselves what they were prepared as.
+  chat: str = ordering("")
   batch_size: int = ordering(16)  # sequences per step, over all processes
   seed: int = ordering(0)
   strict: bool = False  # whether a document that cannot be used is an error, instead of skipped and reported
@@ -343,6 +347,10 @@ class Data(Section):
     self.require(self.threads <= _MOST_THREADS, "threads", f"is more than {_MOST_THREADS}")
     self.require_not_negative("seed")
     self.require_choice("tokenizer", TOKENIZERS)
+    self.require(self.chat in ("", *CHATS), "chat", f"is not one of {', '.join(CHATS)}, or empty")
+    self.require(
+      not self.chat or self.tokenizer == "huggingface", "chat", "needs a chat template: data.tokenizer = huggingface"
+    )
     self.require_share("valid_share", "test_share")
     self.require(
       self.valid_share + self.test_share < 1, "valid_share", "with data.test_share leaves nothing to train on"
@@ -502,6 +510,13 @@ class Config:
       "cannot be trained: parameters and their averages move in float32 (model.dtype=bfloat16 computes in bfloat16)",
     )
     self.model.require(self.model.dtype != "float16", "dtype", "cannot be trained in: gradients vanish in it")
+    if self.data.chat:
+      self.check_isolates()
+
+  def check_isolates(self) -> None:
+    """Raises UserError where conversations of one sequence would not be kept apart."""
+    problem = "lets conversations of one sequence read each other; it must be True"
+    self.model.require(self.model.isolate_documents, "isolate_documents", problem)
 
   def _check_windows(self) -> None:
     model, window, paths = self.model, self.window, self.paths

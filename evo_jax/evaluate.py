@@ -24,6 +24,9 @@ Paths, over windows of the training size (or --window), each after the text befo
   FILE.py:NAME  a pure function of your own (`flow/README.md`): a path function(s, tokens), with a number of passes
                 behind its name, or a policy function(observation), or function(observation, number)
 
+Of conversations (--chat, or what `evo_jax.prepare --chat` wrote) only the answers are measured, in bits per token of
+theirs, each given the conversation before it; windows begin where answers do.
+
 Text is cut into consecutive sequences of the model's context, or of --length tokens, each without what came before it;
 the remainder at the end is dropped. Of a text shorter than that, its own tokens are measured. Where `ar` and diagonals
 of two lengths are among the paths, the path gap is printed too.
@@ -34,6 +37,7 @@ same held-out text, or get it by --data. Their windows may differ.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -115,6 +119,9 @@ def check_flags(args: flags.FlagValues) -> None:
       if several:
         raise UserError(f"--{name}: does not go with --show_progression, which shows one run's tokens")
 
+  if args.chat is not None and not args.data:
+    raise UserError(f"--chat={args.chat}: is how --data is read, which is not given")
+
 
 def check_comparable(args: flags.FlagValues, paths: tuple[schedules.Path, ...]) -> None:
   """Raises UserError, naming the run, unless all of --workdir measure the same sequences of the same tokens, on paths
@@ -136,7 +143,7 @@ def check_comparable(args: flags.FlagValues, paths: tuple[schedules.Path, ...]) 
       paths_lib.check_path(path, config)
   batches = [read_text(args, *read_run(workdir))[0] for workdir in args.workdir]
   for workdir, batch in zip(args.workdir[1:], batches[1:]):
-    if not np.array_equal(batch.tokens, batches[0].tokens):
+    if not all(map(np.array_equal, batch, batches[0])):
       problem = f"its held-out text is not that of {args.workdir[0]}"
       raise UserError(f"--workdir={workdir}: {problem}; measure all runs on the same text by --data")
 
@@ -166,7 +173,9 @@ def read_text(
   """The sequences to measure, at most --sequences (0: all), one for --show_progression, and what to call them. workdir:
   of the run that is told where its text has changed since training; "": nothing is told."""
   if args.data:
-    corpora = corpora_lib.load_text(args.data, "--data", config.data, tokenizer)
+    chat = {None: config.data.chat, "text": ""}.get(args.chat, args.chat)
+    data = dataclasses.replace(config.data, chat=chat)
+    corpora = corpora_lib.load_text(args.data, "--data", data, tokenizer)
     source = formats.shown(args.data)
   else:
     corpora = corpora_lib.load_corpora(config.data, tokenizer)
@@ -193,7 +202,14 @@ def load(args: flags.FlagValues, workdir: str, mesh: jax.sharding.Mesh) -> tuple
   run = run_lib.load_run(workdir, args.step, mesh)
   window = args.window or run.config.window.size
   check_lengths(args, run.config.model, args.length or run.config.model.context, window)
-  return run, *read_text(args, run.config, run.tokenizer, workdir), window
+  batch, source = read_text(args, run.config, run.tokenizer, workdir)
+  return (run if batch.answers is None else isolating(run)), batch, source, window
+
+
+def isolating(run: run_lib.Run) -> run_lib.Run:
+  """The run, whose model keeps conversations of one sequence apart."""
+  config = dataclasses.replace(run.model.config, isolate_documents=True)
+  return dataclasses.replace(run, model=run.model.clone(config=config))
 
 
 def measure(
@@ -210,7 +226,8 @@ def measure(
   found = comparison.Measured.of(workdir, measured, evaluator.lengths(batch))
   counted = None if batch.counted is None else batch.counted[:, 1:]
   tokens = f"{batch.tokens.shape[1] - 1}" if counted is None else f"up to {counted.sum(1).max()}"
-  text = f"{source}: {len(batch.tokens)} sequences of {tokens} tokens, windows of {window}, step {run.step}"
+  answers = "" if batch.answers is None else f", {batch.answers[:, 1:].sum():,} of which count"
+  text = f"{source}: {len(batch.tokens)} sequences of {tokens} tokens{answers}, windows of {window}, step {run.step}"
   if price is not None:
     text += f", steps priced by {args.price}"
   text += "\n" + paths_lib.format_table(found.table)
@@ -232,11 +249,11 @@ def summarize(runs: Sequence[comparison.Measured], texts: Sequence[str]) -> tupl
 
 
 def show_progression(args: flags.FlagValues, workdir: str, mesh: jax.sharding.Mesh) -> tuple[list[dict[str, Any]], str]:
-  """The inferred progression of the first sequence's tokens, but for padding, and as text."""
+  """The inferred progression of the first sequence's tokens that count, and as text."""
   run, batch, _, window = load(args, workdir, mesh)
   entries = progression.infer_progression(run, batch.tokens[0], window, args.passes)
-  if batch.counted is not None:
-    entries = entries[: batch.counted[0, 1:].sum()]
+  if batch.mask is not None:
+    entries = [entry for entry, counts in zip(entries, batch.mask[0, 1:]) if counts]
   return entries, progression.format_progression(entries, run.tokenizer, window)
 
 
@@ -252,6 +269,12 @@ if __name__ == "__main__":
   flags.DEFINE_string("price", "", price)
   flags.DEFINE_string(
     "data", "", "Text to measure: comma-separated globs, or prepared folders; empty: the run's own held-out text."
+  )
+  flags.DEFINE_enum(
+    "chat",
+    None,
+    [*config_lib.CHATS, "text"],
+    "What files of --data are: conversations, as data.chat; default: as the run's.",
   )
   flags.DEFINE_enum("split", "valid", ["valid", "test"], "Which held-out text of the run, or of a prepared folder.")
   flags.DEFINE_integer("sequences", 128, "At most so many sequences, evenly spread over the text; 0: all.")

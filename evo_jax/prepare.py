@@ -1,10 +1,11 @@
 """Tokenizes text into a data set that training reads from any disk or bucket, or shows what one holds.
 
 python -m evo_jax.prepare --input='dir/**/*.jsonl.zst' --tokenizer=sentencepiece --tokenizer_path=DIR --output=TOKENS
+python -m evo_jax.prepare --chat --input='dir/*.jsonl' --tokenizer=huggingface --tokenizer_path=DIR --output=CHATS
 python -m evo_jax.prepare --inspect=TOKENS
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import sys
@@ -28,8 +29,13 @@ def main() -> None:
     raise UserError(f"--host={args.host}: is not one of the {args.hosts} of --hosts, counted from 0")
   if args.tokenizer not in ("bytes", "chars27") and not args.tokenizer_path:
     raise UserError(f"--tokenizer_path: is empty; --tokenizer={args.tokenizer} needs the folder that holds it")
+  if args.last_answer and not args.chat:
+    raise UserError("--last_answer: is of conversations, and needs --chat")
+  if args.chat and args.tokenizer != "huggingface":
+    raise UserError(f"--chat: --tokenizer={args.tokenizer} has no chat template; --tokenizer=huggingface may have one")
   tokenizer = tokenizers.load_tokenizer(args.tokenizer, args.tokenizer_path)
-  job = Job(**{name: getattr(args, name) for name in Job.__dataclass_fields__})
+  values = {name: getattr(args, name) for name in Job.__dataclass_fields__ if name != "chat"}
+  job = Job(**values, chat=("last" if args.last_answer else "answers") if args.chat else "")
   workers = args.workers or _cpus()
   try:
     with _progress_bar() as show:
@@ -52,19 +58,28 @@ def inspect(path: str, count: int) -> None:
   for source in manifest.sources:
     for name, split in source.splits.items():
       stream = shards.open_stream(path, manifest, source, name)
-      found = [problem for _, problem in stream.check() if problem]
-      problems, checked = problems + found, checked + len(split.shards)
+      streams = [stream, *([shards.open_index(path, manifest, source, name)] if manifest.chat else [])]
+      found = [problem for one in streams for _, problem in one.check() if problem]
+      problems, checked = problems + found, checked + len(split.shards) + len(split.index)
       print(f"\n{name} of {source.name}")
       if not found:
-        for line in inspection.statistics(stream, split, manifest, tokenizer):
-          print(line)
-        for line in inspection.documents(stream, manifest, tokenizer, count):
+        for line in _describe(streams, split, manifest, tokenizer, count):
           print(line)
   for problem in problems[:20]:
     print(problem)
   if problems:
     raise UserError(f"{path}: {len(problems)} of {checked} shards are damaged or missing; the first: {problems[0]}")
   print(f"\nall checksums of {checked} shards are right")
+
+
+def _describe(streams, split: shards.Split, manifest: shards.Manifest, tokenizer, count: int) -> Iterator[str]:
+  """Lines about a split. streams: of its tokens, and, of conversations, its index."""
+  if manifest.chat:
+    yield from inspection.chat_statistics(*streams, split)
+    yield from inspection.conversations(*streams, tokenizer, count)
+  else:
+    yield from inspection.statistics(*streams, split, manifest, tokenizer)
+    yield from inspection.documents(*streams, manifest, tokenizer, count)
 
 
 def _cpus() -> int:
@@ -119,6 +134,10 @@ def _define_flags() -> None:
   flags.DEFINE_string("test", "", "Globs of files for testing; then nothing else is held out.")
   field = "Field of .jsonl, column of .parquet, that holds the text; a line of .jsonl without it may have messages."
   flags.DEFINE_string("field", "text", field)
+  flags.DEFINE_bool(
+    "chat", False, "Whether lines are conversations (messages, or prompt and completion), to train on their answers."
+  )
+  flags.DEFINE_bool("last_answer", False, "With --chat: whether the last answer of a conversation alone is trained on.")
   flags.DEFINE_enum("tokenizer", "bytes", config_lib.TOKENIZERS, "As data.tokenizer.")
   flags.DEFINE_string("tokenizer_path", "", "As data.tokenizer_path.")
   flags.DEFINE_string("output", None, "Folder for the tokens, local or gs://...; what is complete there is kept.")

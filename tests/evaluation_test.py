@@ -67,6 +67,31 @@ def test_a_sequence_without_counted_tokens_is_as_good_as_absent(evaluator, state
   assert masked["bits"] == absent["bits"]
 
 
+def test_answers_are_measured_from_their_first_token(tokens):
+  """Where windows are informed by what is known alone, tokens one by one cost what autoregression costs: the tiles read
+  what the clean stream has read, up to the end of the row, and nothing behind an answer."""
+  config = small_config(eval__batch_size=4, model__window_attention="informed", model__isolate_documents=True)
+  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  model = state_lib.make_model(config, tokenizers.Bytes())
+  evaluator = paths_lib.Evaluator(model, config, tokenizers.Bytes(), mesh)
+  state = state_lib.sharded_init(model, config, mesh)
+  answers = np.zeros(tokens.shape, bool)
+  answers[:, 3:14] = answers[:4, 20:21] = answers[2:, 30:] = True
+  segments = np.broadcast_to(1 + (np.arange(33) > 16), tokens.shape).astype(np.int32)
+  batch = Batch(tokens, None, segments, answers)
+  paths = ("ar", "left:1", "certain:2", "random:8")
+  ar, one, two, random = evaluator(state.params, state.statistics, batch, paths)
+  assert ar["unit"] == "bits per answer token" and one["bits"] == pytest.approx(ar["bits"], rel=1e-4)
+  assert ar["passes_per_token"] == one["passes_per_token"] == 1.0
+  passes = 6 * (4 + 2) + 4 * 1 + 4 * 2  # of 8 and 3 tokens, of 1, of 3: what is behind an answer is no candidate
+  assert two["passes_per_token"] == pytest.approx(passes / answers.sum())
+  with jax.set_mesh(mesh):
+    nll, _ = evaluator.token_nll(state.params, state.statistics, batch, "random:8")
+  assert ((nll > 0) == answers[:, 1:]).all() and random["bits"] > 0
+  mixed = Batch(tokens, None, segments, np.concatenate([answers[:-1], np.arange(33)[None] > 0]))
+  assert evaluator(state.params, state.statistics, mixed, ("ar",))[0]["unit"] == "bits per counted token"
+
+
 def test_the_gap_extrapolates_the_two_longest_diagonals():
   """A diagonal whose excess over `ar` is 0.5 + 2 / K bits."""
   bits = {"ar": 3.0, **{f"diagonal:{K}": 3.5 + 2 / K for K in (1, 4, 16)}}

@@ -251,3 +251,87 @@ def test_windows_lie_where_something_counts():
   every = draw(jnp.ones((2000, 33), bool))
   plain = windows_lib.draw_windows(jax.random.key(1), 2000, 32, 4, config.window, config.paths, 1)
   jax.tree.map(np.testing.assert_array_equal, every, plain)
+
+
+def test_windows_begin_in_answers_and_every_token_counts_alike():
+  """Each window begins with a token of an answer and counts none behind the answer's end; in expectation the windows of
+  a sequence count each of its answers' tokens once, wherever it stands and however short the answer is."""
+  config = small_config(window__count=3)
+  answers = np.zeros((4000, 33), bool)
+  answers[:, [0, 3, 7, 8, *range(12, 25), 31, 32]] = True  # the first token is context only
+  answers[-1] = False
+  draw = windows_lib.draw_windows(
+    jax.random.key(1), 4000, 32, 4, config.window, config.paths, 1, answers_BxT=jnp.asarray(answers)
+  )
+  anchor, weight = np.asarray(draw.anchor), np.asarray(draw.token_weight)
+  assert set(np.unique(anchor[:-1])) == {2, 6, 7, *range(11, 24), 30, 31} and not weight[-1].any()
+  place = anchor[..., None] + 1 + np.arange(8)
+  inside = np.cumprod(np.take_along_axis(np.pad(answers, ((0, 0), (0, 8)))[:, None], place, 2), -1)
+  np.testing.assert_array_equal(weight[:-1] > 0, inside[:-1] > 0)
+  counts = np.zeros((4000, 41))
+  np.add.at(counts, (np.arange(4000)[:, None, None], place), weight)
+  answers[:, 0] = False
+  np.testing.assert_allclose(counts[:-1, :33].mean(0), answers[0], atol=0.1)
+
+
+def test_the_loss_of_answers_is_the_mean_over_their_tokens():
+  """By hand, over all windows that can be drawn; what stands behind an answer is not read by its windows."""
+  answers = np.zeros((2, 33), bool)
+  answers[0, [5, *range(20, 30), 31, 32]], answers[1, 3:16] = True, True  # 13 tokens each
+  count = 13  # as many windows, each in a stratum of its own: all that there are
+  config = small_config(loss__bound_windows=0, window__count=count, loss__window_weight=1.0, **only("parallel"))
+  net, statistics, _ = build()
+  tokens = np.random.default_rng(1).integers(1, V, (2, 33))
+  mask = jnp.asarray(answers)
+  draw = windows_lib.draw_windows(
+    jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 0, answers_BxT=mask
+  )
+  assert [sorted(row) for row in np.asarray(draw.anchor).tolist()] == [
+    (np.flatnonzero(row) - 1).tolist() for row in answers
+  ]
+
+  @jax.jit
+  def by_hand(params, tokens):
+    bound = net.clone().bind(params)
+    hidden, cache = bound.clean(tokens[:, :-1])
+    slots = windows_lib.gather_windows(tokens, draw.anchor, 8)
+    unknown = jnp.ones(draw.time.shape)
+    latent = windows_lib.observe_at(bound.codes(), statistics.warp, slots[..., 1:], unknown, draw.noise)
+    logits = bound_lib.window_logits(
+      bound, cache, draw.anchor, slots[..., 0], latent, bound.codes(), statistics.log_unigram_V
+    )
+    pick = lambda logits, token: -jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], -1)[..., 0]
+    return pick(logits, slots[..., 1:]), pick(bound.logits(hidden), tokens[:, 1:])
+
+  batch = Batch(jnp.asarray(tokens, jnp.int32), None, None, mask)
+  (ar, window), _, metrics = loss(net, statistics, batch, draw, config.loss)
+  window_nats, nats = map(np.asarray, by_hand(net.variables, batch.tokens))
+  means = []  # of each token of an answer, over the windows that it is in
+  for row in range(2):
+    for token in np.flatnonzero(answers[row]):
+      starts = [a for a in draw.anchor[row].tolist() if a < token <= a + 8 and answers[row, a + 1 : token + 1].all()]
+      means.append(np.mean([window_nats[row, draw.anchor[row].tolist().index(a), token - a - 1] for a in starts]))
+  np.testing.assert_allclose(window, np.mean(means), rtol=1e-4)
+  np.testing.assert_allclose(ar, nats[answers[:, 1:]].mean(), rtol=1e-4)
+  np.testing.assert_allclose(metrics["window_ce"].value, np.mean(means) / np.log(2), rtol=1e-4)
+
+
+def test_windows_do_not_read_what_stands_behind_an_answer():
+  """On no path, and not in the bound either."""
+  answers = np.zeros((2, 33), bool)
+  answers[:, 8:12] = True
+  config = small_config(
+    paths__erasure=0.3, paths__ragged=0.3, paths__streams=0.3, window__count=6, loss__bound_windows=3
+  )
+  net, statistics, _ = build()
+  tokens = np.random.default_rng(1).integers(1, V, (2, 33))
+  draw = windows_lib.draw_windows(
+    jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 3, answers_BxT=jnp.asarray(answers)
+  )
+  other = tokens.copy()
+  other[:, 12:] = 1 + other[:, 12:] % (V - 1)
+  found = [
+    loss(net, statistics, Batch(jnp.asarray(some, jnp.int32), None, None, jnp.asarray(answers)), draw, config.loss)[0]
+    for some in (tokens, other)
+  ]
+  np.testing.assert_allclose(*found, rtol=1e-5)

@@ -236,7 +236,9 @@ def test_an_older_format_is_refused(tmp_path, small):
   file.write_text("text " * 1000)
   prepare(tmp_path / "o", file)
   manifest.write_text(manifest.read_text().replace(f'"version": {shards.VERSION}', '"version": 1'))
-  with pytest.raises(UserError, match=r"manifest.json: has version 1 of the format, not 2: prepare the text again"):
+  with pytest.raises(
+    UserError, match=r"manifest.json: has version 1 of the format, not 2 or 3: prepare the text again"
+  ):
     prepare(tmp_path / "o", file)
   (tmp_path / "b.jsonl").write_bytes(lines(["b" * 3000] * 20) + b"[")
   with pytest.raises(UserError, match="is not JSON"):

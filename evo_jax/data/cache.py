@@ -51,11 +51,6 @@ def _is_whole(folder: Folder) -> bool:
     return False
 
 
-def open_cached(path: str, manifest: shards.Manifest, source: shards.Source, split: str) -> "CachedStream":
-  """As `shards.open_stream`, for what stands in the cache."""
-  return CachedStream(path, shards.open_stream(path, manifest, source, split))
-
-
 class CachedStream:
   """A stream of tokens in the cache; where they are damaged, they will be made again."""
 

@@ -41,19 +41,49 @@ class ChatTemplate:
     add_generation_prompt: whether the assistant's next message is begun. Raises UserError where the template refuses
     the messages.
     """
-    used = {*self._tokenizer.chat_template, *json.dumps(messages, ensure_ascii=False)}
-    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-    special = sorted(self._tokenizer.special, key=len, reverse=True)
-    hidden = dict(zip([*special, *sorted({token[0] for token in special} - {*special})], free))
-    text = self._render(_hide(messages, special, hidden), add_generation_prompt)
-    ids = self._tokenizer.encode_with_special(text, {character: original for original, character in hidden.items()})
+    messages, hidden = self._hidden(messages)
+    (ids,) = self._tokenizer.encode_with_special(self._render(messages, add_generation_prompt), hidden)
     if not ids:
       raise UserError("the chat template makes nothing of these messages")
     return ids
 
+  def encode_answers(self, messages: Sequence[Message], numbers: Sequence[int]) -> list[list[list[int]]]:
+    """Ids of a conversation up to the last of some answers, in parts: what is read, an answer, what is read, ...
+
+    An answer is what generation would write: all that the rendering up to and with its message has behind the rendering
+    of the messages before it with the generation prompt. Each part is encoded by itself, since generation begins behind
+    the ids of the prompt. Where the template writes a turn otherwise once others follow (it strips or rewrites earlier
+    turns), the answers before them are not what the model would read: then there are several conversations, each up to
+    the last of the answers that stand in it as they were written, and each answer is in one.
+
+    numbers: of the messages that are the answers, ascending. Raises UserError where the template refuses the messages,
+    and where it does not write an answer as it begins one.
+    """
+    messages, hidden = self._hidden(messages)
+    found, ends, text = [], [], ""
+    for number in numbers:
+      begun = self._render(messages[:number], True)
+      written = self._render(messages[: number + 1], False)
+      if not written.startswith(begun):
+        raise UserError("the chat template writes an answer otherwise than its generation prompt begins it")
+      if ends and not begun.startswith(text):
+        found.append(self._tokenizer.encode_with_special(text, hidden, ends[:-1]))
+        ends = []
+      text = written
+      ends += [len(begun), len(written)]
+    return [*found, self._tokenizer.encode_with_special(text, hidden, ends[:-1])]
+
   def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
     """The text of a conversation, in which special tokens of template and messages look alike. Raises UserError."""
     return self._render(messages, add_generation_prompt)
+
+  def _hidden(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Messages with a character for each special token, and what the characters stand for."""
+    used = {*self._tokenizer.chat_template, *json.dumps(messages, ensure_ascii=False)}
+    free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+    special = sorted(self._tokenizer.special, key=len, reverse=True)
+    hidden = dict(zip([*special, *sorted({token[0] for token in special} - {*special})], free))
+    return _hide(messages, special, hidden), {character: original for original, character in hidden.items()}
 
   def _render(self, messages: Any, add_generation_prompt: bool) -> str:
     variables = {**self._tokenizer.named, "messages": messages, "add_generation_prompt": add_generation_prompt}

@@ -52,6 +52,13 @@ def template_identity(tokenizer: Tokenizer) -> str:
   return hashlib.sha256(template.encode()).hexdigest()[:16] if template else ""
 
 
+def end_of_turn(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+  """How many of ids (n,) there are up to and with the last that ends a turn; all where text follows, or none does."""
+  ends = np.flatnonzero(np.isin(ids, tokenizer.turn_end_ids))
+  end = ends[-1] + 1 if len(ends) else len(ids)
+  return len(ids) if tokenizer.decode(ids[end:]).strip() else end
+
+
 class Conversations:
   """Reads lines without a text for a tokenizer."""
 
@@ -94,9 +101,7 @@ class Conversations:
       ids = np.array(self._template.encode(messages, add_generation_prompt=False), np.int64)
     except UserError as error:
       raise BadLine(f"has messages that cannot be used ({error})") from error
-    ends = np.flatnonzero(np.isin(ids, self._tokenizer.turn_end_ids))
-    end = ends[-1] + 1 if len(ends) else len(ids)
-    return ids if self._tokenizer.decode(ids[end:]).strip() else ids[:end]
+    return ids[: end_of_turn(self._tokenizer, ids)]
 
   def _own_ids(self, tokens: list[Any]) -> np.ndarray:
     vocab_size = self._tokenizer.vocab_size

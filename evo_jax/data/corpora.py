@@ -6,6 +6,7 @@ manifest. Text files become a data set in the cache first (`cache`).
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -34,7 +35,8 @@ class Corpus:
   """The token streams of one source.
 
   streams: by split; documents with a separator behind each. fingerprint: of all tokens. begin_id, separator_id,
-  vocab_size: the tokenizer's, for sequences and their documents.
+  vocab_size: the tokenizer's, for sequences and their documents. indexes: of conversations, by split; then a stream's
+  numbers say which tokens are answers (`answers`), and it has no separators. None: it is text.
   """
 
   name: str
@@ -43,6 +45,7 @@ class Corpus:
   begin_id: int
   separator_id: int
   vocab_size: int
+  indexes: dict[str, Stream] | None = None
 
 
 def load_tokenizer(config: config_lib.Data) -> tokenizers.Tokenizer:
@@ -116,7 +119,10 @@ def _open(path: str, field: str, config: config_lib.Data, tokenizer: tokenizers.
   manifest = shards.read_manifest(path)
   if manifest.tokenizer_identity != tokenizer.identity:
     raise UserError(f"{field}: {path} has the tokens of {manifest.tokenizer_identity}, not of {tokenizer.identity}")
-  return _corpora(path, manifest, config.strict, shards.open_stream)
+  if config.chat and manifest.chat != config.chat:
+    found = " ".join(shards.CHAT_FLAGS[manifest.chat]) or "text"
+    raise UserError(f"config.data.chat: {config.chat!r} is not what {path} was prepared as: {found}")
+  return _corpora(path, manifest, config.strict, lambda stream: stream)
 
 
 def _from_text(
@@ -125,28 +131,32 @@ def _from_text(
   """The corpora of text files: those of held-out files, then the others. patterns: by field, held-out files first."""
   *named, (field, text) = patterns.items()
   fields = dict(zip(("valid", "test"), (name for name, _ in named))) | {"train": field}
-  job = Job(text, *(value for _, value in named), **shares, max_skipped=0.0 if config.strict else documents.BAD_SHARE)
+  max_skipped = 0.0 if config.strict else documents.BAD_SHARE
+  job = Job(text, *(value for _, value in named), **shares, max_skipped=max_skipped, chat=config.chat)
   folder = cache.prepared(job, tokenizer, config.tokenizer, fields)
-  corpora = _corpora(folder, shards.read_manifest(folder), config.strict, cache.open_cached)  # held-out text first
-  if not named:  # all of it is in the one split
-    whole = [dict.fromkeys(SPLITS, corpus.streams["train"]) for corpus in corpora]
-    corpora = [dataclasses.replace(corpus, streams=streams) for corpus, streams in zip(corpora, whole)]
-  return corpora
+  in_cache = functools.partial(cache.CachedStream, folder)
+  corpora = _corpora(folder, shards.read_manifest(folder), config.strict, in_cache)  # held-out text first
+  return corpora if named else [_in_all_splits(corpus) for corpus in corpora]
 
 
-def _corpora(
-  path: str, manifest: Manifest, strict: bool, open_stream: Callable[[str, Manifest, Source, str], Stream]
-) -> list[Corpus]:
+def _in_all_splits(corpus: Corpus) -> Corpus:
+  """The corpus with all that it trains on in each split."""
+  whole = lambda streams: streams and dict.fromkeys(SPLITS, streams["train"])
+  return dataclasses.replace(corpus, streams=whole(corpus.streams), indexes=whole(corpus.indexes))
+
+
+def _corpora(path: str, manifest: Manifest, strict: bool, wrap: Callable[[Stream], Stream]) -> list[Corpus]:
   corpora = []
   for source in [*_held_out(manifest), *(source for source in manifest.sources if not _is_held_out(source))]:
     if source.report:
       if strict:
         raise UserError(f"{source.name}: {source.report}")
       print(f"evo_jax: {source.name}: {source.report}", file=sys.stderr)
-    streams = {split: open_stream(path, manifest, source, split) for split in SPLITS}
     fingerprint = shards.fingerprint(manifest.dtype, (source,))
     ids = (manifest.begin_id, manifest.separator_id, manifest.vocab_size)
-    corpora.append(Corpus(source.name, streams, fingerprint, *ids))
+    streams = {split: wrap(shards.open_stream(path, manifest, source, split)) for split in SPLITS}
+    indexes = {split: wrap(shards.open_index(path, manifest, source, split)) for split in SPLITS}
+    corpora.append(Corpus(source.name, streams, fingerprint, *ids, indexes if manifest.chat else None))
   return corpora
 
 
@@ -160,7 +170,12 @@ def _held_out(manifest: Manifest) -> list[Source]:
   merged = []
   for split in ("valid", "test"):
     if sources := [source for source in manifest.sources if _is_held_out(source) and split in source.splits]:
-      whole = shards.Split(tuple(shard for source in sources for shard in source.splits[split].shards))
+      parts = [source.splits[split] for source in sources]
+      whole = shards.Split(
+        tuple(shard for part in parts for shard in part.shards),
+        tuple(shard for part in parts for shard in part.index),
+        sum(part.answers for part in parts),
+      )
       report = "; ".join(source.report for source in sources if source.report)
       merged.append(dataclasses.replace(sources[0], name=split, splits={split: whole}, report=report))
   return merged

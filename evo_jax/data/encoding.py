@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from evo_jax.data import shards
+from evo_jax.data import answers, shards
 from evo_jax.data.blocks import Block
 from evo_jax.data.conversations import Conversations
 from evo_jax.data.documents import Document, Tally, documents_of
@@ -32,21 +32,25 @@ BYTES_OF_HASH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """What the documents of all sources are encoded by. field: of JSON, or column. shares: of held-out documents."""
+  """What the documents of all sources are encoded by. field: of JSON, or column. shares: of held-out documents.
+
+  chat: "" for text; else documents are conversations, of which `answers.Answers` marks the answers.
+  """
 
   tokenizer: Tokenizer
   field: str
   valid_share: float
   test_share: float
+  chat: str = ""
 
   @property
   def dtype(self) -> np.dtype:
-    return shards.token_dtype(self.tokenizer.vocab_size)
+    return answers.DTYPE if self.chat else shards.token_dtype(self.tokenizer.vocab_size)
 
   @functools.cached_property
-  def conversations(self) -> Conversations:
+  def conversations(self) -> Conversations | answers.Answers:
     """Reads lines that hold no text."""
-    return Conversations(self.tokenizer)
+    return answers.Answers(self.tokenizer, self.chat) if self.chat else Conversations(self.tokenizer)
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
@@ -56,7 +60,8 @@ class Encoder:
     """Bytes of a document's text, or those that its tokens stand for, as evaluation counts them; special ones: none."""
     if document.tokens is None:
       return len(document.raw)
-    return max(0, int(self._lengths[document.tokens].sum() + self._lengths[self.tokenizer.separator_id]))
+    ids = answers.ids_of(document.tokens) if self.chat else document.tokens
+    return max(0, int(self._lengths[ids].sum() + self._lengths[self.tokenizer.separator_id]))
 
   def documents(self, block: Block) -> Iterator[Document]:
     """The documents of a block that holds them whole."""
@@ -70,7 +75,8 @@ class Encoder:
   def ranges(self, rule: str, digest: bytes, count: int) -> dict[str, tuple[int, int]]:
     """Which of a document's `count` tokens each split gets, for those that get any.
 
-    rule: a split (all) | hash (all, to that of the hash) | end (its end is held out, validation before test).
+    rule: a split (all) | hash (all, to that of the hash) | end (its end is held out, validation before test; not of
+    conversations).
     """
     if rule != "end":
       return {self.split_of(digest) if rule == "hash" else rule: (0, count)} if count else {}
@@ -81,7 +87,8 @@ class Encoder:
 
 @dataclasses.dataclass
 class Encoded:
-  """What becomes of some documents. By split: tokens, a separator behind each document; documents; bytes of text."""
+  """What becomes of some documents. By split: tokens, a separator behind each document of text; documents; bytes of
+  text."""
 
   tokens: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=lambda: {split: [] for split in SPLITS})
   documents: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -140,8 +147,11 @@ def hash_documents(encoder: Encoder, blocks: list[Block]) -> list[bytes]:
 
 
 def _encode_documents(encoder: Encoder, documents: list[Document]) -> tuple[np.ndarray, list[int]]:
-  """As the tokenizer's `encode_documents`; long texts in parts, and tokens that are there as they are."""
+  """As the tokenizer's `encode_documents`; long texts in parts, and tokens that are there as they are. Conversations
+  have no separator behind them."""
   tokenizer = encoder.tokenizer
+  if encoder.chat:
+    return np.concatenate([document.tokens for document in documents]), [len(document.tokens) for document in documents]
   texts = [document.raw if tokenizer.binary else document.text for document in documents if document.tokens is None]
   if len(texts) == len(documents) and (tokenizer.binary or max(map(len, texts)) <= PART):
     return tokenizer.encode_documents(texts)

@@ -21,7 +21,8 @@ The ids of `Tokenizer`:
   end_ids       eos_token, generation_config.json's ids, the separator, and tokens known to end turns
 """
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
 import functools
 import hashlib
 import json
@@ -117,20 +118,28 @@ class HuggingFace:
     """This tokenizer for what continues a text."""
     return Continuing(self)
 
-  def encode_with_special(self, text: str, hidden: dict[str, str]) -> list[int]:
-    """Ids of a text whose special tokens are meant as such.
+  def encode_with_special(self, text: str, hidden: dict[str, str], ends: Sequence[int] = ()) -> list[list[int]]:
+    """Ids of a text whose special tokens are meant as such: of each part of it, the last of which ends with the text.
 
-    hidden: characters that stand for a string each, which is text whatever it looks like.
+    hidden: characters that stand for a string each, which is text whatever it looks like. ends: where the parts before
+    the last one end, ascending. Each is encoded by itself, as what continues the text before it.
     """
-    ids, start, originals = [], 0, str.maketrans(hidden)
+    ends, start, begins, originals = [*ends, len(text)], 0, True, str.maketrans(hidden)
+    parts, number = [[] for _ in ends], 0
     for match in [*self._special_pattern.finditer(text), None]:
-      piece = text[start : match.start() if match else len(text)].translate(originals)
+      stop = match.start() if match else len(text)
       # The library splits text at special tokens, then treats each part for itself.
-      ids += self.encode(piece, begins=start == 0 or self._prefixes_parts).tolist() if piece else []
+      while start < stop:
+        number = bisect.bisect_right(ends, start)
+        piece, start = text[start : min(stop, ends[number])], min(stop, ends[number])
+        parts[number] += self.encode(piece.translate(originals), begins).tolist()
+        begins = False
       if match:
-        ids.append(self.special[match[0] if match[0] in self.special else match[0].strip()])
-        start = match.end()
-    return ids
+        token = match[0] if match[0] in self.special else match[0].strip()
+        number = bisect.bisect_right(ends, match.start() + match[0].index(token))
+        parts[number].append(self.special[token])
+        start, begins = match.end(), self._prefixes_parts
+    return parts
 
   def decode(self, tokens: np.ndarray, begins: bool = True) -> str:
     """Text up to the first end id, without special tokens; bytes that are not UTF-8 become U+FFFD.

@@ -5,6 +5,9 @@ epoch e is the sequences that begin in its e-th turn, in an order of its own. So
 less than a sequence at either end, which the epochs beside it read), nothing is padded, and borders move from turn to
 turn. After L / gcd(N, L) turns of N tokens they would be the first again: then the ring is rotated.
 
+Conversations are not cut: a source of them is a deck of sequences that stay the same (`packing`), and each epoch reads
+all in an order of its own.
+
 Sources are mixed by weights as evenly as whole numbers allow: among any i first sequences each source has its share, to
 two sequences or so.
 """
@@ -49,6 +52,23 @@ class Ring:
   def epochs(self, count: int) -> float:
     """How often `count` sequences have read the source."""
     return count * self.length / self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Deck:
+  """`count` sequences, each of which an epoch reads once, in an order of its own. seed: of the orders."""
+
+  count: int
+  seed: tuple[int, ...]
+
+  def at(self, k: int) -> int:
+    """The sequence, in [0, count), that is read as number k."""
+    epoch, index = divmod(k, self.count)
+    return _shuffled(index, self.count, (*self.seed, epoch))
+
+  def epochs(self, count: int) -> float:
+    """How often `count` sequences have read all."""
+    return count / self.count
 
 
 class Mixture:

@@ -9,6 +9,7 @@ from evo_jax.data import blocks as blocks_lib
 from evo_jax.data import documents as documents_lib
 from evo_jax.data import files as files_lib
 from evo_jax.data import formats
+from evo_jax.data.conversations import MESSAGES
 from evo_jax.errors import UserError
 
 GROUP = 1 << 28  # bytes of files, as they stand
@@ -30,6 +31,12 @@ class Job:
   test_share: float = 0.05
   max_skipped: float = documents_lib.BAD_SHARE
   deduplicate: bool = False
+  chat: str = ""  # what answers are, of conversations; "": documents are text
+
+  @property
+  def read_field(self) -> str:
+    """The field or column that documents are read from."""
+    return MESSAGES if self.chat else self.field
 
   def __post_init__(self):
     for name in ("valid_share", "test_share", "max_skipped"):
@@ -37,6 +44,8 @@ class Job:
         raise UserError(f"--{name}={getattr(self, name)}: is not between 0 and 1")
     if self.valid_share + self.test_share >= 1:
       raise UserError(f"--valid_share={self.valid_share}: with --test_share={self.test_share} nothing is left to train")
+    if self.chat and self.field != documents_lib.FIELD:
+      raise UserError(f"--field={self.field}: is for text; with --chat lines have messages, or prompt and completion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +105,23 @@ def make_plan(job: Job, binary: bool, output: str, fields: Mapping[str, str] = _
       files = [file for file in files if not _is_in(file, output)]
       if not files:
         raise UserError(f"{fields[split]}: all files of {name} are in --output={output}")
+      if job.chat:
+        _check_lines(files, fields[split])
       rule = split
       if split == "train" and not job.valid and not job.test and job.valid_share + job.test_share:
-        rule = "end" if _has_few(files, job.field, binary) else "hash"
+        rule = "end" if not job.chat and _has_few(files, job.field, binary) else "hash"
       groups += _groups(len(groups), len(names), files, rule)
       names.append(name)
   return Plan(tuple(names), tuple(groups))
+
+
+def _check_lines(files: list[str], field: str) -> None:
+  """Raises UserError for a file that can hold no conversations."""
+  for file in files:
+    if formats.suffix_of(file)[0] not in formats.LINES:
+      raise UserError(
+        f"{field}: {formats.shown(file)} has no lines of JSON ({', '.join(formats.LINES)}), as chat needs"
+      )
 
 
 def _is_in(file: str, folder: str) -> bool:

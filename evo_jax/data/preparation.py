@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from evo_jax.data import conversations, duplicates, encoding, formats, items, shards
+from evo_jax.data import answers, blocks, conversations, duplicates, encoding, formats, items, shards
 from evo_jax.data import documents as documents_lib
 from evo_jax.data import passes as passes_lib
+from evo_jax.data.chat import ChatTemplate
 from evo_jax.data.documents import Tally
 from evo_jax.data.plan import GROUP, WORK, Group, Job, Plan, make_plan
 from evo_jax.data.shards import SPLITS, Shard
@@ -55,12 +56,16 @@ def prepare(
   plan = make_plan(job, tokenizer.binary, output)
   folder = Folder(output)
   flags = {**dataclasses.asdict(job), "tokenizer": tokenizer_name, "tokenizer_identity": tokenizer.identity}
+  if job.chat:
+    ChatTemplate(tokenizer)  # which names a tokenizer without one
+  else:
+    del flags["chat"]  # as data sets of text were written down before there were others
   if template := conversations.template_identity(tokenizer):
     flags["chat_template"] = template
   if manifest := _complete(folder, flags, plan):
     return manifest
   _begin(folder, flags)
-  encoder = encoding.Encoder(tokenizer, job.field, job.valid_share, job.test_share)
+  encoder = encoding.Encoder(tokenizer, job.read_field, job.valid_share, job.test_share, job.chat)
   mine = plan.share(hosts, host)
   passes = 2 if job.deduplicate else 1
   with passes_lib.Passes(encoder, workers, passes * sum(group.size for group in mine), progress) as run:
@@ -98,6 +103,10 @@ def _begin(folder: Folder, flags: dict[str, Any]) -> None:
 
 
 def _check_flags(folder: Folder, earlier: dict[str, Any], flags: dict[str, Any]) -> None:
+  chat = earlier.get("chat", "")
+  if chat != flags.get("chat", ""):
+    how = f"with {' '.join(shards.CHAT_FLAGS[chat])}" if chat else "without --chat"
+    raise UserError(f"{folder.path}: was begun {how}; use another one, or remove it")
   for name, value in flags.items():
     if name != "max_skipped" and earlier.get(name) != value:
       raise UserError(
@@ -178,15 +187,15 @@ class _Piece:
     self._run, self._folder, self._group, self._left_out = run, folder, group, left_out
     self._name, self._tallies = f"{group.name}-{number:04d}", tallies
     self._total = encoding.Encoded()
+    self._conversations, self._answers = collections.Counter(), collections.Counter()  # by split; of answers, tokens
 
   def prepare(self, piece: Iterator[items.Item]) -> dict[str, Any]:
     """Writes the shards of its items. Returns its record."""
     dtype = self._run.encoder.dtype
     with contextlib.ExitStack() as stack:
-      writers = {
-        split: stack.enter_context(shards.shard_writer(self._folder, f"{self._name}.{split}", dtype))
-        for split in SPLITS
-      }
+      open_writer = lambda name, dtype: stack.enter_context(shards.shard_writer(self._folder, name, dtype))
+      writers = {split: open_writer(f"{self._name}.{split}", dtype) for split in SPLITS}
+      indexes = {split: open_writer(f"{self._name}.{split}.index", answers.DTYPE) for split in SPLITS}
       spool = _Spool(stack.enter_context(tempfile.TemporaryFile(dir=self._folder.scratch())), dtype)
       for item, result in self._run.results(piece, self._submit):
         done = result
@@ -198,11 +207,20 @@ class _Piece:
         for split, tokens in done.tokens.items():
           for part in tokens:
             writers[split].append(part)
+            if self._run.encoder.chat:
+              index = answers.index_of(part)
+              indexes[split].append(index.reshape(-1))
+              self._conversations[split] += len(index)
+              self._answers[split] += int(answers.are_answers(part).sum())
         self._count(done)
       total = self._total
       written = [writers[split].finish(total.documents[split], total.text_bytes[split]) for split in SPLITS]
+      of_index = [indexes[split].finish(self._conversations[split], 0) for split in SPLITS]
+    by_split = lambda some: {split: dataclasses.asdict(shard) for split, shard in zip(SPLITS, some) if shard}
     return {
-      "shards": {split: dataclasses.asdict(shard) for split, shard in zip(SPLITS, written) if shard},
+      "shards": by_split(written),
+      "index": by_split(of_index),
+      "answers": self._answers,
       "tally": {**vars(total.tally), "skipped": dict(total.tally.skipped)},
       "duplicates": total.duplicates,
     }
@@ -216,6 +234,8 @@ class _Piece:
   def _long_document(self, item: items.Item, spool: "_Spool") -> encoding.Encoded:
     """What becomes of a document whose tokens are in the spool, which is emptied as its tokens are taken."""
     part, encoder, done = item.part, self._run.encoder, encoding.Encoded()
+    if encoder.chat and not part.problem:
+      part = dataclasses.replace(part, problem=f"is longer than {blocks.LONGEST_LINE:,} bytes")
     if part.problem or part.text_bytes:
       place = f"line {part.line} " if part.line else ""
       done.tally.add(part.file, documents_lib.Document(None, problem=part.problem, place=place))
@@ -303,7 +323,7 @@ def _join(folder: Folder, plan: Plan, flags: dict[str, Any], encoder: encoding.E
   sources = tuple(_source(plan, i, records, flags["max_skipped"]) for i in range(len(plan.names)))
   tokenizer, dtype = encoder.tokenizer, encoder.dtype.name
   manifest = shards.Manifest(
-    version=shards.VERSION,
+    version=shards.CHAT_VERSION if encoder.chat else shards.VERSION,
     fingerprint=shards.fingerprint(dtype, sources),
     tokenizer=flags["tokenizer"],
     tokenizer_identity=tokenizer.identity,
@@ -329,15 +349,18 @@ def _source(plan: Plan, source: int, records: list[dict[str, Any]], max_skipped:
   for piece in pieces:
     tally.update(_tally_of(piece))
   tally.check(plan.names[source], max_skipped)
+  of = lambda kind, split: [piece[kind][split] for piece in pieces if split in piece.get(kind, ())]
+  shards_of = lambda kind, split: tuple(Shard(**values) for values in of(kind, split))
   splits = {
-    split: tuple(Shard(**piece["shards"][split]) for piece in pieces if split in piece["shards"]) for split in SPLITS
+    split: shards.Split(shards_of("shards", split), shards_of("index", split), sum(of("answers", split)))
+    for split in SPLITS
   }
   return shards.Source(
     name=plan.names[source],
     files=sum(len(group.files) for group, _ in mine),
     file_bytes=sum(group.size for group, _ in mine),
     inputs=_inputs(plan, source),
-    splits={split: shards.Split(found) for split, found in splits.items() if found},
+    splits={name: split for name, split in splits.items() if split.shards},
     skipped=dict(tally.skipped),
     report=tally.report,
     duplicates=sum(piece["duplicates"] for piece in pieces),
@@ -356,9 +379,9 @@ def _inputs(plan: Plan, source: int) -> str:
 def _clean(folder: Folder, manifest: shards.Manifest) -> None:
   """Removes what belongs to no manifest: records, and files of attempts that were killed or of files that changed."""
   folder.remove(WORK)
-  used = {shard.file for source in manifest.sources for split in source.splits.values() for shard in split.shards}
+  used = {shard.file for shard in manifest.shards}
   for name in folder.names():
     if name not in used and re.fullmatch(
-      rf"(\d{{3}}-\d{{5}}-\d{{4}}\.({'|'.join(SPLITS)})|\.\d{{3}}-.*\.[0-9a-f]{{32}})", name
+      rf"(\d{{3}}-\d{{5}}-\d{{4}}\.({'|'.join(SPLITS)})(\.index)?|\.\d{{3}}-.*\.[0-9a-f]{{32}})", name
     ):
       folder.remove(name)

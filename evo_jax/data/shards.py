@@ -13,6 +13,11 @@ A shard is a run of records of RECORD tokens, the last of which may be shorter:
                        the shard's mark
   tokens               uint16, or uint32 where the vocabulary needs it
 
+A data set of conversations (`CHAT_VERSION`) has uint32 tokens without separators, with two bits more that mark answers
+and the beginnings of conversations (`answers`), and an index beside each shard:
+
+  000-00012-0003.train.index   a shard of uint32: of each conversation its tokens, and those before its first answer
+
 All numbers are little-endian. Records have one size, so that any token is found without an index, and each is checked
 when it is read: damaged and moved ones are found, and those of another shard of the same name. For a shard's mark is
 the beginning of its checksum in the manifest, a hash of all its tokens: a file that another data set's manifest
@@ -41,7 +46,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 RECORD = 1024  # tokens
 _WAITING = 256  # records that are written at a time
-VERSION = 2  # of the format; another one cannot be read. 1 had no marks
+VERSION = 2  # of the format of text; 1 had no marks, and cannot be read
+CHAT_VERSION = 3  # of that of conversations
+CHAT_FLAGS = {"": (), "answers": ("--chat",), "last": ("--chat", "--last_answer")}  # of evo_jax.prepare, by data.chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +69,11 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """A stream of tokens of a source."""
+  """A stream of tokens of a source. index: its shards, of conversations. answers: tokens of theirs that are."""
 
   shards: tuple[Shard, ...]
+  index: tuple[Shard, ...] = ()
+  answers: int = 0
 
   @functools.cached_property
   def tokens(self) -> int:
@@ -73,6 +82,11 @@ class Split:
   @functools.cached_property
   def documents(self) -> int:
     return sum(shard.documents for shard in self.shards)
+
+  @functools.cached_property
+  def conversations(self) -> int:
+    """More than documents where the chat template rewrites earlier turns."""
+    return sum(shard.documents for shard in self.index)
 
   @functools.cached_property
   def text_bytes(self) -> int:
@@ -116,8 +130,23 @@ class Manifest:
     """Tokens of a split over all sources."""
     return sum(source.splits[split].tokens for source in self.sources if split in source.splits)
 
+  @property
+  def chat(self) -> str:
+    """What answers are in a data set of conversations; "": it is of text."""
+    return self.flags.get("chat", "")
+
+  @property
+  def shards(self) -> list[Shard]:
+    """All files, of tokens and of indexes."""
+    splits = [split for source in self.sources for split in source.splits.values()]
+    return [shard for split in splits for shard in (*split.shards, *split.index)]
+
   def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+    values = dataclasses.asdict(self)
+    for split in (split for source in values["sources"] for split in source["splits"].values()):
+      if not split["index"]:  # of text
+        del split["index"], split["answers"]
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -134,10 +163,10 @@ def read_manifest(path: str) -> Manifest:
     raise UserError(f"{folder.shown(MANIFEST)}: there is none; python -m evo_jax.prepare writes it") from error
   try:
     values = json.loads(raw)
-    if values["version"] != VERSION:
+    if values["version"] not in (VERSION, CHAT_VERSION):
       raise UserError(
-        f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {VERSION}: prepare the text "
-        "again, into another folder (python -m evo_jax.prepare)"
+        f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {VERSION} or {CHAT_VERSION}: "
+        "prepare the text again, into another folder (python -m evo_jax.prepare)"
       )
     sources = [dict(source, splits=_splits(source["splits"])) for source in values.pop("sources")]
     return Manifest(**values, sources=tuple(Source(**source) for source in sources))
@@ -148,7 +177,11 @@ def read_manifest(path: str) -> Manifest:
 
 
 def _splits(values: dict[str, Any]) -> dict[str, Split]:
-  return {split: Split(tuple(Shard(**shard) for shard in value["shards"])) for split, value in values.items()}
+  of = lambda some: tuple(Shard(**shard) for shard in some)
+  return {
+    split: Split(of(value["shards"]), of(value.get("index", ())), value.get("answers", 0))
+    for split, value in values.items()
+  }
 
 
 def fingerprint(dtype: str, sources: tuple[Source, ...]) -> str:
@@ -166,16 +199,21 @@ def open_stream(path: str, manifest: Manifest, source: Source, split: str) -> "T
   return TokenStream(Folder(path), source.splits.get(split, Split(())).shards, manifest.dtype, manifest.record)
 
 
+def open_index(path: str, manifest: Manifest, source: Source, split: str) -> "TokenStream":
+  """The index of a split of conversations, as a stream of uint32."""
+  return TokenStream(Folder(path), source.splits.get(split, Split(())).index, "uint32", manifest.record)
+
+
 def missing(path: str, manifest: Manifest) -> str:
   """One line about the first shard that is missing or has another size than it should have; "" for none."""
-  folder, record = Folder(path), _record_type(np.dtype(manifest.dtype), manifest.record)
-  shards = (shard for source in manifest.sources for split in source.splits.values() for shard in split.shards)
-  for shard in shards:
+  folder = Folder(path)
+  for shard in manifest.shards:
+    dtype = "uint32" if shard.file.endswith(".index") else manifest.dtype
     try:
       size = folder.size(shard.file)
     except FileNotFoundError:
       return f"{folder.shown(shard.file)}: is missing"
-    if size != _shard_bytes(shard.tokens, record):
+    if size != _shard_bytes(shard.tokens, _record_type(np.dtype(dtype), manifest.record)):
       return f"{folder.shown(shard.file)}: has {size:,} bytes, not those of {shard.tokens:,} tokens"
   return ""
 

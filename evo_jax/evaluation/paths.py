@@ -1,4 +1,7 @@
-"""Evaluator: bits per byte or character of held-out sequences on any path, and the gap between paths."""
+"""Evaluator: bits per byte or character of held-out sequences on any path, and the gap between paths.
+
+Of conversations the answers are measured, in bits per token of theirs: their windows begin where answers do.
+"""
 
 import functools
 from typing import Any
@@ -11,7 +14,7 @@ from evo_jax.batch import Batch
 from evo_jax.data import tokenizers
 from evo_jax.errors import UserError
 from evo_jax.flow import policies, schedules
-from evo_jax.flow.bound import BITS_PER_NAT, Price, sequence_nll
+from evo_jax.flow.bound import BITS_PER_NAT, Price, Tiles, sequence_nll
 from evo_jax.flow.schedules import Path
 from evo_jax.flow.statistics import Statistics
 from evo_jax.network import evo as evo_lib
@@ -47,11 +50,10 @@ class Evaluator:
     model = model.clone(layout=sharding.Layout.of(mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def nll(params, statistics, batch, key, policy):
+    def nll(params, statistics, batch, key, policy, tiles):
       net = model.bind({"params": params})
-      self_conditioned = config.loss.self_conditioning > 0
-      chunk = config.loss.chunk
-      return sequence_nll(net, statistics, batch, key, policy, self.window, self_conditioned, chunk, price)
+      conditioned, chunk = config.loss.self_conditioning > 0, config.loss.chunk
+      return sequence_nll(net, statistics, batch, key, policy, self.window, conditioned, chunk, price, tiles)
 
     self._nll = nll
 
@@ -68,23 +70,27 @@ class Evaluator:
     Tokens that the batch does not count are included. The noise is the same at every call.
     """
     policy = policies.make_policy(path, self.window, self.config.paths.rolling_width, self.max_passes)
+    tiles = None if batch.answers is None else tile_answers(batch.answers, self.window)
     n, parts = len(batch.tokens), []
     for start in range(0, n, self._rows):
       rows = np.arange(start, start + self._rows)
       rows[rows >= n] = start  # one shape for all batches
       key = jax.random.fold_in(self._key, start)
-      parts.append(self._nll(params, statistics, self._to_devices(batch.rows(rows)), key, policy))
+      of_rows = None if tiles is None else Tiles(tiles.anchor_BxN[rows], tiles.tokens_BxN[rows])
+      some, of_answers = self._to_devices((batch.rows(rows), of_rows))
+      parts.append(self._nll(params, statistics, some, key, policy, of_answers))
     nll, passes = (np.concatenate(part)[:n] for part in zip(*jax.device_get(parts)))
     return nll, passes
 
-  def _to_devices(self, batch: Batch) -> Batch:
+  def _to_devices(self, tree: Any) -> Any:
     rows = sharding.batch_sharding(self.mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), tree)
 
   def __call__(
     self, params: Any, statistics: Statistics, batch: Batch, paths: tuple[Path, ...]
   ) -> list[dict[str, Any]]:
-    """One object per path: `path`, `bits` per byte or character, its `stderr`, `passes_per_token` and `unit`.
+    """One object per path: `path`, `bits` per byte or character, or per answer token, its `stderr`,
+    `passes_per_token` and `unit`.
 
     Raises UserError for a path that does not exist, or that this model does not have.
     """
@@ -96,6 +102,7 @@ class Evaluator:
     """As `__call__`, each object with the bits (n,) of the single sequences, for standard errors of differences."""
     self.check_paths(paths)
     lengths = self.lengths(batch)
+    tokens = batch.tokens[:, 1:].size if batch.answers is None else lengths.sum()
     table = []
     with jax.set_mesh(self.mesh):
       for path in paths:
@@ -106,15 +113,35 @@ class Evaluator:
           "path": str(path),
           "bits": bits,
           "stderr": stderr,
-          "passes_per_token": float(passes.sum() / nll.size),
-          "unit": f"bits per {self.tokenizer.unit}",
+          "passes_per_token": float(passes.sum() / tokens),
+          "unit": f"bits per {self.unit(batch)}",
         }
         table.append((entry, sequence_bits))
     return table
 
   def lengths(self, batch: Batch) -> np.ndarray:
-    """Bytes or characters (n,) of the sequences' tokens that count."""
-    return _counted(self.tokenizer.lengths()[batch.tokens[:, 1:]], batch).sum(axis=1)
+    """Bytes or characters (n,) of the sequences' tokens that count; of conversations, as many as there are tokens."""
+    tokens = batch.tokens[:, 1:]
+    sizes = self.tokenizer.lengths()[tokens] if batch.answers is None else np.ones(tokens.shape, int)
+    return _counted(sizes, batch).sum(axis=1)
+
+  def unit(self, batch: Batch) -> str:
+    """What bits are per. Sequences of text beside conversations are those of which all tokens count."""
+    if batch.answers is None:
+      return self.tokenizer.unit
+    return "counted token" if batch.answers[:, 1:].all(axis=1).any() else "answer token"
+
+
+def tile_answers(answers: np.ndarray, size: int) -> Tiles:
+  """Windows of `size` tokens over the answers (n, L + 1) of sequences, whose first token is context only."""
+  answers = np.pad(answers[:, 1:], ((0, 0), (1, 1)))
+  tiles = []
+  for row in answers:
+    starts, ends = np.flatnonzero(np.diff(row.astype(np.int8))).reshape(-1, 2).T  # anchors, last tokens
+    tiles.append([(at, min(size, end - at)) for start, end in zip(starts, ends) for at in range(start, end, size)])
+  most = max([1, *map(len, tiles)])
+  table = np.array([row + [(0, 0)] * (most - len(row)) for row in tiles], np.int32).reshape(len(tiles), most, 2)
+  return Tiles(table[..., 0], table[..., 1])
 
 
 def check_path(path: Path, config: config_lib.Config) -> None:
@@ -125,7 +152,7 @@ def check_path(path: Path, config: config_lib.Config) -> None:
 
 def _counted(values: np.ndarray, batch: Batch) -> np.ndarray:
   """`values` (n, L) of the tokens after the first, zero where the batch does not count the token."""
-  return values if batch.counted is None else np.where(batch.counted[:, 1:], values, 0)
+  return values if batch.mask is None else np.where(batch.mask[:, 1:], values, 0)
 
 
 def ratio(bits: np.ndarray, lengths: np.ndarray) -> tuple[float, float | None]:
@@ -158,11 +185,12 @@ def path_gap(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def format_table(table: list[dict[str, Any]]) -> str:
   """The table as text."""
-  width = max([14, *(len(entry["path"]) + 1 for entry in table)])
-  lines = [f"{'path':<{width}}{table[0]['unit']:>18}{'stderr':>10}{'passes per token':>20}"]
+  unit = table[0]["unit"]
+  width, number = max([14, *(len(entry["path"]) + 1 for entry in table)]), max(18, len(unit) + 2)
+  lines = [f"{'path':<{width}}{unit:>{number}}{'stderr':>10}{'passes per token':>20}"]
   for entry in table:
     stderr = "-" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
-    lines.append(f"{entry['path']:<{width}}{entry['bits']:>18.4f}{stderr:>10}{entry['passes_per_token']:>20.4g}")
+    lines.append(f"{entry['path']:<{width}}{entry['bits']:>{number}.4f}{stderr:>10}{entry['passes_per_token']:>20.4g}")
   return "\n".join(lines)
 
 

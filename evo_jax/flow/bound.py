@@ -193,37 +193,39 @@ def path_nll(
   key: jax.Array,
   prior_logits: jax.Array | None = None,
   price: Price | None = None,
+  inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """One sample of a path's NLL bound in nats for every token (..., T), and the passes (...) that it took.
 
   The bound's mean is at least -log p. Steps are not evaluated in antithetic pairs: along one trajectory the noise of a
   step's NLL is made up for by the steps after it, and the sum scatters little. policy: makes the path from what each
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
-  None: the field is called with the latents alone. price: of a step, where it is not to be its NLL.
+  None: the field is called with the latents alone. price: of a step, where it is not to be its NLL. inside (..., T)
+  bool: the tokens that there are; the others stay unknown, cost nothing, and are no candidates to the policy; None:
+  all.
   """
-  end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price)
+  end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price, inside)
   return end.nats, end.passes
 
 
-def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price=None, counted=None) -> _PathState:
-  """The end of a path, as of `path_nll`.
-
-  counted (..., T) bool: the others are never known, and cost nothing; whether tokens are greedy is then found, too, and
-  `key` may be one for each of the leading axis.
-  """
+def _follow_path(
+  field, codes_VxM, warp, token, policy, key, prior_logits, price=None, inside=None, finds_greedy=False
+) -> _PathState:
+  """The end of a path, as of `path_nll`; `key` may be one for each of the leading axis."""
   chex.assert_rank(codes_VxM, 2)
   chex.assert_type(token, int)
   dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
-  unfinished = lambda latent: ~latent.known if counted is None else ~latent.known & counted
+  where_inside = lambda x, other: x if inside is None else jnp.where(inside, x, other)
+  unknown = lambda latent: where_inside(~latent.known, False)
 
   def step(path: _PathState, index: jax.Array) -> _PathState:
     latent, solver = path.latent, path.solver
     noise = _normal(key, index, latent.y.shape, dtype)
     context = field(latent) if path.context is None else field(latent, path.context)
     log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
-    observation = policies.Observation(index, latent.time, log_belief, uncertainty, solver, codes_VxM, warp)
-    time_next = jnp.broadcast_to(policy(observation), token.shape).astype(dtype)
-    time_next = time_next if counted is None else jnp.where(counted, time_next, latent.time)
+    time = where_inside(latent.time, 0.0)
+    observation = policies.Observation(index, time, log_belief, uncertainty, solver, codes_VxM, warp)
+    time_next = where_inside(jnp.broadcast_to(policy(observation), token.shape).astype(dtype), 1.0)
     taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
     after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
     code = latents_lib.expected_code(log_belief, codes_VxM)
@@ -231,7 +233,7 @@ def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price
     nats = taken.nll(log_probs) if price is None else taken.nll(log_probs, code, price)
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
     solver = solver.after(after.y, precision, code)
-    passes = path.passes + jnp.any(unfinished(latent), axis=-1)
+    passes = path.passes + jnp.any(unknown(latent), axis=-1)
     greedy = path.greedy
     if greedy is not None:
       greedy |= after.known & ~latent.known & (jnp.argmax(log_belief, axis=-1) == token)
@@ -244,9 +246,10 @@ def _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price
     context=None if prior_logits is None else jnp.broadcast_to(prior_logits, (*token.shape, len(prior_logits))),
     nats=jnp.zeros(token.shape, dtype),
     passes=jnp.zeros(token.shape[:-1], jnp.int32),
-    greedy=None if counted is None else jnp.zeros(token.shape, bool),
+    greedy=jnp.zeros(token.shape, bool) if finds_greedy else None,
   )
-  return policies.run_until_known(step, start, lambda path: jnp.any(unfinished(path.latent)))
+  end = policies.run_until_known(step, start, lambda path: jnp.any(unknown(path.latent)))
+  return end.replace(nats=where_inside(end.nats, 0.0))
 
 
 def _normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -257,15 +260,21 @@ def _normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> 
 
 
 def erasure_nll(
-  field: latents_lib.Field, codes_VxM: jax.Array, token: jax.Array, policy: policies.RandomOrder, key: jax.Array
+  field: latents_lib.Field,
+  codes_VxM: jax.Array,
+  token: jax.Array,
+  policy: policies.RandomOrder,
+  key: jax.Array,
+  inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """A random order's NLL bound in nats for every token (..., T), and its passes (...): in mean that of `path_nll` under
   the same policy.
 
   Which tokens are known does not depend on what was read before, so each pass is evaluated by itself, on all tokens
-  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
+  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough. inside: as there.
   """
   T = token.shape[-1]
+  inside = jnp.ones(token.shape, bool) if inside is None else inside
   count = jnp.minimum(policy.passes, _ERASURE_PASSES)
 
   def add_pass(i, total):
@@ -273,19 +282,31 @@ def erasure_nll(
     low, high = i * policy.passes // count, (i + 1) * policy.passes // count  # the stratum's passes
     index = jax.random.randint(pass_key, (), low, high)
     known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
-    time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
+    time = ((random_rank(rank_key, token.shape) >= known) | ~inside).astype(codes_VxM.dtype)
     latent = latents_lib.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
     nats = latents_lib.jump_nll(latents_lib.log_prob(field(latent), token))
     share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown tokens that this pass reveals
-    return total + jnp.where(latent.known, 0.0, nats * share)
+    return total + jnp.where(latent.known | ~inside, 0.0, nats * share)
 
   total = jax.lax.fori_loop(0, count, add_pass, jnp.zeros(token.shape, codes_VxM.dtype))
-  return total, jnp.full(token.shape[:-1], policy.passes)
+  return total, jnp.where(jnp.any(inside, axis=-1), policy.passes, 0)
 
 
 def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Random orders over the last axis: int32 ranks, uniform over all permutations."""
   return schedules.rank(jax.random.uniform(key, shape))
+
+
+@flax.struct.dataclass
+class Tiles:
+  """Windows of size W that cover answers, each from its first token on: each token of an answer is in one of them.
+
+  anchor_BxN: int32, positions of the tokens before the windows. tokens_BxN: int32, how many of its W tokens are of the
+  answer, from the first on; 0: it is no window.
+  """
+
+  anchor_BxN: jax.Array
+  tokens_BxN: jax.Array
 
 
 def sequence_nll(
@@ -298,6 +319,7 @@ def sequence_nll(
   self_conditioned: bool = False,
   chunk: int = 0,
   price: Price | None = None,
+  tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """NLL bounds in nats (B, L) of the tokens of sequences (B, L + 1), whose first is context only, whether they count or
   not; and the passes (B,) taken.
@@ -306,23 +328,31 @@ def sequence_nll(
   after the clean text before it, and the policy makes the path: the sum bounds the sequence's -log p. The delays of a
   learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream. price: as
   of `path_nll`; autoregression has none.
+
+  tiles: of conversations, the windows, in place of those that tile the sequence; they read what a model has read when
+  it answers, and the sums bound -log p of the answers given what is before each. What is in no tile has 0; of
+  autoregression, too, the passes are those of the tiles' tokens.
   """
   tokens = batch.tokens
   chex.assert_rank(tokens, 2)
   B, L = tokens.shape[0], tokens.shape[1] - 1
   hidden, cache = None, None
-  if policy is None or size < L:  # a window of the whole sequence has no past
+  if policy is None or tiles is not None or size < L:  # a window of the whole sequence has no past
     hidden, cache = net.clean(tokens[:, :-1], None if batch.segments is None else batch.segments[:, :-1])
   if policy is None:
-    return token_nll(net, hidden, tokens, chunk), jnp.full(B, L)
-  anchor_BxN = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size))
+    passes = jnp.full(B, L) if tiles is None else jnp.sum(tiles.tokens_BxN, axis=1)
+    return token_nll(net, hidden, tokens, chunk), passes
+  if tiles is None:
+    anchor_BxN, inside = jnp.broadcast_to(jnp.arange(0, L, size), (B, L // size)), None
+  else:
+    anchor_BxN, inside = tiles.anchor_BxN, jnp.arange(size) < tiles.tokens_BxN[..., None]
   slots = gather_windows(tokens, anchor_BxN, size)
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
   key, start_key = jax.random.split(key)
   if isinstance(policy, policies.RandomOrder) and not self_conditioned and price is None:
-    nats, passes = erasure_nll(field, codes, token, policy, key)
-    return nats.reshape(B, L), jnp.sum(passes, axis=1)
+    nats, passes = erasure_nll(field, codes, token, policy, key, inside)
+    return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
   kl = 0.0
   if isinstance(policy, policies.RandomOrder):
     policy = policy.replace(rank=random_rank(start_key, token.shape))
@@ -333,8 +363,18 @@ def sequence_nll(
     delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
     policy = policy.replace(delay=delay, sharpness=sharpness)
   first_prior = prior if self_conditioned else None
-  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, first_prior, price)
-  return (nats + kl).reshape(B, L), jnp.sum(passes, axis=1)
+  nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, first_prior, price, inside)
+  nats = nats + kl if inside is None else jnp.where(inside, nats + kl, 0.0)
+  return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
+
+
+def _in_sequence(nats_BxNxW, tiles, length):
+  """(B, L) of what windows have: those that tile the sequence, or those of `tiles`, where nothing else is but 0."""
+  B, _, W = nats_BxNxW.shape
+  if tiles is None:
+    return nats_BxNxW.reshape(B, length)
+  place = tiles.anchor_BxN[..., None] + jnp.arange(W)  # behind the end there is nothing to add
+  return jnp.zeros((B, length)).at[jnp.arange(B)[:, None, None], place].add(nats_BxNxW, mode="drop")
 
 
 def _window_field(net, cache, anchor_BxN, anchor_token_BxN, codes_VxM, log_unigram_V) -> Callable:
@@ -378,7 +418,7 @@ def continuation_nll(
     nats = jnp.sum(jnp.where(counted, token_nll(net, hidden, tokens_BxT, chunk), 0.0), axis=1)
     return nats[None], jnp.zeros((1, B), bool), (end_B - begin_B)[None]
   anchor_BxN = begin_B[:, None] - 1 + size * jnp.arange(windows)
-  counted = anchor_BxN[..., None] + 1 + jnp.arange(size) < end_B[:, None, None]
+  inside = anchor_BxN[..., None] + 1 + jnp.arange(size) < end_B[:, None, None]
   slots = gather_windows(tokens_BxT, anchor_BxN, size)
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
@@ -396,9 +436,11 @@ def continuation_nll(
       delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
       drawn = policy.replace(delay=delay, sharpness=sharpness)
     prior_logits = prior if self_conditioned else None
-    end = _follow_path(field, codes, statistics.warp, token, drawn, key_B, prior_logits, counted=counted)
-    nats = jnp.sum(jnp.where(counted, end.nats + kl, 0.0), axis=(1, 2))
-    return nats, jnp.all(end.greedy | ~counted, axis=(1, 2)), jnp.sum(end.passes, axis=1)
+    end = _follow_path(
+      field, codes, statistics.warp, token, drawn, key_B, prior_logits, inside=inside, finds_greedy=True
+    )
+    nats = jnp.sum(jnp.where(inside, end.nats + kl, 0.0), axis=(1, 2))
+    return nats, jnp.all(end.greedy | ~inside, axis=(1, 2)), jnp.sum(end.passes, axis=1)
 
   number = jnp.arange(draws)
   keys = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(key_B, i))(number)

@@ -73,10 +73,10 @@ class Teacher:
   index: jax.Array
 
   def gather(self, values_BxL: jax.Array) -> jax.Array:
-    """values (B, L, ...) of the student's tokens (B, ..., ...)."""
+    """values (B, L, ...) of the student's tokens (B, ..., ...); behind the end, those at the end."""
     rest = values_BxL.shape[2:]
     flat = self.index.reshape(self.index.shape[0], -1, *(1,) * len(rest))
-    return jnp.take_along_axis(values_BxL, flat, axis=1).reshape(*self.index.shape, *rest)
+    return jnp.take_along_axis(values_BxL, flat, axis=1, mode="clip").reshape(*self.index.shape, *rest)
 
 
 @flax.struct.dataclass

@@ -46,7 +46,8 @@ _TEACHER_TOKENS = 8  # of the clean stream's best ones, which the head scores in
 
 @flax.struct.dataclass
 class Counts:
-  """What losses are divided by: tokens that count, and windows, each by the share of its tokens that count."""
+  """What losses are divided by: tokens that count, and windows, each by the share of its tokens that count; of answers,
+  as many windows as their tokens make."""
 
   tokens: jax.Array | float
   windows: jax.Array | float
@@ -56,12 +57,14 @@ class Counts:
     """Of a whole batch, before it is cut into shards and microbatches."""
     B, L = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     N = 0 if draw is None else draw.anchor.shape[1]
-    if batch.counted is None:
+    if batch.mask is None:
       return cls(float(B * L), float(max(B * N, 1)))
-    tokens = jnp.maximum(jnp.sum(batch.counted[:, 1:].astype(jnp.float32)), 1.0)
+    tokens = jnp.maximum(jnp.sum(batch.mask[:, 1:].astype(jnp.float32)), 1.0)
     if draw is None:
       return cls(tokens, 1.0)
     W = draw.time.shape[-1]
+    if batch.answers is not None:
+      return cls(tokens, tokens / W)
     counted = gather_windows(batch.counted, draw.anchor, W)[..., 1:].astype(jnp.float32)
     return cls(tokens, jnp.maximum(jnp.sum(counted), 1.0) / W)
 
@@ -183,7 +186,7 @@ def _clean_segments(batch: Batch) -> jax.Array | None:
 
 
 def _counted_tokens(batch: Batch) -> jax.Array | None:
-  return None if batch.counted is None else batch.counted[:, 1:].astype(jnp.float32)
+  return None if batch.mask is None else batch.mask[:, 1:].astype(jnp.float32)
 
 
 def _sum_counted(values_BxL: jax.Array, batch: Batch) -> jax.Array:
@@ -204,7 +207,7 @@ class _Scene:
   latent: latents_lib.Latent  # (B, N, W)
   time_next: jax.Array  # (B, N, W)
   kl: jax.Array | None  # (B, bound, W), nats: of the learned clock's delays
-  counted: jax.Array | None  # (B, N, W) float32; None: all tokens count
+  counted: jax.Array | None  # (B, N, W) float32, 0 or what a token weighs; None: all tokens count
   codes_VxM: jax.Array
   fixed_codes_VxM: jax.Array  # the codes as cross-entropy reads them
   bound: int = flax.struct.field(pytree_node=False)
@@ -220,14 +223,16 @@ class _Scene:
     if nats_BxL is not None:
       time, time_next, kl = _learned_times(net, draw, token[..., 1:], is_bound, hidden_BxLxD, nats_BxL)
       kl = kl[:, :bound]
+    if draw.token_weight is not None:  # behind an answer's end nothing is ever known
+      time, time_next = (jnp.where(draw.token_weight > 0.0, t, 1.0) for t in (time, time_next))
     latent = observe_at(codes, jax.lax.stop_gradient(statistics.warp), token[..., 1:], time, draw.noise)
     # Cross-entropy only wants codes far apart: by default its windows read them without training them.
     if config.codes == "bound":
       y = jnp.where(is_bound[:, None, None], latent.y, jax.lax.stop_gradient(latent.y))
       latent = latent.replace(y=y)
     fixed = codes if config.codes != "bound" else jax.lax.stop_gradient(codes)
-    counted = None
-    if batch.counted is not None:
+    counted = draw.token_weight
+    if counted is None and batch.counted is not None:
       counted = gather_windows(batch.counted, draw.anchor, W)[..., 1:].astype(jnp.float32)
     return cls(token, latent, time_next, kl, counted, codes, fixed, bound)
 
@@ -248,7 +253,7 @@ class _Scene:
     )
 
   def mask(self, values: jax.Array) -> jax.Array:
-    """Values of the first windows (B, n, W), zero where tokens do not count."""
+    """Values of the first windows (B, n, W), times what their tokens weigh: zero where they do not count."""
     return values if self.counted is None else values * self.counted[:, : values.shape[1]]
 
   def step(self, statistics, draw, config) -> Step:
@@ -445,14 +450,17 @@ def _window_sums(scene, draw, step_nats, loss_nats, config):
   """
   W = loss_nats.shape[-1]
   steps, weight = draw.steps[:, : scene.bound], draw.weight[:, : scene.bound]
-  share = 1.0 if scene.counted is None else jnp.maximum(jnp.mean(scene.counted[:, : scene.bound], axis=-1), 1.0 / W)
+  share = 1.0
+  if scene.counted is not None:
+    share = jnp.mean(scene.counted[:, : scene.bound], axis=-1)
+    share = jnp.where(share > 0.0, share, 1.0)
   # A single step stands for the whole path.
   path_nats = jnp.mean(scene.mask(step_nats), axis=-1) * steps
   kl = 0.0 if scene.kl is None else jnp.mean(scene.mask(scene.kl))
   bound_nats = path_nats * weight + kl
   # With the number of unknown tokens uniform, their mean is the continuous-time bound of masked diffusion.
   among_unknown = ((draw.path == ERASURE) | (draw.path == RAGGED) | (draw.path == STREAMS))[..., None]
-  unknown = scene.unknown
+  unknown = draw.time > 0.0  # before what lies behind an answer was made so: its tokens weigh the same in any window
   weights = jnp.where(among_unknown, unknown / jnp.maximum(jnp.sum(unknown, axis=-1, keepdims=True), 1), 1.0 / W)
   # On streams the bound asks only for what the next pass commits; half of the weight stays with all, for more signal.
   front = draw.front / jnp.sum(draw.front, axis=-1, keepdims=True)
@@ -492,7 +500,7 @@ def _metrics(batch, scene, draw, nats_BxL, nats_BxNxW, bound_nats) -> Metrics:
   if bound < nats_BxNxW.shape[1]:
     metrics["window_ce"] = mean(nats_BxNxW[:, bound:], scene.mask(unknown)[:, bound:])
   if bound:
-    counted = None if scene.counted is None else jnp.any(scene.counted[:, :bound] > 0, axis=-1)
+    counted = None if scene.counted is None else jnp.mean(scene.counted[:, :bound], axis=-1)
     metrics["window_bound"] = mean(bound_nats, counted)
   if scene.kl is not None and bound:
     on_path = jnp.broadcast_to((draw.path == LEARNED)[:, :bound, None], scene.kl.shape)

@@ -40,6 +40,8 @@ class WindowDraw:
   step_noise: jax.Array  # (B, bound windows, W, M) standard normal
   delay_noise: jax.Array  # (B, N, W) standard normal, for the learned clock
   coin: jax.Array  # (B,) in [0, 1), all the same: decides on self-conditioning
+  # (B, N, W) float32, of windows that begin in answers: what each token weighs (`draw_windows`); None: all the same
+  token_weight: jax.Array | None = None
   drafts: bool = flax.struct.field(pytree_node=False, default=False)  # whether some windows are on the path parallel
   all_unknown: bool = flax.struct.field(pytree_node=False, default=False)  # whether all are
 
@@ -54,14 +56,19 @@ def draw_windows(
   bound_windows: int,
   step_density_G: jax.Array | None = None,
   counted_BxT: jax.Array | None = None,
+  answers_BxT: jax.Array | None = None,
 ) -> WindowDraw:
   """Draws positions, paths and points on them for `batch` sequences of `length` tokens.
 
   Positions are stratified over the sequence; the point on the path, the path and K come from one low-discrepancy set.
 
+  With `answers`, a window begins at any token of an answer, and lies in it: what is behind the answer's end stays
+  unknown and weighs nothing (`_draw_in_answers`).
+
   Args:
     step_density_G: probabilities of evenly spaced bins of the clock for the bound's steps; None: uniform.
     counted_BxT: (B, L + 1) bool, the tokens that count; windows lie where at least one does. None: all count.
+    answers_BxT: (B, L + 1) bool, the tokens of answers, instead of counted_BxT; None: there are no answers.
   """
   N, W = window.count, window.size
   keys = jax.random.split(key, 6)
@@ -71,7 +78,12 @@ def draw_windows(
   noise = jax.random.normal(keys[2], (batch, N + bound_windows, W, code_dim))
   by_bound = jnp.arange(N) < bound_windows
 
-  anchor = _draw_anchors(keys[3], uniform[..., 0], length, W, counted_BxT)
+  quantile = _stratified(keys[3], uniform[..., 0])
+  token_weight = None
+  if answers_BxT is None:
+    anchor = _draw_anchors(quantile, length, W, counted_BxT)
+  else:
+    anchor, token_weight = _draw_in_answers(quantile, W, answers_BxT)
   path = _draw_paths(path_u, by_bound, mixture)
   choose_steps = lambda choices: jnp.asarray(choices)[(steps_u * len(choices)).astype(jnp.int32)]
   # The staircase has its own grid of W jumps; in between it is not a staircase.
@@ -98,6 +110,7 @@ def draw_windows(
     step_noise=noise[:, N:],
     delay_noise=jax.random.normal(keys[4], (batch, N, W)),
     coin=jnp.broadcast_to(jax.random.uniform(keys[5]), (batch,)),
+    token_weight=token_weight,
     drafts=mixture.parallel > 0,
     all_unknown=mixture.all_unknown and not bound_windows,
   )
@@ -118,20 +131,46 @@ def follow(draw: WindowDraw, path: Callable, instead_of: str) -> WindowDraw:
   )
 
 
-def _draw_anchors(key, uniform_BxN, length, size, counted_BxT):
-  """Anchors (B, N), one in each of N strata of the possible ones; strata are rotated at random, so that no window
-  number prefers one."""
+def _stratified(key, uniform_BxN):
+  """Quantiles (B, N) in [0, 1), one in each of N strata, which are rotated at random: no window number prefers one."""
   batch, N = uniform_BxN.shape
   stratum = (jnp.arange(N) + jax.random.randint(key, (batch, 1), 0, N)) % N
-  quantile = (stratum + uniform_BxN) / N
+  return (stratum + uniform_BxN) / N
+
+
+def _draw_anchors(quantile_BxN, length, size, counted_BxT):
+  """Anchors (B, N) at quantiles of the possible ones."""
   if counted_BxT is None:
-    return jnp.minimum((quantile * (length - size + 1)).astype(jnp.int32), length - size)
+    return jnp.minimum((quantile_BxN * (length - size + 1)).astype(jnp.int32), length - size)
   # Anchors behind which at least one token counts; in a sequence where none does, any: its windows count nothing.
   sums = jnp.pad(jnp.cumsum(counted_BxT, axis=1), ((0, 0), (1, 0)))
   possible = sums[:, size + 1 :] - sums[:, 1:-size] > 0  # (B, L - W + 1)
+  return _pick(quantile_BxN, possible)
+
+
+def _draw_in_answers(quantile_BxN, size, answers_BxT):
+  """Anchors (B, N) in front of tokens of answers, and the weights (B, N, size) of the windows' tokens.
+
+  Token j of an answer, from 0, is in min(j + 1, size) of the windows that can be drawn. It weighs 1 / min(j + 1, size),
+  times the sequence's answer tokens per window, so that the sum over windows of weighted values is, in expectation, the
+  sum over all tokens of answers of a token's value, averaged over the windows that it can be in: no answer, however
+  short, and no place in one counts more than another.
+  """
+  position = jnp.arange(answers_BxT.shape[1])
+  answers = answers_BxT & (position > 0)  # the first token is context only
+  anchor = _pick(quantile_BxN, answers[:, 1:])
+  place = position - jax.lax.cummax(jnp.where(answers, 0, position), axis=1)  # in the answer, from 1; 0: in none
+  weight = jnp.where(answers, 1.0 / jnp.clip(place, 1, size), 0.0)
+  weight = weight * jnp.sum(answers, axis=1, keepdims=True) / quantile_BxN.shape[1]
+  weight = gather_windows(jnp.pad(weight, ((0, 0), (0, size))), anchor, size)[..., 1:]
+  return anchor, weight * jnp.cumprod(weight > 0.0, axis=-1)  # up to the end of the answer, none of the next
+
+
+def _pick(quantile_BxN, possible):
+  """Numbers (B, N) of possible anchors (B, anchors), at quantiles of them; where none is possible, of any."""
   possible = possible | ~jnp.any(possible, axis=1, keepdims=True)
   rank = jnp.cumsum(possible, axis=1)  # from 1
-  wanted = jnp.minimum((quantile * rank[:, -1:]).astype(jnp.int32) + 1, rank[:, -1:])
+  wanted = jnp.minimum((quantile_BxN * rank[:, -1:]).astype(jnp.int32) + 1, rank[:, -1:])
   return jax.vmap(jnp.searchsorted)(rank, wanted).astype(jnp.int32)
 
 
@@ -228,11 +267,11 @@ def with_anchor(latent: latents_lib.Latent, anchor_token: jax.Array) -> latents_
 
 def gather_windows(values_BxT: jax.Array, anchor_BxN: jax.Array, size: int) -> jax.Array:
   """Slots (B, N, size + 1, ...): what the sequence (B, L + 1, ...) holds at the anchor and the `size` positions after
-  it."""
+  it; behind its end what it holds at the end."""
   index = anchor_BxN[..., None] + jnp.arange(size + 1)
   rest = values_BxT.shape[2:]
   flat = index.reshape(index.shape[0], -1, *(1,) * len(rest))
-  return jnp.take_along_axis(values_BxT, flat, axis=1).reshape(*index.shape, *rest)
+  return jnp.take_along_axis(values_BxT, flat, axis=1, mode="clip").reshape(*index.shape, *rest)
 
 
 def for_slots(logits: jax.Array) -> jax.Array:

@@ -209,7 +209,9 @@ class Evo(nn.Module):
   def _window_stream(self, windows: WindowInputs, has_past: bool, start_BxL: jax.Array | None) -> Stream:
     first_BxN, S = windows.first_BxN, windows.time_BxNxS.shape[2]
     # An anchor that begins a document sees nothing before it.
-    start = None if start_BxL is None else jnp.take_along_axis(start_BxL, first_BxN, axis=1)[..., None]
+    start = None
+    if start_BxL is not None:
+      start = jnp.take_along_axis(start_BxL, first_BxN, axis=1, mode="clip")[..., None]  # a first slot may be the last
     own, unknown = jnp.ones((S, S), bool), None
     if not windows.all_unknown:
       unknown = windows.time_BxNxS.reshape(len(first_BxN), -1) > 0.0
@@ -368,8 +370,8 @@ class Evo(nn.Module):
     """
     B, N, W = token_BxNxW.shape
     index = (anchor_BxN[..., None] + jnp.arange(W)).reshape(B, N * W)
-    context = jnp.take_along_axis(hidden_BxLxD, index[..., None], axis=1).reshape(B, N, W, -1)
-    nats = jnp.take_along_axis(nats_BxL, index, axis=1).reshape(B, N, W)
+    context = jnp.take_along_axis(hidden_BxLxD, index[..., None], axis=1, mode="clip").reshape(B, N, W, -1)
+    nats = jnp.take_along_axis(nats_BxL, index, axis=1, mode="clip").reshape(B, N, W)
     features = (context, self.embed_tokens(token_BxNxW), context[:, :, -1:])
     features = tuple(self._unit_rms(x) for x in features)
     return clocks.posterior(self.clock_posterior_params, features, nats, passes_BxN)

@@ -84,6 +84,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
   folder = checkpoint.make_workdir(workdir)
   with lease_lib.held(folder) as lease:
     corpora = corpora_lib.load_corpora(config.data, tokenizer)
+    if any(corpus.indexes for corpus in corpora):
+      config.check_isolates()
     L = config.model.context
     text = batches_lib.TrainingText(corpora, config.data, L)
     held_out = batches_lib.held_out(corpora, "valid", L, config.eval.sequences, config.model.isolate_documents)
@@ -100,6 +102,8 @@ def prepare(config: config_lib.Config, workdir: str) -> Iterator[Setup]:
       f"{text.tokens:,} training tokens; "
       f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}; {folder}"
     )
+    for report in text.reports:
+      say(report)
     if config.window.count and config.window.start >= config.train.steps:
       say(f"config.window.start: {config.window.start} is not before the last step: no windows are trained")
     yield Setup(config, tokenizer, model, mesh, folder, text, held_out, lease, previous)

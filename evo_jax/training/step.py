@@ -89,6 +89,7 @@ def _draw(state: TrainState, batch: Batch, config: config_lib.Config) -> WindowD
     config.loss.bound_windows,
     density,
     batch.counted,
+    batch.answers,
   )
 
 
