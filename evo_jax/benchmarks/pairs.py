@@ -44,7 +44,8 @@ class Encoder:
 
   def _plain(self, text: str) -> list[int]:
     if self._special:
-      return self._tokenizer.encode_with_special(text, {})
+      (ids,) = self._tokenizer.encode_with_special(text, {})
+      return ids
     return self._tokenizer.encode(text).tolist()
 
   def encode_context(self, text: str) -> list[int]:
