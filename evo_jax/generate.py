@@ -46,7 +46,7 @@ from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import COUPLINGS, DEFAULT_PATH, DEFAULT_TOKENS, DRAFT_SOURCES, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
 from evo_jax.errors import UserError
-from evo_jax.run import load_run
+from evo_jax.run import Run, load_run
 
 _MOST_TEXTS = 1_000_000
 
@@ -71,11 +71,10 @@ def main() -> None:
       run = run.in_conversation(args.system, chat.DATE if args.output else None)
     except UserError as error:
       raise UserError(f"--chat: {error}") from error
-  sampler = Sampler(run, sampling)
   if args.output:
-    _write_texts(args, sampler)
+    _write_texts(args, run, sampling)
   else:
-    _print_texts(args, sampler, prompts)
+    _print_texts(args, Sampler(run, sampling), prompts)
 
 
 def _print_texts(args: flags.FlagValues, sampler: Sampler, prompts: list[Prompt]) -> None:
@@ -100,9 +99,9 @@ def _print_texts(args: flags.FlagValues, sampler: Sampler, prompts: list[Prompt]
   print(_summary(generations, sampler.compile_seconds), file=sys.stderr)
 
 
-def _write_texts(args: flags.FlagValues, sampler: Sampler) -> None:
+def _write_texts(args: flags.FlagValues, run: Run, sampling: Sampling) -> None:
   """Writes texts into the folder --output."""
-  depends = {name: value for name, value in dataclasses.asdict(sampler.sampling).items() if name != "batch_size"}
+  depends = {name: value for name, value in dataclasses.asdict(sampling).items() if name != "batch_size"}
   depends |= {"chat": args.chat, "system": args.system}
   if functions.is_own(args.path):
     depends["path_file"] = functions.digest(args.path)
@@ -110,7 +109,7 @@ def _write_texts(args: flags.FlagValues, sampler: Sampler) -> None:
   progress = _Progress() if writes else lambda totals, written: None
   prompts = lambda: _located_prompts(args)
   try:
-    totals = bulk.write_texts(sampler, prompts, args.num, args.seed, args.output, depends, progress)
+    totals = bulk.write_texts(run, sampling, prompts, args.num, args.seed, args.output, depends, progress)
   except KeyboardInterrupt as error:
     raise UserError("interrupted; what is done is kept, and the same command goes on") from error
   if not writes:

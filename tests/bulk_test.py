@@ -119,7 +119,7 @@ def test_what_is_complete_stays_and_other_texts_are_refused(trained, questions, 
 def test_a_bucket_takes_texts_and_prompts_are_not_held(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(bulk, "PART", 4)
   mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  sampler = Sampler(run_lib.load_run(str(trained), mesh=mesh), Sampling(max_tokens=3, batch_size=4))
+  run, sampling = run_lib.load_run(str(trained), mesh=mesh), Sampling(max_tokens=3, batch_size=4)
   ahead, written = 0, 0
 
   def prompts():
@@ -133,16 +133,16 @@ def test_a_bucket_takes_texts_and_prompts_are_not_held(trained, tmp_path, monkey
     ahead = 0 if not written else ahead  # of the reading before
     written += count
     if written == 20:
-      raise KeyboardInterrupt  # when every batch is written, but not the last part
+      raise KeyboardInterrupt  # when every text is written, but not the last part
 
   output = f"memory://{tmp_path}/o"
   with pytest.raises(KeyboardInterrupt):
-    bulk.write_texts(sampler, prompts, 1, 0, output, {}, progress)
+    bulk.write_texts(run, sampling, prompts, 1, 0, output, {}, progress)
   assert written == 20 and ahead <= 4
-  assert bulk.write_texts(sampler, prompts, 1, 0, output, {}) == (20, 20, 0, 0)
+  assert bulk.write_texts(run, sampling, prompts, 1, 0, output, {}) == (20, 20, 0, 0)
   found = [json.loads(line) for i in range(5) for line in Folder(output).read(f"0000{i}.jsonl").splitlines()]
   assert [line["prompt"] for line in found] == [f"{i % 7}" for i in range(20)]
-  at_once = sampler([f"{i % 7}" for i in range(20)])
+  at_once = Sampler(run, sampling)([f"{i % 7}" for i in range(20)])
   for line, text in zip(found, at_once):
     assert line["text"] == text.prompt + text.text and line["ended"] == (text.end_id is not None)
     end = [] if text.end_id is None else [text.end_id]

@@ -3,11 +3,11 @@
   texts.json              what the texts depend on
   00000.jsonl ...         PART texts each, one a line, in the order of the prompts
   statistics/00000.jsonl  passes and seconds of each of them, which may differ from run to run
-  .work/                  of the part that is not complete yet, what is done, a file for each batch
+  .work/                  of the part that is not complete yet, what is done, some texts a file
 
-Every file appears as a whole, so that a command that is started again goes on behind the last batch that was written,
-whatever ended it, and the parts are those of a command that nothing ended, byte for byte. Memory holds one part; texts
-of similar prompts share a batch in it. Of several processes number 0 reads and writes the folder.
+Every file appears as a whole, so that a command that is started again goes on behind the last one that was written,
+whatever ended it, and the parts are those of a command that nothing ended, byte for byte. Memory holds one part. Of
+several processes number 0 reads and writes the folder.
 
 A line has `messages`, or `prompt` and `text` (with the prompt in front), which any tokenizer can read. `tokens` are the
 ids that the model read and wrote, the first `prompt_tokens` of them given: readers of training text take them as they
@@ -17,6 +17,7 @@ it, from 0; `mode` the decoding mode; `ended` says whether the model ended the t
 
 import array
 from collections.abc import Callable, Iterable, Iterator
+import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -29,16 +30,19 @@ import numpy as np
 
 from evo_jax.data.chat import ChatTokenizer
 from evo_jax.data.storage import Folder
+from evo_jax.decoding.device import out_of_memory_as
+from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.prompts import Prompt, Request, make_request, readable
-from evo_jax.decoding.sampler import Sampler
+from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
-from evo_jax.parallel import distributed
-from evo_jax.run import fingerprint
+from evo_jax.parallel import distributed, sharding
+from evo_jax.run import Run, fingerprint
 
 PART = 4096  # texts of a file
 MANIFEST = "texts.json"
 _WORK = ".work"
+_CONTEXT_MULTIPLE = 64  # to which the longest text is rounded up
 _NAMED = 20  # prompts that cannot be used, in one message
 _VERSION = 1
 _REFUSED = "--output: process 0 cannot write there"
@@ -58,14 +62,16 @@ class Totals(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class _Survey:
   """All prompts. fingerprint: of their content. ranks: (n,) uint32, how many prompts with the same tokens are before
-  each."""
+  each. longest: tokens of the longest text."""
 
   fingerprint: str
   ranks: np.ndarray
+  longest: int
 
 
 def write_texts(
-  sampler: Sampler,
+  run: Run,
+  sampling: Sampling,
   prompts: Prompts,
   num: int,
   seed: int,
@@ -75,35 +81,66 @@ def write_texts(
 ) -> Totals:
   """Writes `num` texts for each prompt in turn into the folder `output`, but for those that are there.
 
-  A text is that of `Sampler.__call__` for all prompts. flags: by name, what texts depend on beside the model and the
-  prompts. progress: is told after each batch, with the number of its texts. Raises UserError for a prompt that cannot
-  be used, naming its place, before any text is written, and where the folder holds other texts or cannot be written.
+  A text is that of `Sampler.__call__` for all prompts; an engine of `batch_size` rows writes it. flags: by name, what
+  texts depend on beside the model and the prompts. progress: is told in process 0 after each file, with the number of
+  its texts. Raises UserError for a prompt that cannot be used, naming its place, before any text is written, and where
+  the folder holds other texts or cannot be written.
   """
-  survey = _survey(sampler, prompts)
+  survey = _survey(run, sampling, prompts)
   texts = len(survey.ranks) * num
-  asked = flags | {"num": num, "seed": seed, "step": sampler.run.step, "model": fingerprint(sampler.run)}
+  asked = flags | {"num": num, "seed": seed, "step": run.step, "model": fingerprint(run)}
   asked |= {"prompts": survey.fingerprint, "texts": texts, "version": _VERSION}
   folder = Folder(output)
   complete, done = _begin(folder, json.loads(json.dumps(asked)))
   totals = Totals(min(complete * PART, texts) + int(done.sum()), texts)
   if complete * PART >= texts:
     return totals
-  for number, part in enumerate(_parts(prompts(), num)):
-    if number < complete:
-      continue
-    requests = list(_requests(sampler, part, survey.ranks, num))
-    work = _Part(folder, number)
-    for batch in _batches(requests, sampler.sampling.batch_size, done):
-      generations = sampler.decode([requests[place] for place in batch], seed)
-      work.add({place: _line(sampler, part[place], requests[place], g) for place, g in zip(batch, generations)})
-      tokens, passes = (sum(values) for values in zip(*((len(g.tokens), g.passes) for g in generations)))
-      totals = Totals(totals.done + len(batch), texts, totals.tokens + tokens, totals.passes + passes)
-      progress(totals, len(batch))
-    work.finish()
-    done = np.zeros(PART, bool)
-  if jax.process_index() == 0:
-    _clean(folder)
+  with out_of_memory_as(f"--batch_size={sampling.batch_size}"), _make_engine(run, sampling, survey, texts) as engine:
+    if jax.process_index():
+      engine.follow()
+      return totals
+    for number, part in enumerate(_parts(prompts(), num)):
+      if number < complete:
+        continue
+      requests = list(_requests(run, sampling, part, survey.ranks, num))
+      work = _Part(folder, number)
+      for texts_done in _generate(engine, sampling, requests, done, seed):
+        lines = {place: _line(run, sampling, part[place], requests[place], g) for place, g in texts_done.items()}
+        work.add(lines)
+        tokens, passes = (sum(n) for n in zip(*((len(g.tokens), g.passes) for g in texts_done.values())))
+        totals = Totals(totals.done + len(lines), texts, totals.tokens + tokens, totals.passes + passes)
+        progress(totals, len(lines))
+      work.finish()
+      done = np.zeros(PART, bool)
+  _clean(folder)
   return totals
+
+
+def _make_engine(run: Run, sampling: Sampling, survey: _Survey, texts: int) -> Engine:
+  """An engine for all texts, of the same shape however many of them are left, so that they are the same, too."""
+  shards = sharding.batch_shards(run.mesh)
+  rows = -(-min(sampling.batch_size, texts) // shards) * shards
+  context = -(-survey.longest // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
+  return Engine(run, rows, modes=[sampling], context=context, scores=False)
+
+
+def _generate(
+  engine: Engine, sampling: Sampling, requests: list[Request], done: np.ndarray, seed: int
+) -> Iterator[dict[int, Generation]]:
+  """The texts of a part that are not `done`, by their places, as many at a time as the engine has rows, as they end.
+
+  Those with the longest prompts come first: where memory is short it shows at once, and short texts fill the end.
+  """
+  order = sorted(np.flatnonzero(~done[: len(requests)]), key=lambda place: -len(requests[place].tokens))
+  place_of = {engine.submit(requests[place], sampling, seed=seed).future: int(place) for place in order}
+  found = {}
+  for future in concurrent.futures.as_completed(place_of):
+    found[place_of[future]] = future.result()
+    if len(found) == engine.shape.rows:
+      yield found
+      found = {}
+  if found:
+    yield found
 
 
 def check_output(output: str) -> None:
@@ -118,14 +155,16 @@ def check_output(output: str) -> None:
   distributed.in_first_process(write, np.zeros(1, bool), _REFUSED)
 
 
-def _survey(sampler: Sampler, prompts: Prompts) -> _Survey:
+def _survey(run: Run, sampling: Sampling, prompts: Prompts) -> _Survey:
   """Reads all prompts once. Raises UserError that names those that cannot be used."""
   digest, tokens = hashlib.sha256(), array.array("I")
-  first, bad, places = None, 0, []
+  first, bad, places, longest = None, 0, [], 0
   for where, prompt in prompts():
     digest.update(json.dumps(prompt).encode() + b"\n")
     try:
-      tokens.append(_request(sampler, prompt).digest)
+      request = _request(run, sampling, prompt)
+      tokens.append(request.digest)
+      longest = max(longest, request.max_length)
     except UserError as error:
       first, bad = first or UserError(f"{where}: {error}"), bad + 1
       places += [where.rpartition(": ")[2]] if len(places) < _NAMED else []
@@ -138,7 +177,7 @@ def _survey(sampler: Sampler, prompts: Prompts) -> _Survey:
     mine = np.frombuffer(digest.digest(), np.uint8)
     if np.any(multihost_utils.process_allgather(mine) != mine):
       raise UserError("--prompts: are not the same for all processes")
-  return _Survey(digest.hexdigest()[:16], _ranks(np.array(tokens, np.uint32)))
+  return _Survey(digest.hexdigest()[:16], _ranks(np.array(tokens, np.uint32)), longest)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -150,16 +189,17 @@ def _ranks(values: np.ndarray) -> np.ndarray:
   return ranks
 
 
-def _request(sampler: Sampler, prompt: Prompt) -> Request:
-  run = sampler.run
-  return make_request(prompt, False, sampler.sampling, run.tokenizer, run.config.model.position_limit)
+def _request(run: Run, sampling: Sampling, prompt: Prompt) -> Request:
+  return make_request(prompt, False, sampling, run.tokenizer, run.config.model.position_limit)
 
 
-def _requests(sampler: Sampler, part: list[tuple[int, int, Prompt]], ranks: np.ndarray, num: int) -> Iterator[Request]:
+def _requests(
+  run: Run, sampling: Sampling, part: list[tuple[int, int, Prompt]], ranks: np.ndarray, num: int
+) -> Iterator[Request]:
   """The requests of a part, with the numbers that they have among all with the same tokens."""
   for number, texts in itertools.groupby(part, key=lambda text: text[0]):
     _, _, prompt = first = next(texts)
-    request, before = _request(sampler, prompt), int(ranks[number]) * num
+    request, before = _request(run, sampling, prompt), int(ranks[number]) * num
     yield from (dataclasses.replace(request, repetition=before + sample) for _, sample, _ in [first, *texts])
 
 
@@ -170,20 +210,11 @@ def _parts(prompts: Iterable[tuple[str, Prompt]], num: int) -> Iterator[list[tup
     yield part
 
 
-def _batches(requests: list[Request], size: int, done: np.ndarray) -> Iterator[list[int]]:
-  """Places of the texts of each batch: of similar prompts, the longest first, where a lack of memory shows at once.
-
-  Those that are `done` are left out of the batches of all, so that what is left keeps its company, and its rounding.
-  """
-  order = sorted(range(len(requests)), key=lambda place: -len(requests[place].tokens))
-  for start in range(0, len(order), size):
-    if batch := [place for place in order[start : start + size] if not done[place]]:
-      yield batch
-
-
-def _line(sampler: Sampler, text: tuple[int, int, Prompt], request: Request, generation: Generation) -> dict[str, Any]:
+def _line(
+  run: Run, sampling: Sampling, text: tuple[int, int, Prompt], request: Request, generation: Generation
+) -> dict[str, Any]:
   """What is written of a text, and its statistics."""
-  tokenizer, (number, sample, prompt) = sampler.run.tokenizer, text
+  tokenizer, (number, sample, prompt) = run.tokenizer, text
   given, end = list(request.tokens), generation.end_id
   if isinstance(tokenizer, ChatTokenizer):  # whose begin token is the first of the conversation
     given.insert(0, tokenizer.begin_id)
@@ -195,7 +226,7 @@ def _line(sampler: Sampler, text: tuple[int, int, Prompt], request: Request, gen
     "number": number,
     "sample": sample,
     **content,
-    "mode": sampler.sampling.mode,
+    "mode": sampling.mode,
     "ended": end is not None,
     "prompt_tokens": len(given),
     "tokens": given + generation.tokens + ([] if end is None else [end]),
@@ -206,24 +237,20 @@ def _line(sampler: Sampler, text: tuple[int, int, Prompt], request: Request, gen
 
 
 class _Part:
-  """A part that is not complete, as process 0 writes it."""
+  """A part that is not complete."""
 
   def __init__(self, folder: Folder, number: int):
     self._folder, self._name = folder, f"{number:05d}"
-    self._writes = jax.process_index() == 0
-    self._files = _work_files(folder, number) if self._writes else []
+    self._files = _work_files(folder, number)
 
   def add(self, texts: dict[int, dict[str, Any]]) -> None:
-    """Writes the texts of a batch, by their places."""
-    if self._writes:
-      name = f"{_WORK}/{self._name}-{len(self._files):05d}.jsonl"
-      self._folder.write_all(name, _lines({"place": place, **text} for place, text in texts.items()))
-      self._files.append(name)
+    """Writes some texts, by their places."""
+    name = f"{_WORK}/{self._name}-{len(self._files):05d}.jsonl"
+    self._folder.write_all(name, _lines({"place": place, **text} for place, text in texts.items()))
+    self._files.append(name)
 
   def finish(self) -> None:
-    """Writes the part, all of whose batches are there."""
-    if not self._writes:
-      return
+    """Writes the part, all of whose texts are there."""
     texts = dict(sorted((text["place"], text) for text in _read_work(self._folder, self._files)))
     self._folder.write_all(f"statistics/{self._name}.jsonl", _lines(text["statistics"] for text in texts.values()))
     self._folder.write_all(f"{self._name}.jsonl", _lines(text["line"] for text in texts.values()))

@@ -1,6 +1,7 @@
 """A model on its devices, and the programs that decode with it: the one place that compiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import time
 from typing import Any
 
@@ -97,3 +98,14 @@ class DeviceModel:
 @jax.jit
 def _all_finite(params: Any) -> jax.Array:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
+@contextlib.contextmanager
+def out_of_memory_as(flag: str) -> Iterator[None]:
+  """Raises UserError that names the flag where the device has too little memory."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error

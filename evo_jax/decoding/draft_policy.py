@@ -16,7 +16,7 @@ import numpy as np
 from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
 
 _ROUNDS = 8  # between two looks of the host
-_PROBE_ROUNDS = 4  # where little is known of a source
+_PROBE_ROUNDS = 2  # where little is known of a source: a round with windows takes about two passes on a CPU
 _LITTLE = 4.0  # windows' drafts that were judged
 _TEXT_LENGTHS = (4, 2, 8, 16)  # T of drafts from the text alone; the first where nothing is known
 _WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)

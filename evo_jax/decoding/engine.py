@@ -256,8 +256,10 @@ class Engine:
       self._thread.join()
 
   def follow(self) -> None:
-    """In a process that submits nothing: returns when process 0 has closed the engine."""
+    """In a process that submits nothing: returns when process 0 has closed the engine. Raises what ended it else."""
     self._thread.join()
+    if self._failure:
+      raise self._failure
 
   @property
   def compilations(self) -> int:
@@ -281,7 +283,7 @@ class Engine:
 
   def submit(
     self,
-    prompt: Prompt,
+    prompt: Prompt | Request,
     sampling: Sampling | None = None,
     *,
     seed: int = 0,
@@ -294,6 +296,7 @@ class Engine:
     """Asks for a text. It is that of a `Sampler` with the seed, which is number `number` of those with its prompt.
 
     Args:
+      prompt: a text or messages; or a request that is made of them already, with its number.
       sampling: default: `Sampling()`. `batch_size` means nothing here.
       end_ids: tokens that end the text beside the tokenizer's.
       logit_bias: what is added to the logits of some ids.
@@ -305,8 +308,11 @@ class Engine:
     sampling = sampling or Sampling()
     settings = Settings(sampling, infill)
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
-    request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
-    request = dataclasses.replace(request, repetition=number)
+    if isinstance(prompt, Request):
+      request = prompt
+    else:
+      request = make_request(prompt, infill, sampling, self.run.tokenizer, self.context)
+      request = dataclasses.replace(request, repetition=number)
     if best is not None:
       self._check_scores()
     begin, known, pages = self.run.tokenizer.begin_id, [], 0

@@ -9,15 +9,14 @@ The modes are described in `evo_jax.generate`, the command. A text ends at a tok
 a stop string, after `max_tokens` tokens, or where the context is full.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import time
 
 import jax
 import numpy as np
 
 from evo_jax.decoding import speculative, steps
-from evo_jax.decoding.device import DeviceModel
+from evo_jax.decoding.device import DeviceModel, out_of_memory_as
 from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import make_processor, ruled_out
 from evo_jax.decoding.progress import Generation, Progress, Snapshot
@@ -28,7 +27,6 @@ from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
 from evo_jax.decoding.state import DecodingState, prefill, row_key, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
-from evo_jax.errors import UserError
 from evo_jax.run import Run
 
 OnText = Callable[[int, str], None]
@@ -81,7 +79,7 @@ class Sampler:
     if traces is None:
       order.sort(key=lambda i: len(requests[i].tokens))  # similar lengths share a batch
     generations: list[Generation | None] = [None] * len(requests)
-    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={size}"):
+    with jax.set_mesh(self._device.mesh), out_of_memory_as(f"--batch_size={size}"):
       for start in range(0, len(order), size):
         part = order[start : start + size]
         tell = on_text and (lambda i, piece, part=part: on_text(part[i], piece))
@@ -92,7 +90,7 @@ class Sampler:
 
   def decode(self, requests: list[Request], seed: int = 0) -> list[Generation]:
     """The texts of one batch. Raises UserError where the memory does not hold it."""
-    with jax.set_mesh(self._device.mesh), _out_of_memory_as(f"--batch_size={self.sampling.batch_size}"):
+    with jax.set_mesh(self._device.mesh), out_of_memory_as(f"--batch_size={self.sampling.batch_size}"):
       return self._generate(requests, seed, False, None, None)
 
   def _generate(
@@ -155,14 +153,3 @@ class Sampler:
     processor = make_processor(sampling, suppressed, tokenizer.vocab_size, ends)
     stopped = np.zeros(state.done.shape, bool)
     return RunningBatch(sampling, schedule, processor, state, stopped, infill, self._drafts)
-
-
-@contextlib.contextmanager
-def _out_of_memory_as(flag: str) -> Iterator[None]:
-  """Raises UserError that names the flag where the device has too little memory."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error

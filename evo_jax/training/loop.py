@@ -217,7 +217,8 @@ def _consequences(old: config_lib.Config | None, new: config_lib.Config, done: i
   if not math.isclose(before, after, rel_tol=1e-6):
     parts.append(f"the learning rate is {after:.4g} now, not {before:.4g}")
   elif (old.train.steps, old.optim) != (new.train.steps, new.optim):
-    parts.append(f"the learning rate stays {after:.4g}")
+    rises = f"the learning rate rises to {new.optim.learning_rate:.4g} until step {new.optim.warmup}"
+    parts.append(rises if done < new.optim.warmup else f"the learning rate stays {after:.4g}")
   windows = (old.window.start, old.window.count) != (new.window.start, new.window.count)
   if new.window.count and (parts or windows):
     parts.append("windows are on" if done >= new.window.start else f"windows start after step {new.window.start}")
