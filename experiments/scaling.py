@@ -20,8 +20,8 @@ answer has the fewest bits per byte. Each curve is fitted by
 
 without an offset: over a decade and a half of compute an irreducible loss can hardly be told from a smaller exponent,
 so the exponents hold for this range alone. Whether there is more to see says the curvature, the second-order
-coefficient of log bits in log x, which an offset makes positive. Errors are by bootstrap over held-out sequences, or items, which
-all runs share, and over seeds.
+coefficient of log bits in log x, which an offset makes positive. Errors are by bootstrap over held-out sequences, or
+items, which all runs share, and over seeds.
 
 What a stopped run has done is kept; the same command goes on. --scale=small: shapes for a smoke test.
 """

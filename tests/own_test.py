@@ -1,7 +1,6 @@
 """Paths, policies and prices of one's own: pure functions, from Python and from files; runs compared in pairs."""
 
 import csv
-import dataclasses
 from functools import partial
 import json
 import shutil
@@ -9,7 +8,6 @@ import shutil
 from conftest import assert_refused, call, small_config
 import jax
 import jax.numpy as jnp
-from model_test import build
 import numpy as np
 import pytest
 from scipy import stats
@@ -22,8 +20,9 @@ from evo_jax.data import tokenizers
 from evo_jax.decoding import settings
 from evo_jax.errors import UserError
 from evo_jax.flow import bound as bound_lib
-from evo_jax.flow import objective, policies, schedules, steppers
+from evo_jax.flow import latents, policies, schedules, steppers
 from evo_jax.flow import windows as windows_lib
+from evo_jax.flow.warp import Warp
 from evo_jax.parallel import sharding
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
@@ -129,34 +128,30 @@ def test_a_policy_that_moves_nothing_ends_all_the_same(toy, file, name):
   assert (passes == LENGTH).all()
 
 
-def test_a_price_of_ones_own(toy, file):
-  """The step's NLL, written out, is what there is without a price, also where tokens wait; the limit of small steps
-  comes near it as steps become small."""
-  token = np.tile(STRINGS, (20, 1))
-  price = lambda name: functions.read_price(f"{file}:{name}")
-  ours, plain = (nll_of(toy, "scaffold:4:1:0.3", p, token)[0] for p in (price("nll"), None))
-  np.testing.assert_array_equal(ours, plain)
-  excess = {}
+def test_the_prices_of_a_step(file):
+  """The two that a configuration may name, as functions, to the bit; tokens that wait or are known cost nothing."""
+  draw = lambda i, *shape: jax.random.uniform(jax.random.key(i), (5, 6, *shape))
+  time = jnp.broadcast_to(jnp.array([1.0, 1.0, 0.8, 0.5, 0.5, 0.0]), (5, 6))
+  time_next = jnp.broadcast_to(jnp.array([0.6, 0.0, 0.3, 0.5, 0.0, 0.0]), (5, 6))
+  token = jnp.broadcast_to(jnp.arange(6), (5, 6))
+  warp = Warp.start(jnp.linspace(5.0, 0.0, 16), 100.0)
+  latent = latents.Latent(draw(0, 4), time, token)
+  step = bound_lib.Step.of(latents.unit(draw(1, 4)[0]), warp, latent, token, time_next, draw(2, 4))
+  log_probs, code = (-draw(3), -draw(4), -draw(5)), draw(6, 4)
+  nll, rate = (functions.read_price(f"{file}:{name}") for name in ("nll", "rate"))
+  np.testing.assert_array_equal(step.nll(log_probs, code, nll), step.nll(log_probs))
+  np.testing.assert_allclose(step.nll(log_probs, code, rate), step.nll(log_probs[:1], code), rtol=1e-6)
+  ones = step.nll(log_probs, code, lambda step, before, after, code: jnp.ones_like(before))
+  np.testing.assert_array_equal(ones, np.tile([1.0, 1.0, 1.0, 0.0, 1.0, 0.0], (5, 1)))
+
+
+def test_a_path_by_the_price_of_small_steps(toy, file):
+  """It comes near the bound as steps become small."""
+  rate, excess = functions.read_price(f"{file}:rate"), {}
   for steps in (2, 40):
-    ours, plain = (nll_of(toy, f"diagonal:{steps}", p, token)[0].sum(-1) for p in (price("rate"), None))
+    ours, plain = (nll_of(toy, f"diagonal:{steps}", price)[0].sum(-1) for price in (rate, None))
     excess[steps] = ours.mean() - plain.mean()
-  assert excess[2] > 1.0 and 0.0 < excess[40] < 0.1 * excess[2]
-
-
-def test_training_by_a_price(file):
-  """The limit of small steps as a function, and as the integrand that a configuration may name."""
-  net, statistics, config = build(257, model__layers=1)
-  batch = Batch(jax.random.randint(jax.random.key(1), (4, 33), 1, 257))
-  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, 8, config.window, config.paths, 1)
-
-  @partial(jax.jit, static_argnames=("price", "integrand"))
-  def terms(variables, price=None, integrand="step"):
-    loss = dataclasses.replace(config.loss, integrand=integrand)
-    counts = objective.Counts.of(batch, draw)
-    return objective.training_loss(net.clone().bind(variables), statistics, batch, draw, counts, loss, price=price)[0]
-
-  ours = terms(net.variables, functions.read_price(f"{file}:rate"))
-  np.testing.assert_allclose(ours, terms(net.variables, integrand="rate"), rtol=1e-5)
+  assert excess[2] > 1.0 and 0.0 < excess[40] < 0.2 * excess[2]
 
 
 def test_a_step_is_made_with_functions_of_ones_own():
@@ -167,7 +162,8 @@ def test_a_step_is_made_with_functions_of_ones_own():
   jump = lambda draw: draw.replace(
     time=jnp.ones_like(draw.time), time_next=jnp.zeros_like(draw.time), steps=jnp.ones_like(draw.steps)
   )
-  own = step_lib.OwnFunctions(jump, lambda step, before, after, code: jnp.full_like(before, 2.0))
+  two = lambda step, before, after, code: 2.0 + 0.0 * code.sum(-1)
+  own = step_lib.OwnFunctions(jump, two)
   with jax.set_mesh(mesh):
     state = state_lib.sharded_init(model, config, mesh)
     batch = Batch(np.random.default_rng(0).integers(1, 257, (8, 33)).astype(np.int32))
@@ -241,10 +237,13 @@ def test_files_are_read_when_they_change(tmp_path):
   assert functions.read_path(f"{file}:f") != path and functions.digest(f"{file}:f") != before
 
 
-def test_generate_writes_by_a_file_what_the_name_writes(trained, file):
-  flags = (f"--workdir={trained}", "--prompt=the ri", "--mode=flow", "--max_tokens=14")
-  ours, named = (call("evo_jax.generate", *flags, f"--path={path}") for path in (f"{file}:eager:3", "entropy:3"))
-  assert ours.returncode == 0 and ours.stdout == named.stdout and len(ours.stdout) > 8, ours.stderr
+def test_generate_writes_along_a_policy_in_a_file(trained, file):
+  """All tokens of a window of 8 jump at once, and again where the text goes on."""
+  flags = (f"--workdir={trained}", "--prompt=the ri", "--mode=flow", "--max_tokens=14", "--json", "--endless")
+  done = call("evo_jax.generate", *flags, f"--path={file}:eager:64")
+  assert done.returncode == 0, done.stderr
+  (text,) = json.loads(done.stdout)
+  assert text["settled"] == [1] * 8 + [2] * 6 and text["passes"] == 2
   assert_refused(call("evo_jax.generate", *flags, f"--path={file}:short"), "mine.py:short': fails: ValueError")
 
 
