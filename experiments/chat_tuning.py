@@ -68,7 +68,7 @@ SETTINGS = {
     "tiny",
     _SMALL,
     False,
-    ("ar", "streams:2", "streams:4", "left:2", "random:16", "diagonal:1", "diagonal:16"),
+    ("ar", "streams:2", "streams:4", "left:2", "random:4", "diagonal:1", "diagonal:4"),
   ),
 }
 
@@ -172,7 +172,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("data", "", "Conversations: comma-separated globs of .jsonl files.")
   flags.DEFINE_string("only", "windows,small", f"Comma-separated settings: {', '.join(SETTINGS)}.")
   flags.DEFINE_integer("steps", 0, "Training steps; 0: the setting's.", lower_bound=0)
-  flags.DEFINE_integer("sequences", 64, "Held-out sequences that are measured; 0: all.", lower_bound=0)
+  flags.DEFINE_integer("sequences", 32, "Held-out sequences that are measured; 0: all.", lower_bound=0)
   flags.DEFINE_enum("dtype", "", ["", *config_lib.DTYPES], "Of computation; default: the configuration's.")
   flags.DEFINE_string("workdir", "runs/chat_tuning", "Folder of the runs.")
   flags.DEFINE_string("output", "", "Folder for the JSON; default: experiments/results.")

@@ -88,6 +88,13 @@ def test_answers_are_measured_from_their_first_token(tokens):
   with jax.set_mesh(mesh):
     nll, _ = evaluator.token_nll(state.params, state.statistics, batch, "random:8")
   assert ((nll > 0) == answers[:, 1:]).all() and random["bits"] > 0
+  move = lambda x: np.concatenate([x[:, 17:], np.zeros_like(x[:, :17])], axis=1)
+  alone = Batch(move(tokens), None, move(segments), move(answers))  # the second conversation of each row
+  for path in ("ar", "left:1"):
+    with jax.set_mesh(mesh):
+      packed, apart = (evaluator.token_nll(state.params, state.statistics, some, path)[0] for some in (batch, alone))
+    counted = alone.answers[:, 1:16]
+    np.testing.assert_allclose(packed[:, 17:][counted], apart[:, :15][counted], rtol=1e-4)
   mixed = Batch(tokens, None, segments, np.concatenate([answers[:-1], np.arange(33)[None] > 0]))
   assert evaluator(state.params, state.statistics, mixed, ("ar",))[0]["unit"] == "bits per counted token"
 

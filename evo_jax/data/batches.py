@@ -143,7 +143,7 @@ def held_out(corpora: Sequence[Corpus], split: str, length: int, count: int = 0,
   packings = [Packing(corpus, split, length) if corpus.indexes and n else None for corpus, n in zip(corpora, lengths)]
   for packing in packings:
     if packing and packing.cut + packing.left_out:
-      print(f"evo_jax: {split}: {packing.report}", file=sys.stderr)
+      print(f"evo_jax: held-out text of {packing.report}", file=sys.stderr)
   padded = max(lengths) < length and not any(packings)
   counts = [len(packing) if packing else bool(n) if padded else n // length for packing, n in zip(packings, lengths)]
   ends = list(itertools.accumulate(counts))
