@@ -167,7 +167,7 @@ def test_texts_are_the_samplers_and_repeated_questions_have_numbers(engine):
   assert [answer.text for answer in found] == [want[0].text, want[1].text, want[2].text]
   assert len({answer.text for answer in found}) > 1
   want = Sampler(r, dataclasses.replace(sampling, endless=True), one_device())(["abc"], 1, seed=5)[0].text
-  stop = tuple(want[3:5])
+  stop = want[3:5], want[5:8]
   (stopped,) = texts([Question("abc", dataclasses.replace(sampling, endless=True, stop=stop))])
   assert stopped.text == min((want.split(string)[0] for string in stop), key=len) and stopped.passes >= 3
   (short,) = texts([Question("abcdefghijkl" * 8, Sampling(max_tokens=200, greedy=True))])
