@@ -416,7 +416,8 @@ COLORS = ("black", "tab:blue", "tab:green", "tab:orange")
 def draw(found: dict[str, list[Curve]], fitted: list[dict[str, Any]], file: Path) -> None:
   """Draws the curves: bits against compute and parameters, a dot for each run, a line for each fit."""
   panels = [("text", "flops"), ("text", "parameters")] + [("items", "flops")] * bool(found["items"])
-  figure, axes = common.pyplot().subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
+  plt = common.pyplot()
+  figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), squeeze=False)
   for axis, (measure, against) in zip(axes[0], panels):
     colors = dict(zip((curve.label for curve in found["text"]), COLORS)) | {"ar": COLORS[0], "evo": COLORS[1]}
     for curve in found[measure]:
@@ -430,6 +431,10 @@ def draw(found: dict[str, list[Curve]], fitted: list[dict[str, Any]], file: Path
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:.2f}")
     axis.yaxis.set_minor_formatter("{x:.2f}")
+    if against == "parameters":
+      sizes = {row[0]["parameters"]: row[0]["size"] for row in found[measure][0].points}
+      axis.set_xticks([*sizes], [*sizes.values()])
+      axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.set_xlabel({"flops": "training FLOPs", "parameters": "parameters of the blocks"}[against])
     what = {"text": "held-out text", "items": "right answers, given the question"}[measure]
     axis.set_ylabel(f"bits per byte, {what}")

@@ -46,7 +46,7 @@ _SMALLER_ABLATION = {
   '= 0, 32, ("ar",)': '= 0, 2, ("ar",)',
   "base.config.model.context, 32)": "base.config.model.context, 4)",
   "for path in (OwnPath(even_first, 8), OwnPath(apart, 2.0))": "for path in (OwnPath(apart, 2.0),)",
-  "for options in ({}, ": "for options in (",
+  'for options in ({}, {"price": squared_error})': 'for options in ({"price": squared_error},)',
   "max_tokens=48": "max_tokens=8",
 }
 
