@@ -311,7 +311,7 @@ def train(workdir, file, *flags, **changes):
     "train.steps": 8,
     "mesh.fsdp": 2,
     "eval.samples": 0,
-    "eval.paths": ("ar", "diagonal:1"),
+    "eval.paths": ("ar",),
     **changes,
   }
   return call("evo_jax.main", *train_flags(workdir, file, **fields), devices=2)
@@ -337,7 +337,7 @@ def test_a_run_measures_answers_and_goes_on_bit_for_bit(tuned, chats, tmp_path):
   assert re.search(r"conversations in \d+ sequences of 128 tokens", done.stdout)
   assert re.search(r"^path +bits per answer token +stderr", done.stdout, re.M), done.stdout
   table = json.loads((workdir / "table.json").read_text())
-  assert [entry["passes_per_token"] for entry in table[:1]] == [1.0] and table[1]["passes_per_token"] < 0.4
+  assert [entry["passes_per_token"] for entry in table] == [1.0]
   stopped = shutil.copytree(workdir, tmp_path / "stopped")
   shutil.rmtree(stopped / "checkpoints" / "8")
   again = train(stopped, chats)

@@ -79,7 +79,7 @@ def test_answers_are_measured_from_their_first_token(tokens):
   answers[:, 3:14] = answers[:4, 20:21] = answers[2:, 30:] = True
   segments = np.broadcast_to(1 + (np.arange(33) > 16), tokens.shape).astype(np.int32)
   batch = Batch(tokens, None, segments, answers)
-  paths = ("ar", "left:1", "certain:2", "random:8")
+  paths = ("ar", "certain:1", "certain:2", "random:8")
   ar, one, two, random = evaluator(state.params, state.statistics, batch, paths)
   assert ar["unit"] == "bits per answer token" and one["bits"] == pytest.approx(ar["bits"], rel=1e-4)
   assert ar["passes_per_token"] == one["passes_per_token"] == 1.0
@@ -90,7 +90,7 @@ def test_answers_are_measured_from_their_first_token(tokens):
   assert ((nll > 0) == answers[:, 1:]).all() and random["bits"] > 0
   move = lambda x: np.concatenate([x[:, 17:], np.zeros_like(x[:, :17])], axis=1)
   alone = Batch(move(tokens), None, move(segments), move(answers))  # the second conversation of each row
-  for path in ("ar", "left:1"):
+  for path in ("ar", "certain:1"):
     with jax.set_mesh(mesh):
       packed, apart = (evaluator.token_nll(state.params, state.statistics, some, path)[0] for some in (batch, alone))
     counted = alone.answers[:, 1:16]
