@@ -93,7 +93,7 @@ SCALES: dict[str, dict[str, Any]] = {
     },
   },
   "small": {
-    "sizes": {"1k": Size(1, 8, 1), "3k": Size(1, 16, 1), "8k": Size(2, 16, 1)},
+    "sizes": {"1k": Size(1, 8, 1), "3k": Size(1, 16, 1), "7k": Size(2, 16, 1)},
     "tokens_per_parameter": 0.5,
     "rate": 0.2,
     "sequences": 4,
