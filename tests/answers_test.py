@@ -299,7 +299,7 @@ def test_text_and_conversations_are_read_side_by_side(tmp_path):
   assert (batch.segments[of_text] == 0).all() and batch.counted is None
 
 
-def train(workdir, file, *flags, **changes):
+def train(workdir, file, **changes):
   fields = {
     "data.chat": "answers",
     "data.tokenizer": "huggingface",
@@ -311,6 +311,7 @@ def train(workdir, file, *flags, **changes):
     "train.steps": 8,
     "mesh.fsdp": 2,
     "eval.samples": 0,
+    "loss.bound_windows": 0,
     "eval.paths": ("ar",),
     **changes,
   }

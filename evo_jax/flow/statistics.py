@@ -99,7 +99,7 @@ class Mean:
   @property
   def value(self) -> jax.Array:
     """0 where nothing counts."""
-    return self.total / jnp.maximum(self.count, 1)
+    return self.total / jnp.where(self.count > 0, self.count, 1)
 
 
 def init_statistics(key: jax.Array, codes_VxM: jax.Array, vocab_size: int, config: config_lib.Warp) -> Statistics:
