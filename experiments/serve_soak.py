@@ -194,19 +194,19 @@ def main() -> None:
   if not args.workdir:
     raise UserError("--workdir is needed")
   more = (f"--queue={args.queue}", "--notraces", *([f"--context={args.context}"] if args.context else []))
-  start = lambda: ServerProcess(serve_command(args.workdir, args.rows, args.modes, *more), args.log)
+  command = serve_command(args.workdir, args.rows, args.modes, *more)
 
-  def restart():
-    server = start()
+  def start(port=0):
+    server = ServerProcess(command, args.log, port)
     server.wait()
     return server
 
-  server = restart()
+  server = start()
   model = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]
   soak = Soak(server, model["modes"], min(model["max_model_len"], 512), args.seed)
   soak.chats = model["chat"]
   try:
-    reports = asyncio.run(run_soak(soak, args, restart))
+    reports = asyncio.run(run_soak(soak, args, lambda: start(server.port)))
     different = asyncio.run(ask_again(soak))
     left = {name: soak.server.metric(name) for name in ("unfinished_texts", "running_texts", "waiting_texts")}
     compilations = soak.server.metric("compilations")

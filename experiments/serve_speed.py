@@ -35,13 +35,13 @@ _START = 600  # seconds in which a server must be ready
 
 
 class ServerProcess:
-  """A server in a process of its own, on a port that was free."""
+  """A server in a process of its own."""
 
-  def __init__(self, command: list[str], log: str = ""):
-    """command: without --port. log: file for what it prints; default: nowhere."""
+  def __init__(self, command: list[str], log: str = "", port: int = 0):
+    """command: without --port. log: file for what it prints; default: nowhere. port: default: one that is free."""
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
-      self.port = free.getsockname()[1]
+      self.port = port or free.getsockname()[1]
     self.url = f"http://127.0.0.1:{self.port}"
     self._log = open(log, "ab") if log else None  # noqa: SIM115 (as long as the process)
     out = self._log or subprocess.DEVNULL
