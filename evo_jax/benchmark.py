@@ -24,7 +24,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from evo_jax import cli
+from evo_jax import cli, functions
 from evo_jax.benchmarks import tasks as tasks_lib
 from evo_jax.benchmarks.answers import GAPS
 from evo_jax.benchmarks.kept import make_folder
@@ -33,7 +33,6 @@ from evo_jax.benchmarks.sandbox import Sandbox
 from evo_jax.benchmarks.table import format_table, make_rows
 from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling, check_sampling
 from evo_jax.errors import UserError
-from evo_jax.flow import schedules
 from evo_jax.parallel import distributed
 from evo_jax.run import load_run
 
@@ -147,7 +146,7 @@ def parse_paths(value: str) -> list[str]:
   """The paths of --path. Raises UserError."""
   paths = [path.strip() for path in value.split(",")]
   for path in paths:
-    schedules.parse_path(path)
+    functions.read_path(path)
   return paths
 
 
@@ -271,7 +270,9 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "shots", None, "Examples in front of each question; default: those of the suite, or the task's own."
   )
-  flags.DEFINE_string("path", "ar", "How likelihoods are found: ar, or paths whose bound is taken, as ar,streams:4.")
+  flags.DEFINE_string(
+    "path", "ar", "How likelihoods are found: ar, or paths whose bound is taken, as ar,streams:4,mine.py:wave:8."
+  )
   flags.DEFINE_integer("draws", 8, "Draws of the noise of each bound.")
   flags.DEFINE_string("mode", "ar", f"How texts are written: {', '.join(MODES)}; several, each with rows of its own.")
   flags.DEFINE_string("threshold", "0.25", "Mode adaptive: thresholds, each with rows of its own, as 0.1,0.2,0.4.")

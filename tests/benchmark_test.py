@@ -31,6 +31,7 @@ from evo_jax.errors import UserError
 from evo_jax.evaluation.continuations import ContinuationScorer
 from evo_jax.flow.bound import window_logits
 from evo_jax.flow.latents import Latent
+from evo_jax.flow.schedules import OwnPath
 
 V, CONTEXT = 20, 96
 ADAPTIVE = Sampling(mode="adaptive", threshold=1.0, greedy=True, max_tokens=6)
@@ -280,6 +281,8 @@ def test_a_bounds_noise_depends_on_the_pair_alone():
   (one,) = noisy(pairs[1:2])  # with fewer windows beside it
   assert one.nats == pytest.approx(found[1].nats, abs=1e-4) and one.stderr == pytest.approx(found[1].stderr, abs=1e-4)
   assert found[1].stderr > 1e-3 and len({bound.stderr for bound in found}) == len(found)
+  own = OwnPath(lambda s, tokens: 1.0 - s + 0.0 * jnp.arange(tokens), 3)  # the diagonal, as one's own function
+  assert [bound.nats for bound in scorer(own, draws=3)(pairs)] == [bound.nats for bound in found]
   with pytest.raises(UserError, match="together at most 96"):
     noisy([([0] * 90, [1] * 7)])
   with pytest.raises(UserError, match="shared clock"):

@@ -31,6 +31,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 import numpy as np
 
+from evo_jax import functions
 from evo_jax import run as run_lib
 from evo_jax.benchmarks import tasks as tasks_lib
 from evo_jax.benchmarks.answers import GAPS, Answer, Likelihood, Likelihoods, PathLikelihoods, Question, Texts
@@ -226,7 +227,7 @@ class Asker:
     )
 
   def scorer(self, path: str, draws: int, window: int = 0, rows: int = 4) -> ContinuationScorer:
-    return ContinuationScorer(self.run, path, draws, self._seed, window, rows)
+    return ContinuationScorer(self.run, functions.read_path(path), draws, self._seed, window, rows)
 
   def likelihoods(
     self, path: str, draws: int, engine: Engine | None, scorer: ContinuationScorer | None = None, window: int = 0
@@ -234,6 +235,8 @@ class Asker:
     if path == "ar":
       return Likelihoods(engine, self.encoder, self._keep("likelihoods", {"path": path}))
     asked = {"path": path, "draws": draws, "seed": self._seed, "window": window}
+    if functions.is_own(path):
+      asked["file"] = functions.digest(path)
     scorer = scorer or self.scorer(path, draws, window)
     return PathLikelihoods(scorer, self.encoder, self._keep("likelihoods", asked), self.context)
 

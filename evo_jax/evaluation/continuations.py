@@ -13,8 +13,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.flow import policies, schedules
+from evo_jax.evaluation.paths import check_path
+from evo_jax.flow import policies
 from evo_jax.flow.bound import continuation_nll
+from evo_jax.flow.schedules import OwnPath, Path
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
@@ -43,12 +45,11 @@ class ContinuationScorer:
   In a run of several processes each makes it; number 0 calls it and then `close`, the others call `follow`.
   """
 
-  def __init__(self, run: Run, path: str, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4):
+  def __init__(self, run: Run, path: Path, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4):
     """draws: of the noise. window: tokens of a window; 0: as in training. rows: pairs of a batch, at most. Raises
     UserError for a path that does not exist, or that the model does not have."""
     config, mesh = run.config, run.mesh
-    if schedules.parse_path(path)[0] == "learned" and config.model.progression != "learned":
-      raise UserError(f"path {path!r}: the model has a shared clock (config.model.progression)")
+    check_path(path, config)
     if config.diffusion_alone:
       raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
     self.limit = config.model.position_limit
@@ -58,6 +59,8 @@ class ContinuationScorer:
     self._run, self._mesh = run, mesh
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
+    if isinstance(path, OwnPath):
+      policies.check_policy(path, self._size, run.model.rows, config)
     self._policy = policies.make_policy(path, self._size, config.paths.rolling_width, _PASSES)
     self._program = self._make_program(seed, 1 if self._policy is None else draws)
 
