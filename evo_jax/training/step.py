@@ -141,7 +141,8 @@ def _gradients(params, frozen, shared, batch, *, model: evo_lib.Evo, config: con
   number = 2 if config.optim.separate_clip else 1
   trees, (metrics, measured) = jax.lax.scan(accumulate, (zeros,) * number, parts)
   metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-  return trees, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
+  # Not by -1: without windows of the bound there is nothing measured, and no size to be found.
+  return trees, metrics, jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), measured)
 
 
 def _gradient_of_sum(losses: Callable) -> Callable[..., tuple[tuple[Any], Any, Any]]:
