@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import time
 from typing import Any
-import zlib
 
 import numpy as np
 from rich import progress as rich_progress
@@ -17,7 +16,6 @@ from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt
 from evo_jax.data.tokenizers import continuing
 from evo_jax.decoding.engine import Engine, Score
 from evo_jax.decoding.programs import BEST
-from evo_jax.decoding.prompts import Request
 from evo_jax.decoding.settings import Sampling
 from evo_jax.evaluation.continuations import ContinuationScorer
 
@@ -51,8 +49,7 @@ class Question:
 @dataclasses.dataclass(frozen=True)
 class Answer:
   """What was written. tokens: so many; passes: until the last of them was committed; of infilling both of all gaps that
-  were tried. cut: whether the prompt
-  was too long, or left no room for as many tokens as were asked for."""
+  were tried. cut: whether the prompt was too long, or left no room for as many tokens as were asked for."""
 
   text: str
   tokens: int
@@ -189,7 +186,7 @@ class Texts:
     """Begins a text; what finishes it."""
     asked = question.sampling.max_tokens
     ids, room, cut = fitted_prompt(self._encoder.encode_context(question.context), asked, self._engine.context)
-    handle = self._submit(ids, [*ids[1:]], len(ids) + room, question, infill=False)
+    handle = self._submit(ids, ids[1:], question, room)
 
     def finish():
       written = handle.result()
@@ -202,9 +199,10 @@ class Texts:
 
     return finish
 
-  def _submit(self, ids, tokens, length, question, infill):
-    request = Request(question.context, tuple(tokens), length, zlib.crc32(repr(tokens).encode()), question.number)
-    return self._engine.submit(request, question.sampling, seed=self._seed, infill=infill, begin=ids[0])
+  def _submit(self, ids, tokens, question, room=None, infill=False):
+    """Submits ids, the first of them at position 0; tokens: those behind it, with gaps; room: tokens that follow."""
+    sampling = dataclasses.replace(question.sampling, max_tokens=room)
+    return self._engine.submit(tokens, sampling, seed=self._seed, number=question.number, infill=infill, begin=ids[0])
 
   def _fill(self, question: Question) -> Callable[[], Answer]:
     """Begins to fill a document's gap, in all lengths that are tried. Where the answer is a line, the line's end is
@@ -218,9 +216,7 @@ class Texts:
     cut = len(ids) + len(rest) > room
     rest = rest[: max(room - len(ids), room // 2)]  # what is near the gap is kept
     ids = ids[-(room - len(rest)) :]
-    begun = [
-      (self._submit(ids, [*ids[1:], *[None] * gap, *rest], len(ids) + gap + len(rest), question, True)) for gap in gaps
-    ]
+    begun = [self._submit(ids, [*ids[1:], *[None] * gap, *rest], question, infill=True) for gap in gaps]
 
     def finish():
       filled = [handle.result() for handle in begun]

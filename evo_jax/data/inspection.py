@@ -7,7 +7,7 @@ import numpy as np
 
 from evo_jax.data import answers, shards
 from evo_jax.data.shards import SPLITS, Manifest, TokenStream
-from evo_jax.data.tokenizers import Tokenizer, special_ids, structural_ids
+from evo_jax.data.tokenizers import Tokenizer, continuing, special_ids, structural_ids
 
 _SAMPLE = 1 << 20  # tokens of a split that statistics are taken from
 _SHOWN = 300  # characters of a document
@@ -66,8 +66,8 @@ def conversations(stream: TokenStream, index: TokenStream, tokenizer: Tokenizer,
 def _with_special(tokenizer: Tokenizer, special: dict[int, str], ids: np.ndarray) -> str:
   """The text of ids (n,), special tokens by their names."""
   texts = itertools.groupby(ids.tolist(), lambda id_: special.get(id_))
-  continuing = getattr(tokenizer, "continuing", tokenizer)
-  return "".join(name * len([*some]) if name else continuing.decode(np.array([*some])) for name, some in texts)
+  decode = continuing(tokenizer).decode
+  return "".join(name * len([*some]) if name else decode(np.array([*some])) for name, some in texts)
 
 
 def _shortened(text: str) -> str:

@@ -20,13 +20,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
-import pickle
 import threading
 import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax.data.tokenizers import Tokenizer, continuing
@@ -40,6 +38,7 @@ from evo_jax.decoding.prompts import Prompt, Request, make_request
 from evo_jax.decoding.recorder import LiveTrace, TracedPass
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError
+from evo_jax.parallel import distributed
 from evo_jax.run import Run
 
 WIDTH = 64  # positions of a page
@@ -164,8 +163,7 @@ class _Job:
   settings: Settings | None = None
   seed: int = 0
   scored: int | None = None
-  best: int = 1
-  chooses: bool = False  # whether a score has `choices`
+  best: int | None = None  # most probable tokens that `choices` are to have; None: there are none
   trace: bool = False
   live: LiveTrace | None = None
   digests: list[bytes] = dataclasses.field(default_factory=list)
@@ -388,7 +386,7 @@ class Engine:
       raise UserError(f"{len(before)} tokens and {len(after)} to be scored do not fit the context of {self.context}")
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
-    return self._send(_Job(0, tokens, pages, scored=len(before), best=best or 1, chooses=best is not None))
+    return self._send(_Job(0, tokens, pages, scored=len(before), best=best))
 
   def _check_scores(self) -> None:
     if not self.scores:
@@ -488,12 +486,7 @@ class Engine:
         closing = self._closing
     if not several:
       return events, closing
-    data = np.frombuffer(pickle.dumps((events, closing)), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    mine = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-      mine[:] = data
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
+    return distributed.broadcast((events, closing))
 
   def _cancel(self, number: int) -> None:
     if (job := self._jobs.get(number)) is None:
@@ -538,7 +531,7 @@ class Engine:
       part, after = job.tokens[job.read : job.read + W], job.tokens[job.read + 1 : job.read + 1 + W]
       tokens[group, : len(part)], following[group, : len(after)] = part, after
       if job.scored is not None and job.read + W >= job.scored:
-        scores, best = True, max(best, job.best)
+        scores, best = True, max(best, job.best or 1)
     found = self._programs.read_piece(tokens, first, table, following if scores else None, best)
     for group, job in enumerate(jobs):
       if job is not None:
@@ -608,7 +601,7 @@ class Engine:
     )
     tokens = job.tokens[job.scored :]
     score = Score(tokens, log_p, token[:, 0] == tokens)
-    if job.chooses:
+    if job.best is not None:
       best = [list(zip(*(a[i, : job.best].tolist() for a in (token, best_log_p)))) for i in range(n)]
       choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
       score = dataclasses.replace(score, choices=choices)
@@ -644,7 +637,7 @@ class Engine:
     """Has what a job drew scored, for its log-probabilities."""
     self._free(job)
     job.generation = generation
-    job.scored, job.best, job.chooses = len(job.tokens), job.settings.best, True
+    job.scored, job.best = len(job.tokens), job.settings.best
     job.tokens = np.concatenate([job.tokens, np.array(drawn, np.int32)])
     job.pages_wanted = -(-job.last // self.shape.width)
     self._waiting.appendleft(job)

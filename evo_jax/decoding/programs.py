@@ -93,6 +93,10 @@ class Programs:
       self._schedules[each] = make_schedule(run, sampling)
       if sampling.mode == "verify":
         self._drafts[each] = DraftPolicy(*make_drafting(run, sampling), few=True)
+    # Turns ask for it again and again, and clients choose the thresholds.
+    self._schedule_of = functools.lru_cache(256)(
+      lambda sampling, threshold: make_schedule(run, dataclasses.replace(sampling, threshold=threshold))
+    )
     self._ruled_out = {infill: ruled_out(run.tokenizer, infill) for infill in (False, True)}
     B = shape.rows
     self._values = {
@@ -242,7 +246,7 @@ class Programs:
       mine = np.isin(np.arange(self._shape.rows), numbers)
       schedule, policy = self._schedules[each], self._drafts.get(each)
       if threshold is not None:
-        schedule = make_schedule(self._run, dataclasses.replace(each[0], threshold=threshold))
+        schedule = self._schedule_of(each[0], threshold)
       if policy is None:
         self._pass(each, schedule, mine, table, passes)
         continue

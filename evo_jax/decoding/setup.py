@@ -5,7 +5,6 @@ from evo_jax.decoding.modes import WindowSchedule
 from evo_jax.decoding.settings import Sampling
 from evo_jax.decoding.speculative import Drafting
 from evo_jax.flow import policies
-from evo_jax.flow.schedules import OwnPath
 from evo_jax.run import Run
 
 
@@ -32,8 +31,7 @@ def make_schedule(run: Run, sampling: Sampling) -> WindowSchedule | None:
     return None
   size = sampling.window or settings.default_window(sampling, config)
   clock = settings.clock_steps(sampling, path, run.statistics.warp)
-  if isinstance(path, OwnPath):
-    policies.check_policy(path, size, run.model.rows, config)
+  policies.check_policy(path, size, run.model.rows, config)
   policy = policies.make_policy(path, size, config.paths.rolling_width, s=clock)
   return WindowSchedule(
     policy, size, sampling.stepper, config.loss.self_conditioning > 0, full_sequence=config.diffusion_alone

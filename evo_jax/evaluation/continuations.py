@@ -4,20 +4,18 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
-import pickle
 from typing import Any
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax.errors import UserError
 from evo_jax.evaluation.paths import check_path
 from evo_jax.flow import policies
 from evo_jax.flow.bound import continuation_nll
-from evo_jax.flow.schedules import OwnPath, Path
-from evo_jax.parallel import sharding
+from evo_jax.flow.schedules import Path
+from evo_jax.parallel import distributed, sharding
 from evo_jax.run import Run
 
 _LENGTH_MULTIPLE = 128  # lengths of batches are rounded up, so that few programs are compiled
@@ -59,8 +57,7 @@ class ContinuationScorer:
     self._run, self._mesh = run, mesh
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
-    if isinstance(path, OwnPath):
-      policies.check_policy(path, self._size, run.model.rows, config)
+    policies.check_policy(path, self._size, run.model.rows, config)
     self._policy = policies.make_policy(path, self._size, config.paths.rolling_width, _PASSES)
     self._program = self._make_program(seed, 1 if self._policy is None else draws)
 
@@ -108,7 +105,7 @@ class ContinuationScorer:
 
   def follow(self) -> None:
     """In a process that asks for nothing: returns when process 0 has called `close`."""
-    while (batch := _broadcast(None)) is not None:
+    while (batch := distributed.broadcast(None)) is not None:
       self._run_batch(*batch)
 
   def close(self) -> None:
@@ -136,17 +133,7 @@ class ContinuationScorer:
 
   def _send(self, batch: Any) -> None:
     if jax.process_count() > 1:
-      _broadcast(batch)
-
-
-def _broadcast(value: Any) -> Any:
-  """Process 0's value, in all processes."""
-  data = np.frombuffer(pickle.dumps(value), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  mine = np.zeros(size, np.uint8)
-  if jax.process_index() == 0:
-    mine[:] = data
-  return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
+      distributed.broadcast(batch)
 
 
 def _bound(nats: np.ndarray, greedy: np.ndarray, passes: np.ndarray) -> Bound:

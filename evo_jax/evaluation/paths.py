@@ -61,8 +61,7 @@ class Evaluator:
     """Raises UserError for a path that does not exist, or that this model does not have."""
     for path in paths:
       check_path(path, self.config)
-      if isinstance(path, schedules.OwnPath):
-        policies.check_policy(path, self.window, self._vocab_rows, self.config)
+      policies.check_policy(path, self.window, self._vocab_rows, self.config)
 
   def token_nll(self, params: Any, statistics: Statistics, batch: Batch, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """NLL bounds (n, L) in nats of the tokens after the first of each sequence, and the passes (n,) taken.

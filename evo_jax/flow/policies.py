@@ -217,10 +217,10 @@ class OwnPolicy:
     return jnp.where(stands & observation.leftmost, 0.0, moved)
 
 
-def check_policy(path: schedules.OwnPath, tokens: int, rows: int, config: config_lib.Config) -> None:
+def check_policy(path: schedules.Path, tokens: int, rows: int, config: config_lib.Config) -> None:
   """Raises UserError for a policy of one's own that fails on windows of `tokens` tokens, or does not give a time for
-  each; nothing is computed. rows: of the vocabulary's tables."""
-  if path.fixed:
+  each; nothing is computed. Any other path passes. rows: of the vocabulary's tables."""
+  if not isinstance(path, schedules.OwnPath) or path.fixed:
     return
   policy = OwnPolicy(path.function, None if path.number is None else np.float32(path.number))
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 import glob
 import importlib.util
 import os
+import pickle
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -62,6 +64,16 @@ def initialize(
     # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
     # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def broadcast(value: Any) -> Any:
+  """Process 0's value, anything that can be pickled, in all processes; what the others give means nothing."""
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  mine = np.zeros(size, np.uint8)
+  if jax.process_index() == 0:
+    mine[:] = data
+  return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
 
 
 def in_first_process(act: Callable[[], np.ndarray], like: np.ndarray, refused: str) -> np.ndarray:
