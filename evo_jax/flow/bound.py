@@ -220,7 +220,8 @@ def _follow_path(
 
   def step(path: _PathState, index: jax.Array) -> _PathState:
     latent, solver = path.latent, path.solver
-    noise = _normal(key, index, latent.y.shape, dtype)
+    normal = lambda key, shape: jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+    noise = _by_row(normal, key, latent.y.shape)
     context = field(latent) if path.context is None else field(latent, path.context)
     log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
     time = where_inside(latent.time, 0.0)
@@ -252,11 +253,22 @@ def _follow_path(
   return end.replace(nats=where_inside(end.nats, 0.0))
 
 
-def _normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-  """A pass's noise; `key` may be one for each of the leading axis."""
-  if key.ndim:
-    return jax.vmap(lambda key: _normal(key, index, shape[1:], dtype))(key)
-  return jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+def _by_row(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """draw(key, shape); `key` may be one for each of the leading axis, so that rows do not depend on each other."""
+  return jax.vmap(lambda key: draw(key, shape[1:]))(key) if key.ndim else draw(key, shape)
+
+
+def _draw_policy(net, policy, key, token, anchor_BxN, hidden, ar_nats) -> tuple[policies.Policy, jax.Array | float]:
+  """The policy with what is drawn once for each window, a random order or a learned clock's delays, and their KL in
+  nats; key: as of `_by_row`. hidden, ar_nats: the clean stream's, for a learned clock."""
+  if isinstance(policy, policies.RandomOrder):
+    return policy.replace(rank=_by_row(random_rank, key, token.shape)), 0.0
+  if isinstance(policy, policies.LearnedClock):
+    count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
+    noise = _by_row(jax.random.normal, key, token.shape)
+    delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
+    return policy.replace(delay=delay, sharpness=sharpness), kl
+  return policy, 0.0
 
 
 def erasure_nll(
@@ -353,15 +365,8 @@ def sequence_nll(
   if isinstance(policy, policies.RandomOrder) and not self_conditioned and price is None:
     nats, passes = erasure_nll(field, codes, token, policy, key, inside)
     return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
-  kl = 0.0
-  if isinstance(policy, policies.RandomOrder):
-    policy = policy.replace(rank=random_rank(start_key, token.shape))
-  if isinstance(policy, policies.LearnedClock):
-    ar_nats = token_nll(net, hidden, tokens, chunk)
-    count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
-    noise = jax.random.normal(start_key, token.shape)
-    delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
-    policy = policy.replace(delay=delay, sharpness=sharpness)
+  ar_nats = token_nll(net, hidden, tokens, chunk) if isinstance(policy, policies.LearnedClock) else None
+  policy, kl = _draw_policy(net, policy, start_key, token, anchor_BxN, hidden, ar_nats)
   first_prior = prior if self_conditioned else None
   nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, first_prior, price, inside)
   nats = nats + kl if inside is None else jnp.where(inside, nats + kl, 0.0)
@@ -422,19 +427,11 @@ def continuation_nll(
   slots = gather_windows(tokens_BxT, anchor_BxN, size)
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
-  learned = isinstance(policy, policies.LearnedClock)
-  ar_nats = token_nll(net, hidden, tokens_BxT, chunk) if learned else None
+  ar_nats = token_nll(net, hidden, tokens_BxT, chunk) if isinstance(policy, policies.LearnedClock) else None
 
   def draw(key_B):
     key_B, start_B = (jax.vmap(jax.random.fold_in, (0, None))(key_B, i) for i in (0, 1))
-    drawn, kl = policy, 0.0
-    if isinstance(policy, policies.RandomOrder):
-      drawn = policy.replace(rank=jax.vmap(lambda key: random_rank(key, token.shape[1:]))(start_B))
-    if learned:
-      count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
-      noise = _normal(start_B, jnp.int32(0), token.shape, codes.dtype)
-      delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
-      drawn = policy.replace(delay=delay, sharpness=sharpness)
+    drawn, kl = _draw_policy(net, policy, start_B, token, anchor_BxN, hidden, ar_nats)
     prior_logits = prior if self_conditioned else None
     end = _follow_path(
       field, codes, statistics.warp, token, drawn, key_B, prior_logits, inside=inside, finds_greedy=True
