@@ -14,11 +14,13 @@ are mixed as they are in reality. Three ways to write them, in turns:
 Each ends a text after the tokens that it is to have, and counts no other tokens. And:
 
   where time goes   of an engine that waits for each program: prompts, passes, host
+  costs             the same requests as they are, with every text streamed to a thread of its own, and traced
   scores            four continuations of contexts with the same five conversations in front: pages shared, or not
   soak              random requests of all modes: memory, compilations, and a random 5 % again, alone
 """
 
 from collections.abc import Callable
+import concurrent.futures
 import dataclasses
 import json
 from pathlib import Path
@@ -145,6 +147,28 @@ def measure_rates(run: run_lib.Run, requests: Wanted, rows: int, source: str) ->
   return result
 
 
+def measure_costs(run: run_lib.Run, requests: Wanted, rows: int) -> dict[str, float]:
+  """Seconds for the requests by one engine, in turns: nobody looks until they are done; a thread takes the pieces of
+  each; each is traced, and so looked at after every pass. The least of two turns."""
+  shape = lambda tokens: Sampling(max_tokens=tokens, greedy=True, endless=True)
+  found: dict[str, list[float]] = {"waited for": [], "streamed": [], "traced": []}
+  with Engine(run, rows, context=min(1024, run.config.model.position_limit), traces=True) as engine:
+    for turn in range(3):
+      for way, seconds in found.items():
+        began = time.perf_counter()
+        handles = [engine.submit(prompt, shape(tokens), trace=way == "traced") for prompt, tokens in requests]
+        if way == "streamed":
+          with concurrent.futures.ThreadPoolExecutor(len(handles)) as pool:
+            list(pool.map(list, handles))
+        for handle in handles:
+          handle.result()
+        if turn:  # the first one warms up
+          seconds.append(time.perf_counter() - began)
+  least = {way: min(seconds) for way, seconds in found.items()}
+  print(f"{rows:>4} rows  " + ", ".join(f"{way} {seconds:.2f} s" for way, seconds in least.items()), flush=True)
+  return least
+
+
 def measure_scores(run: run_lib.Run, requests: Wanted, items: int) -> dict[str, Any]:
   """Items a second: a context with five conversations' beginnings in front, and four continuations."""
   context = "\n\n".join(prompt for prompt, _ in requests[:_SHOTS])
@@ -210,10 +234,12 @@ def main() -> None:
     return
   if not args.conversations:
     raise UserError("--conversations is needed, or --soak")
-  requests = read_requests(args.conversations, run, max(args.requests, _SHOTS + args.items))
+  sizes = [int(rows) for rows in args.rows.split(",")]
+  requests = read_requests(args.conversations, run, max(args.requests, 2 * max(sizes), _SHOTS + args.items))
   result = {"rates": []}
-  for rows in map(int, args.rows.split(",")):
-    result["rates"].append(measure_rates(run, requests[: args.requests], rows, args.source))
+  for rows in sizes:
+    rates = measure_rates(run, requests[: max(args.requests, 2 * rows)], rows, args.source)
+    result["rates"].append({**rates, "costs": measure_costs(run, requests[:rows], rows)})
   if args.items:
     result["scores"] = measure_scores(run, requests, args.items)
   common.write_result("engine_speed", result, output)
@@ -224,7 +250,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("conversations", "", "A .jsonl file with `messages`.")
   flags.DEFINE_string("source", "", "The model's GGUF file, for transformers; default: without it.")
   flags.DEFINE_string("rows", "1,8,32", "Rows of engines, and texts of a batch.")
-  flags.DEFINE_integer("requests", 64, "Requests.", lower_bound=1)
+  flags.DEFINE_integer("requests", 24, "Requests; at least two for each row.", lower_bound=1)
   flags.DEFINE_integer("items", 8, "Items to be scored; 0: none.", lower_bound=0)
   flags.DEFINE_integer("soak", 0, "So many random requests instead.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Seed of a soak.")
