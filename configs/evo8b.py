@@ -8,9 +8,10 @@ training:
       --tokenizer_path=tokenizer --output=gs://BUCKET/tokens --hosts=16 --host=I
   python -m evo_jax.main --config=evo8b --workdir=gs://BUCKET/evo8b --config.data.path=gs://BUCKET/tokens
 
-A trillion tokens are about 4.4 TB of English text, and 4 TB as tokens. Extrapolated from one machine, 13.6 MB of text
-per second and CPU, they take 90 hours of one CPU, 21 minutes of 16 hosts with 16 CPUs each. A host of v5p:8x8x8 then
-reads 18 thousand tokens per second, 90 KB (experiments/reading_speed.py reads a thousand times as much from a disk).
+A trillion tokens are about 4.4 TB of English text, and 4 TB as tokens. Extrapolated from 14.2 MB of text per second on
+two cores (experiments/prepare_speed.py, pieces of a smaller vocabulary), they take 172 hours of one core, 40 minutes of
+16 hosts with 16 cores each. A host of v5p:8x8x8 then reads 18 thousand tokens per second, 90 KB
+(experiments/reading_speed.py reads 500 times as much from a disk).
 """
 
 from evo_jax import config as config_lib
