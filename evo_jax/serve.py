@@ -13,6 +13,7 @@ first SIGTERM or Ctrl-C lets what runs finish, the second ends at once. `evo_jax
 import ipaddress
 import os
 from pathlib import Path
+import signal
 import sys
 
 from absl import flags
@@ -51,6 +52,8 @@ def main() -> None:
     mesh=mesh,
   )
   if listening is None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # what runs is finished: process 0 says when all is over
+      signal.signal(number, signal.SIG_IGN)
     make_engine().follow()
     return
   key = args.api_key or os.environ.get(_KEY, "")

@@ -42,6 +42,7 @@ from experiments import common
 from experiments.pretrained import load_reference
 
 _LONGEST = 128  # tokens of a question, and of an answer
+_SHORT = 32  # tokens of an answer where costs are measured
 _SHOTS = 5
 _REPORTS = 10  # of a soak
 
@@ -148,22 +149,21 @@ def measure_rates(run: run_lib.Run, requests: Wanted, rows: int, source: str) ->
 
 
 def measure_costs(run: run_lib.Run, requests: Wanted, rows: int) -> dict[str, float]:
-  """Seconds for the requests by one engine, in turns: nobody looks until they are done; a thread takes the pieces of
-  each; each is traced, and so looked at after every pass. The least of two turns."""
-  shape = lambda tokens: Sampling(max_tokens=tokens, greedy=True, endless=True)
+  """Seconds for the requests, each for _SHORT tokens, by one engine, in turns: nobody looks until they are done; a
+  thread takes the pieces of each; each is traced, and so looked at after every pass. The least of three turns."""
+  sampling = Sampling(max_tokens=_SHORT, greedy=True, endless=True)
   found: dict[str, list[float]] = {"waited for": [], "streamed": [], "traced": []}
   with Engine(run, rows, context=min(1024, run.config.model.position_limit), traces=True) as engine:
-    for turn in range(3):
+    for _ in range(3):
       for way, seconds in found.items():
         began = time.perf_counter()
-        handles = [engine.submit(prompt, shape(tokens), trace=way == "traced") for prompt, tokens in requests]
+        handles = [engine.submit(prompt, sampling, trace=way == "traced") for prompt, _ in requests]
         if way == "streamed":
           with concurrent.futures.ThreadPoolExecutor(len(handles)) as pool:
             list(pool.map(list, handles))
         for handle in handles:
           handle.result()
-        if turn:  # the first one warms up
-          seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
   least = {way: min(seconds) for way, seconds in found.items()}
   print(f"{rows:>4} rows  " + ", ".join(f"{way} {seconds:.2f} s" for way, seconds in least.items()), flush=True)
   return least

@@ -20,6 +20,7 @@ from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
+from evo_jax.evaluation.continuations import ContinuationScorer, parts
 from evo_jax.network import attention
 from evo_jax.network.attention import Visibility
 from evo_jax.network.pages import Pages, attend_pages
@@ -34,6 +35,8 @@ MODES = (
   Sampling(mode="flow", steps=3),
 )
 
+PATHS = ("left:3", "diagonal:2")
+
 
 def model():
   return run(V, model__context=CONTEXT)
@@ -42,7 +45,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine():
   with Engine(
-    model(), rows=4, modes=MODES, page=16, infill=True, traces=True, cache_tokens=288, mesh=one_device()
+    model(), rows=4, modes=MODES, page=16, infill=True, traces=True, cache_tokens=288, mesh=one_device(), paths=PATHS
   ) as engine:
     yield engine
     assert engine.compilations == 0
@@ -158,6 +161,29 @@ def test_scores_are_the_clean_streams(engine):
     assert [c.log_p for c in chosen] == score.log_p.tolist() and all(len(c.best) == 2 for c in chosen)
     assert [c.best[0][0] == c.token for c in chosen] == score.greedy.tolist() and score.choices is None
     np.testing.assert_array_equal(score.greedy, np.asarray(log_p).argmax(-1)[0, -length:] == score.tokens)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_scores_by_its_bound(engine, path):
+  """A window at a time, beside texts and other scores, each as if it were asked for alone."""
+  context, continuations = "abcdef" * 2, ["g", "ghijklmnopqrs", "abcdefghijklmnopqrsa", "hgf"]
+  asked = [engine.submit_score(context, text, path=path) for text in continuations]
+  handle = engine.submit("abc", Sampling(max_tokens=20, endless=True), seed=3)
+  exact = engine.score(context, "gh")
+  scorer, encode = ContinuationScorer(model(), path, draws=4), lambda text: engine.run.tokenizer.encode(text).tolist()
+  for text, future in zip(continuations, asked):
+    found, again = future.result(), engine.score(context, text, path)
+    assert found.nats == pytest.approx(again.nats, abs=1e-4) and found.total == -found.nats
+    pieces = scorer(parts(([0, *encode(context)], encode(text)), model().config.window.size))
+    assert found.nats == pytest.approx(sum(piece.nats for piece in pieces), abs=1e-4) and found.nats > 0
+    assert found.passes == sum(piece.passes for piece in pieces) and len(pieces) == -(-len(text) // 8)
+    assert found.stderr == pytest.approx(np.sqrt(sum(piece.stderr**2 for piece in pieces)), abs=1e-4)
+  assert exact.total == engine.score(context, "gh", "ar").total
+  assert handle.result().text == engine.submit("abc", Sampling(max_tokens=20, endless=True), seed=3).result().text
+  with pytest.raises(UserError, match=r"path 'left:5'.* made for: left:3, diagonal:2"):
+    engine.score(context, "g", "left:5")
+  with pytest.raises(UserError, match="a bound has no most probable tokens"):
+    engine.submit_score(context, "g", best=2, path=path)
 
 
 def test_a_score_may_have_the_most_probable_tokens_and_another_begin_token(engine):
@@ -337,7 +363,7 @@ def test_several_processes_are_one_engine(trained):
   assert_well(ended)
   alone = call(module, *flags)
   found, want = (json.loads(output.splitlines()[-1]) for output in (ended[0][1], alone.stdout))
-  assert found[:-1] == want[:-1] and found[-1] == pytest.approx(want[-1], abs=1e-4)
+  assert found[0] == want[0] and found[1] == pytest.approx(want[1], abs=1e-4)
 
 
 def test_pages_are_shared_and_the_least_recently_used_goes_first():

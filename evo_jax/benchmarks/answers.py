@@ -17,7 +17,7 @@ from evo_jax.data.tokenizers import continuing
 from evo_jax.decoding.engine import Engine, Score
 from evo_jax.decoding.programs import BEST
 from evo_jax.decoding.settings import Sampling
-from evo_jax.evaluation.continuations import ContinuationScorer
+from evo_jax.evaluation.continuations import ContinuationScorer, parts
 
 _IN_FLIGHT = 256  # requests that an engine has at once
 _PART = 512  # tokens of a continuation whose bound is found at once
@@ -139,13 +139,6 @@ class PathLikelihoods(Likelihoods):
     for places, bounds in self._scorer.batches(pairs):
       for place, bound in zip(places, bounds):
         yield place, -bound.nats, bound.greedy, bound.stderr
-
-
-def parts(pair: Pair, size: int) -> list[Pair]:
-  """A continuation in parts of `size` tokens, each behind those before it."""
-  context, continuation = pair
-  starts = range(0, len(continuation), size)
-  return [Pair((*context, *continuation[:start]), continuation[start : start + size]) for start in starts]
 
 
 def _summed(found: list[tuple[float, bool, float | None]], cut: bool) -> dict[str, Any]:

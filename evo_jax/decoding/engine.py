@@ -38,11 +38,14 @@ from evo_jax.decoding.prompts import Prompt, Request, make_request
 from evo_jax.decoding.recorder import LiveTrace, TracedPass
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError
+from evo_jax.evaluation.continuations import Bound, ContinuationScorer, Pair, parts, total
+from evo_jax.flow.schedules import Path
 from evo_jax.parallel import distributed
 from evo_jax.run import Run
 
 WIDTH = 64  # positions of a page
 DEFAULT_CONTEXT = 2048
+_BOUNDS = 4  # windows of continuations, whose bounds on a path are found at once
 _PIECES = 8  # of prompts, that are read between passes at most
 _OF_VERIFY = ("accepted", "rounds", "drafted_rounds", "draft_tokens", "draft_pending")  # fields of a snapshot
 _HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for news
@@ -153,7 +156,8 @@ class Handle:
 class _Job:
   """A text that an engine works on: one to be written, or one to be scored.
 
-  tokens: what is read, with the begin token. scored: the first position that is predicted; None: nothing is.
+  tokens: what is read, with the begin token. scored: the first position that is predicted; None: nothing is. path: on
+  which a bound is found, instead of autoregression.
   """
 
   number: int
@@ -173,7 +177,8 @@ class _Job:
   read: int = 0  # positions that are in pages
   progress: Progress | None = None
   started: float = 0.0
-  found: list = dataclasses.field(default_factory=list)  # (log_p, token, best log_p) of pieces
+  path: Path | None = None
+  found: list = dataclasses.field(default_factory=list)  # (log_p, token, best log_p) of pieces; of a path, bounds
   generation: Generation | None = None
 
   @property
@@ -196,6 +201,8 @@ class Engine:
     page: int = WIDTH,
     infill: bool = False,
     scores: bool = True,
+    paths: Sequence[Path] = (),
+    draws: int = 4,
     share: bool = True,
     passes: int = steps.PASSES,
     traces: bool = False,
@@ -210,9 +217,11 @@ class Engine:
         (`programs.Settings`).
       context: tokens of the longest text; default: DEFAULT_CONTEXT, or what the model can read.
       cache_tokens: so many tokens' keys and values have room; default: of `rows` texts of `context` tokens.
-      page: tokens of a page, which is also what is read of a prompt at a time.
+      page: tokens of a page, which is also what is read of a prompt at a time; of its end a quarter is.
       infill: whether the modes that fill gaps may be asked to, besides.
       scores: whether texts may be scored, and log-probabilities be asked for; a model of diffusion alone has none.
+      paths: on which texts may be scored, beside autoregression, by their bounds.
+      draws: of a bound's noise.
       share: whether texts share pages of prompts that begin alike.
       passes: of each mode, between two looks: fewer bring pieces, and new texts, earlier.
       traces: whether texts may be traced; in modes with windows each pass then also finds the most probable tokens.
@@ -230,12 +239,17 @@ class Engine:
     self._reads = not run.config.diffusion_alone
     self.scores = scores and self._reads
     capacity, width = self.context + Programs.room(run, settings), min(page, self.context)
-    tokens = self._reads * (rows * capacity if cache_tokens is None else cache_tokens)
+    whole = -(-capacity // width) * width  # pages of a text, in tokens
+    tokens = self._reads * (rows * whole if cache_tokens is None else cache_tokens)
     pages = 1 + max(tokens // (shards * width), 1)
     self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, **Programs.sizes(run, settings, traces))
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
+    self._scorers = {path: ContinuationScorer(run, path, draws, rows=_BOUNDS, length=self.context) for path in paths}
+    for scorer in self._scorers.values():
+      scorer.score_windows([((0,), (0,))])
     self._jobs: dict[int, _Job] = {}
+    self._bounds: deque[tuple[_Job, Pair]] = deque()  # what is left of texts that are scored on a path
     self._handles: dict[int, Any] = {}
     self._waiting: deque[_Job] = deque()
     self._reading: list[_Job | None] = [None] * shards
@@ -245,9 +259,9 @@ class Engine:
     self._events: list[tuple] = []
     self._numbers, self._closing, self._failure = 0, False, None
     self._share, self._passes, self._measure = share, passes, measure
-    self.seconds = {"prompts": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
+    self.seconds = {"prompts": 0.0, "bounds": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
     self.looks = 0
-    self._compiled_at_start = self._device.compilations
+    self._compiled_at_start = self._compilations
     self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
     self.ready = True
     self._thread.start()
@@ -275,7 +289,11 @@ class Engine:
   @property
   def compilations(self) -> int:
     """Programs that were compiled after the engine was ready: 0."""
-    return self._device.compilations - self._compiled_at_start
+    return self._compilations - self._compiled_at_start
+
+  @property
+  def _compilations(self) -> int:
+    return self._device.compilations + sum(scorer.compilations for scorer in self._scorers.values())
 
   @property
   def memory(self) -> str:
@@ -294,7 +312,7 @@ class Engine:
 
   @property
   def waiting(self) -> int:
-    """Texts, written or scored, that have no pages yet."""
+    """Texts, written or scored by autoregression, that have no pages yet."""
     return len(self._waiting) + len(self._events)
 
   @property
@@ -359,9 +377,10 @@ class Engine:
     self._check_fits(pages, request.max_length)
     return self._send(job)
 
-  def score(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> Score:
-    """What autoregression says of a continuation; both as text or as ids, the context without the begin token."""
-    return self.submit_score(context, continuation).result()
+  def score(self, context: str | Sequence[int], continuation: str | Sequence[int], path: Path = "ar") -> Score | Bound:
+    """What autoregression says of a continuation, or the bound on a path; both as text or as ids, the context without
+    the begin token."""
+    return self.submit_score(context, continuation, path=path).result()
 
   def submit_score(
     self,
@@ -369,10 +388,24 @@ class Engine:
     continuation: str | Sequence[int],
     best: int | None = None,
     begin: int | None = None,
-  ) -> "concurrent.futures.Future[Score]":
-    """The same, without waiting. best: `Score.choices` are wanted, with so many most probable tokens (0 to 20). begin:
-    the token at position 0; default: the tokenizer's begin token. Raises UserError for what is too long, or empty."""
-    self._check_scores()
+    path: Path = "ar",
+  ) -> "concurrent.futures.Future[Score | Bound]":
+    """The same, without waiting. A bound's noise depends on the texts alone.
+
+    Args:
+      best: `Score.choices` are wanted, with so many most probable tokens (0 to 20).
+      begin: the token at position 0; default: the tokenizer's begin token.
+      path: "ar", or one of `paths`.
+
+    Raises UserError for what is too long, or empty, and for a path that the engine was not made for.
+    """
+    if path == "ar":
+      self._check_scores()
+    elif path not in self._scorers:
+      known = ", ".join(map(str, self._scorers)) or "none"
+      raise UserError(f"path {path!r}: is not among the paths that the engine was made for: {known}")
+    elif best is not None:
+      raise UserError(f"best={best}: a bound has no most probable tokens")
     if best is not None and not 0 <= best <= BEST:
       raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
@@ -384,6 +417,8 @@ class Engine:
     tokens = np.array(before + after, np.int32)
     if len(tokens) > self.context:
       raise UserError(f"{len(before)} tokens and {len(after)} to be scored do not fit the context of {self.context}")
+    if path != "ar":
+      return self._send(_Job(0, tokens, 0, scored=len(before), path=path))
     pages = -(-(len(tokens) - 1) // self.shape.width)
     self._check_fits(pages, len(tokens))
     return self._send(_Job(0, tokens, pages, scored=len(before), best=best))
@@ -440,7 +475,11 @@ class Engine:
     """One turn; False at the end."""
     events, closing = self._exchange()
     for kind, what in events:
-      if kind == "new":
+      if kind == "new" and what.path is not None:
+        self._jobs[what.number] = what
+        pair = what.tokens[: what.scored].tolist(), what.tokens[what.scored :].tolist()
+        self._bounds += [(what, part) for part in parts(pair, self._scorers[what.path].size)]
+      elif kind == "new":
         self._jobs[what.number] = what
         what.digests = page_digests(what.tokens[: what.last], self.shape.width) if self._share else []
         what.started = time.perf_counter()
@@ -453,6 +492,9 @@ class Engine:
       for _ in range(_PIECES):
         if not self._read_pieces():
           break
+    if self._bounds:
+      with self._timed("bounds"):
+        self._find_bounds()
     if any(job is not None and job.progress is not None for job in self._rows):
       with self._timed("passes"):
         self._programs.take_passes(self._rows, self._table, 1 if self._tracing else self._passes)
@@ -519,7 +561,8 @@ class Engine:
     jobs = [self._next_to_read(group) for group in range(self.shape.shards)]
     if not any(jobs):
       return False
-    W, X = self.shape.width, self.shape.shards
+    W, X = next(self._piece_of(job) for job in jobs if job is not None), self.shape.shards
+    jobs = [job if job is not None and self._piece_of(job) == W else None for job in jobs]
     tokens, following = np.zeros((X, W), np.int32), np.zeros((X, W), np.int32)
     first, table = np.zeros(X, np.int32), np.full((X, self.shape.columns), SCRATCH, np.int32)
     scores, best = False, 1
@@ -535,8 +578,14 @@ class Engine:
     found = self._programs.read_piece(tokens, first, table, following if scores else None, best)
     for group, job in enumerate(jobs):
       if job is not None:
-        self._add_piece(job, None if found is None else [a[group] for a in found])
+        self._add_piece(job, W, None if found is None else [a[group] for a in found])
     return True
+
+  def _piece_of(self, job: _Job) -> int:
+    """Tokens of the next piece of a text: a page's, or fewer where less than half a page is left, whatever the other
+    texts are. With most probable tokens always a page's, for fewer programs."""
+    W, narrow = self.shape.width, self.shape.narrow
+    return narrow if job.best is None and job.last - job.read <= W // 2 else W
 
   def _next_to_read(self, group: int) -> _Job | None:
     """The text in this shard of which a piece is to be read; begins with the next that waits, if there is room."""
@@ -573,13 +622,13 @@ class Engine:
         handle.shared = job.read
     return job
 
-  def _add_piece(self, job: _Job, found: list[np.ndarray] | None) -> None:
-    if job.scored is not None and job.read + self.shape.width >= job.scored:
+  def _add_piece(self, job: _Job, size: int, found: list[np.ndarray] | None) -> None:
+    if job.scored is not None and job.read + size >= job.scored:
       job.found.append((job.read, *found))
     number = job.read // self.shape.width
     if number < len(job.digests):
       self._pools[job.group].share(job.pages[number], job.digests[number])
-    job.read += self.shape.width
+    job.read += size
 
   def _finish_reading(self, job: _Job) -> None:
     self._reading[job.group] = None
@@ -606,6 +655,17 @@ class Engine:
       choices = [TokenChoice(*choice) for choice in zip(tokens.tolist(), log_p.tolist(), best)]
       score = dataclasses.replace(score, choices=choices)
     self._end(job, score if job.generation is None else dataclasses.replace(job.generation, choices=score.choices))
+
+  def _find_bounds(self) -> None:
+    """Of some windows of texts that are scored on the path of the first."""
+    path = self._bounds[0][0].path
+    scorer, some = self._scorers[path], []
+    while self._bounds and len(some) < scorer.rows and self._bounds[0][0].path == path:
+      some.append(self._bounds.popleft())
+    for (job, _), bound in zip(some, scorer.score_windows([part for _, part in some])):
+      job.found.append(bound)
+      if len(job.found) * scorer.size >= len(job.tokens) - job.scored:
+        self._end(job, total(job.found))
 
   def _look(self) -> None:
     """Hands on what was committed, and ends texts that are done."""

@@ -166,11 +166,12 @@ class Programs:
   def _compile(self, reads: bool, scores: bool) -> None:
     """Runs each program once, on no row."""
     X, W, J, B = self._shape.shards, self._shape.width, self._shape.columns, self._shape.rows
-    piece = np.zeros((X, W), np.int32), np.zeros(X, np.int32), np.zeros((X, J), np.int32)
-    if reads:
-      self.read_piece(*piece, None, 1)
-    for best in (1, BEST) if scores else ():
-      self.read_piece(*piece, np.zeros((X, W), np.int32), best)
+    first, pages = np.zeros(X, np.int32), np.zeros((X, J), np.int32)
+    for size in dict.fromkeys((W, self._shape.narrow)) if reads else ():
+      piece = np.zeros((X, size), np.int32)
+      self.read_piece(piece, first, pages, None, 1)
+      for best in ((1, BEST) if size == W else (1,)) if scores else ():
+        self.read_piece(piece, first, pages, piece, best)
     nobody, table = np.zeros(B, bool), np.zeros((B, J), np.int32)
     for each, schedule in self._schedules.items():
       policy = self._drafts.get(each)

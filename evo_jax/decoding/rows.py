@@ -1,7 +1,7 @@
 """Rows of an engine on its devices: texts come and go in one decoding state, whose cache is in pages. Pure functions.
 
 All shapes are fixed, so that a text is the same whatever the other rows hold, bit for bit: a pass has all rows, prompts
-are read in pieces of one size that begin at its multiples, and attention goes over pages (`network.pages`).
+are read in pieces whose borders depend on its length alone, and attention goes over pages (`network.pages`).
 
 Letters in names: X shards of a batch, which have pages of their own, P pages, W positions of a page, and of a piece;
 the others as in `state`.
@@ -46,6 +46,11 @@ class Shape:
   def columns(self) -> int:
     """J, of a row's table."""
     return -(-self.capacity // self.width)
+
+  @property
+  def narrow(self) -> int:
+    """Tokens of the pieces in which the end of a text is read."""
+    return -(-self.width // 4)
 
 
 @flax.struct.dataclass
@@ -140,9 +145,9 @@ def read_piece(
 ) -> tuple[jax.Array, DecodingState]:
   """Hidden states (X, W, D) of a piece of a text in each shard, at positions first, first + 1, ...; and the state, with
   its keys and values in the pages that the table says. What stands behind a text's end means nothing."""
-  W, J = tokens_XxW.shape[1], table_XxJ.shape[1]
+  W, J, page = tokens_XxW.shape[1], table_XxJ.shape[1], state.k[0].shape[-1]
   position = first_X[:, None] + jnp.arange(W)
-  read = jnp.minimum(-(-(jnp.max(first_X) + W) // W), J)
+  read = jnp.minimum(-(-(jnp.max(first_X) + W) // page), J)
   past = tuple(Pages(k, v, table_XxJ, read) for k, v in zip(state.k, state.v))
   hidden, (k, v) = net.decode(past, first_X, W, net.embed_tokens(tokens_XxW), None, position, position + 1, None)
   return hidden, state.replace(k=k, v=v)

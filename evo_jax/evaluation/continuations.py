@@ -36,6 +36,29 @@ class Bound:
   greedy: bool
   passes: float
 
+  @property
+  def total(self) -> float:
+    """The bound on the log-likelihood in nats."""
+    return -self.nats
+
+
+def parts(pair: Pair, size: int) -> list[Pair]:
+  """A continuation in parts of `size` tokens, each behind those before it, whose bounds add up to its own."""
+  context, continuation = pair
+  starts = range(0, len(continuation), size)
+  return [((*context, *continuation[:start]), continuation[start : start + size]) for start in starts]
+
+
+def total(bounds: Sequence[Bound]) -> Bound:
+  """The bound of a continuation from those of its parts, whose noise is independent."""
+  errors = [bound.stderr for bound in bounds]
+  return Bound(
+    sum(bound.nats for bound in bounds),
+    None if None in errors else float(np.sqrt(np.sum(np.square(errors)))),
+    all(bound.greedy for bound in bounds),
+    sum(bound.passes for bound in bounds),
+  )
+
 
 class ContinuationScorer:
   """Bounds by one path. A pair's noise depends on the seed and the pair alone, whatever else is asked for.
@@ -43,26 +66,37 @@ class ContinuationScorer:
   In a run of several processes each makes it; number 0 calls it and then `close`, the others call `follow`.
   """
 
-  def __init__(self, run: Run, path: Path, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4):
-    """draws: of the noise. window: tokens of a window; 0: as in training. rows: pairs of a batch, at most. Raises
-    UserError for a path that does not exist, or that the model does not have."""
+  def __init__(
+    self, run: Run, path: Path, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4, length: int = 0
+  ):
+    """Prepares the model.
+
+    Args:
+      draws: of the noise.
+      window: tokens of a window; 0: as in training.
+      rows: pairs of a batch, at most.
+      length: tokens of the longest pair, to which all batches are filled up; 0: so far as each batch needs.
+
+    Raises UserError for a path that does not exist, or that the model does not have.
+    """
     config, mesh = run.config, run.mesh
     check_path(path, config)
     if config.diffusion_alone:
       raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
-    self.limit = config.model.position_limit
-    self._size = window or config.window.size
-    if not 0 < self._size < self.limit:
+    self.limit, self._length = min(length or config.model.position_limit, config.model.position_limit), length
+    self.size = window or config.window.size
+    if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
     self._run, self._mesh = run, mesh
     shards = sharding.batch_shards(mesh)
-    self._rows = -(-rows // shards) * shards
-    policies.check_policy(path, self._size, run.model.rows, config)
-    self._policy = policies.make_policy(path, self._size, config.paths.rolling_width, _PASSES)
+    self.rows = -(-rows // shards) * shards
+    policies.check_policy(path, self.size, run.model.rows, config)
+    self._policy = policies.make_policy(path, self.size, config.paths.rolling_width, _PASSES)
     self._program = self._make_program(seed, 1 if self._policy is None else draws)
+    self._compiled: dict[tuple, Any] = {}
 
   def _make_program(self, seed: int, draws: int):
-    config, size = self._run.config, self._size
+    config, size = self._run.config, self.size
     model = self._run.model.clone(layout=sharding.Layout.of(self._mesh))
 
     @functools.partial(jax.jit, static_argnames="windows", out_shardings=sharding.replicated(self._mesh))
@@ -92,16 +126,27 @@ class ContinuationScorer:
           f"{len(context)} tokens and {len(continuation)} to be scored: both must have some, and together at most "
           f"{self.limit}"
         )
-    windows = [1 << (-(-len(continuation) // self._size) - 1).bit_length() for _, continuation in pairs]
+    windows = [1 << (-(-len(continuation) // self.size) - 1).bit_length() for _, continuation in pairs]
     order = sorted(range(len(pairs)), key=lambda i: (-windows[i], -len(pairs[i][0]) - len(pairs[i][1])))
     for count, same in itertools.groupby(order, windows.__getitem__):
       shards = sharding.batch_shards(self._mesh)
-      rows = -(-max(self._rows * _FEW_WINDOWS // max(count, _FEW_WINDOWS), 1) // shards) * shards
+      rows = -(-max(self.rows * _FEW_WINDOWS // max(count, _FEW_WINDOWS), 1) // shards) * shards
       while numbers := list(itertools.islice(same, rows)):
         arrays = self._pack([pairs[i] for i in numbers], rows, count)
         self._send((arrays, count))
-        nats, greedy, passes = self._run_batch(arrays, count)
-        yield numbers, [_bound(nats[:, i], greedy[:, i], passes[:, i]) for i in range(len(numbers))]
+        found = self._run_batch(arrays, count)
+        yield numbers, [_bound(*(a[:, i] for a in found)) for i in range(len(numbers))]
+
+  def score_windows(self, pairs: Sequence[Pair]) -> list[Bound]:
+    """Bounds of at most `rows` pairs whose continuations are windows at most, by one program, compiled at the first
+    call. All processes call it with the same pairs."""
+    found = self._run_batch(self._pack(pairs, self.rows, 1), 1)
+    return [_bound(*(a[:, i] for a in found)) for i in range(len(pairs))]
+
+  @property
+  def compilations(self) -> int:
+    """Programs that were compiled so far."""
+    return len(self._compiled)
 
   def follow(self) -> None:
     """In a process that asks for nothing: returns when process 0 has called `close`."""
@@ -114,7 +159,8 @@ class ContinuationScorer:
 
   def _pack(self, pairs: list[Pair], B: int, windows: int) -> tuple[np.ndarray, ...]:
     """tokens (B, T), begin, end (B,) int32 and digest (B,) uint32 of a batch with so many windows."""
-    longest = max(len(context) + max(len(continuation), windows * self._size) for context, continuation in pairs)
+    longest = max(len(context) + max(len(continuation), windows * self.size) for context, continuation in pairs)
+    longest = max(longest, self._length + windows * self.size if self._length else 0)
     tokens = np.zeros((B, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
     begin, end, digest = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.uint32)
     for i, (context, continuation) in enumerate(pairs):
@@ -127,9 +173,11 @@ class ContinuationScorer:
   def _run_batch(self, arrays: tuple[np.ndarray, ...], windows: int) -> tuple[np.ndarray, ...]:
     rows = sharding.batch_sharding(self._mesh)
     placed = [jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index]) for x in arrays]
+    args = (self._run.params, self._run.statistics, *placed, self._policy)
     with jax.set_mesh(self._mesh):
-      found = self._program(self._run.params, self._run.statistics, *placed, self._policy, windows=windows)
-    return jax.device_get(found)
+      if (key := (placed[0].shape, windows)) not in self._compiled:
+        self._compiled[key] = self._program.lower(*args, windows=windows).compile()
+      return jax.device_get(self._compiled[key](*args))
 
   def _send(self, batch: Any) -> None:
     if jax.process_count() > 1:
