@@ -146,7 +146,7 @@ def measure(server: ServerProcess, name: str, body: dict[str, Any], questions: l
     asyncio.run(load(server.url, body, questions[:2], 1))
     rows = []
     for number in clients:
-      count = max(min(4 * number, len(questions)), min(8, len(questions)))
+      count = min(max(2 * number, 8), len(questions))
       rows.append({"way": name, **asyncio.run(load(server.url, body, questions[:count], number))})
       print(_line(rows[-1]), flush=True)
     return rows
