@@ -123,7 +123,7 @@ def in_transformers(source: str, run: run_lib.Run, rows: int) -> Callable[[Wante
 
 
 def measure_rates(run: run_lib.Run, requests: Wanted, rows: int, source: str) -> dict[str, Any]:
-  """Requests a second of every way, each of which wrote the requests once before."""
+  """Requests a second of every way, each of which wrote something before: the better of two turns."""
   ways = {f"engine, {mode}": with_engine(run, rows, mode) for mode in ("ar", "verify")}
   ways["batches"] = in_batches(run, rows)
   if source:
@@ -131,12 +131,16 @@ def measure_rates(run: run_lib.Run, requests: Wanted, rows: int, source: str) ->
   result = {"rows": rows, "requests": len(requests), "tokens": sum(tokens for _, tokens in requests), "ways": {}}
   for name, write in ways.items():
     write(requests[: min(len(requests), rows)] if name != "batches" else requests)  # compiles, warms up
-  for name, write in ways.items():
-    began = time.perf_counter()
-    counts = write(requests)
-    seconds = time.perf_counter() - began
-    result["ways"][name] = {"seconds": seconds, "requests_per_second": len(requests) / seconds, **counts}
-    print(f"{rows:>4} rows  {name:<16}{len(requests) / seconds:>8.3f} requests a second", flush=True)
+  turns: dict[str, list[float]] = {name: [] for name in ways}
+  for _ in range(2):
+    for name, write in ways.items():
+      began = time.perf_counter()
+      result["ways"][name] = write(requests)
+      turns[name].append(time.perf_counter() - began)
+  for name, seconds in turns.items():
+    rate = len(requests) / min(seconds)
+    result["ways"][name] |= {"seconds": seconds, "requests_per_second": rate}
+    print(f"{rows:>4} rows  {name:<16}{rate:>8.3f} requests a second", flush=True)
   for write in ways.values():
     getattr(write, "close", lambda: None)()
   write = with_engine(run, rows, "ar", measure=True)
