@@ -5,7 +5,7 @@
       --output=tokens
   python -m evo_jax.main --config=evo150m --workdir=runs/evo150m --config.data.path=tokens
 
-Its 10.5 billion tokens are about 43 GB of English text, and 21 GB as tokens, which take about an hour of one CPU.
+Its 10.5 billion tokens are about 43 GB of English text, and 21 GB as tokens, which take about two hours of one core.
 """
 
 from evo_jax import config as config_lib

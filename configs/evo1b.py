@@ -5,7 +5,7 @@
       --output=tokens
   python -m evo_jax.main --config=evo1b --workdir=runs/evo1b --config.data.path=tokens --config.mesh.fsdp=8
 
-Its 105 billion tokens are about 460 GB of English text, and 420 GB as tokens, which take about 9 hours of one CPU.
+Its 105 billion tokens are about 460 GB of English text, and 420 GB as tokens, which take about 18 hours of one core.
 """
 
 from evo_jax import config as config_lib
