@@ -239,15 +239,11 @@ class Engine:
     self._reads = not run.config.diffusion_alone
     self.scores = scores and self._reads
     capacity, width = self.context + Programs.room(run, settings), min(page, self.context)
-    whole = -(-capacity // width) * width  # pages of a text, in tokens
-    tokens = self._reads * (rows * whole if cache_tokens is None else cache_tokens)
-    pages = 1 + max(tokens // (shards * width), 1)
-    self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, **Programs.sizes(run, settings, traces))
+    pages, sizes = self._pages(rows, capacity, width, cache_tokens), Programs.sizes(run, settings, traces)
+    self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, **sizes)
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
-    self._scorers = {path: ContinuationScorer(run, path, draws, rows=_BOUNDS, length=self.context) for path in paths}
-    for scorer in self._scorers.values():
-      scorer.score_windows([((0,), (0,))])
+    self._scorers = {path: self._make_scorer(path, draws) for path in paths}
     self._jobs: dict[int, _Job] = {}
     self._bounds: deque[tuple[_Job, Pair]] = deque()  # what is left of texts that are scored on a path
     self._handles: dict[int, Any] = {}
@@ -257,14 +253,24 @@ class Engine:
     self._table = np.full((rows, self.shape.columns), SCRATCH, np.int32)
     self._news = threading.Condition()
     self._events: list[tuple] = []
-    self._numbers, self._closing, self._failure = 0, False, None
+    self._numbers, self.looks, self._closing, self._failure = 0, 0, False, None
     self._share, self._passes, self._measure = share, passes, measure
     self.seconds = {"prompts": 0.0, "bounds": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
-    self.looks = 0
     self._compiled_at_start = self._compilations
     self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
     self.ready = True
     self._thread.start()
+
+  def _pages(self, rows: int, capacity: int, width: int, cache_tokens: int | None) -> int:
+    """Pages of each shard, of which one is scratch; by default those of full rows."""
+    if cache_tokens is None:
+      cache_tokens = rows * -(-capacity // width) * width
+    return 1 + max(self._reads * cache_tokens // (self._device.row_multiple * width), 1)
+
+  def _make_scorer(self, path: Path, draws: int) -> ContinuationScorer:
+    scorer = ContinuationScorer(self.run, path, draws, rows=_BOUNDS, length=self.context)
+    scorer.score_windows([((0,), (0,))])  # compiles
+    return scorer
 
   def __enter__(self) -> "Engine":
     return self
