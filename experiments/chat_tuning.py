@@ -99,7 +99,7 @@ def hold_out(patterns: str, folder: Path) -> dict[str, str]:
   lines = []
   for _, found in files.find_sources(patterns, "--data", set()):
     for file in found:
-      lines += [line for line in Path(file).read_text().splitlines() if line.strip()]
+      lines += common.read_lines(file)
   folder.mkdir(parents=True, exist_ok=True)
   parts = {
     "train": [line for i, line in enumerate(lines) if i % _HELD_OUT != _HELD_OUT - 1],

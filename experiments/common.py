@@ -171,6 +171,11 @@ def _link(source: str, target: str) -> str:
   return shutil.copy2(source, target)
 
 
+def read_lines(file: str | Path) -> list[str]:
+  """The lines of a file that are not blank; str.splitlines would also cut JSON at characters like U+2028."""
+  return [line for line in Path(file).read_text().split("\n") if line.strip()]
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
   """The rows that training in a folder has logged."""
   return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

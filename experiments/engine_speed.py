@@ -23,7 +23,6 @@ from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import json
-from pathlib import Path
 import resource
 import time
 from typing import Any
@@ -52,7 +51,7 @@ Wanted = list[tuple[str, int]]  # prompts, and how many tokens each is to get
 def read_requests(path: str, run: run_lib.Run, count: int) -> Wanted:
   """The first messages of `count` conversations, and tokens of the first answers. Raises UserError."""
   try:
-    rows = [json.loads(line)["messages"] for line in Path(path).read_text().splitlines() if line.strip()]
+    rows = [json.loads(line)["messages"] for line in common.read_lines(path)]
     pairs = [(row[0]["content"], row[1]["content"]) for row in rows]
   except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
     raise UserError(f"--conversations={path}: {type(error).__name__}: {error}") from error

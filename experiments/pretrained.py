@@ -12,7 +12,6 @@ per second of greedy decoding at batch 1, in turns.
 import dataclasses
 import json
 import os
-from pathlib import Path
 import resource
 import statistics
 import subprocess
@@ -178,7 +177,7 @@ def read_sequences(corpus: corpora_lib.Corpus, count: int, length: int) -> np.nd
 
 def read_questions(path: str, count: int) -> list[str]:
   """The first messages of `count` conversations, evenly spread over a .jsonl file."""
-  lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+  lines = common.read_lines(path)
   picked = [lines[i] for i in np.linspace(0, len(lines) - 1, count).round().astype(int)]
   return [json.loads(line)["messages"][0]["content"] for line in picked]
 

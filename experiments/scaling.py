@@ -170,7 +170,7 @@ def read_items(folder: str, tasks: list[str], most: int) -> list[Item]:
   for task in tasks:
     file = Path(folder).expanduser() / task / "validation.jsonl"
     try:
-      lines = file.read_text().splitlines()[:most]
+      lines = common.read_lines(file)[:most]
       items += [Item(task, *TASKS[task](json.loads(line))) for line in lines]
     except OSError as error:
       raise UserError(f"--items={folder}: {file} cannot be read: {error.strerror}") from error

@@ -87,7 +87,7 @@ def serve_command(workdir: str, rows: int, modes: str, *more: str) -> list[str]:
 def read_questions(path: str) -> list[str]:
   """The first messages of conversations. Raises UserError."""
   try:
-    rows = [json.loads(line)["messages"][0]["content"] for line in Path(path).read_text().splitlines() if line.strip()]
+    rows = [json.loads(line)["messages"][0]["content"] for line in common.read_lines(path)]
   except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
     raise UserError(f"--conversations={path}: {type(error).__name__}: {error}") from error
   return [question for question in rows if len(question) <= _LONGEST]

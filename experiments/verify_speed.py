@@ -19,7 +19,6 @@ All texts are sampled, none is teacher-forced. Without --source transformers is 
 """
 
 import json
-from pathlib import Path
 import time
 from typing import Any
 
@@ -51,8 +50,7 @@ def read_kind(spec: str, every: int, count: int) -> tuple[str, list[str]]:
   if not name or not path:
     raise UserError(f"--kind={spec}: is not NAME:FILE[:FIELD[:INSTRUCTION]]")
   try:
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()][::every]
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in common.read_lines(path)[::every]]
     if field in ("", "messages"):
       prompts = [row["messages"][0]["content"] for row in rows]
     else:
