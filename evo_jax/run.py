@@ -44,6 +44,16 @@ class Run:
       return leaf.sharding.mesh
     return sharding.make_mesh(config_lib.Mesh(), list(leaf.devices()))
 
+  def on(self, mesh: jax.sharding.Mesh) -> "Run":
+    """The same model, laid out over a mesh by the rules of training. Raises UserError where a shape does not divide
+    the mesh."""
+    if mesh == self.mesh:
+      return self
+    init, tokens = self.model.clone(layout=sharding.Layout()).init, jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shardings = sharding.shardings(mesh, jax.eval_shape(init, jax.random.key(0), tokens)["params"])
+    statistics = jax.device_put(self.statistics, sharding.replicated(mesh))
+    return dataclasses.replace(self, params=jax.device_put(self.params, shardings), statistics=statistics)
+
   def in_conversation(self, system: str = "", date: datetime.datetime | None = None) -> "Run":
     """The model, to which a prompt is what a user says (`ChatTokenizer`). Raises UserError where the tokenizer has no
     usable template."""

@@ -5,7 +5,8 @@
 
 Each client asks one question after another, the first messages of conversations, and reads the streamed answer of
 --tokens tokens at most, greedily. `ar` and `verify` are modes of one server; transformers' has the same weights, which
-`python -m evo_jax.convert --workdir=runs/smollm2 --export=FOLDER` wrote, in float32. One server runs at a time.
+`python -m evo_jax.convert --workdir=runs/smollm2 --export=FOLDER` wrote, in float32, and answers one request after
+another, or, `continuous`, many at once (--continuous-batching). One server runs at a time.
 
 A server sends several tokens in one event, where it wrote them in one look, so two things are measured: `token`, the
 seconds from a request's first to its last event for each token but the first event's; and `gap`, the seconds between
@@ -178,9 +179,9 @@ def main() -> None:
   if args.source:
     command = [Path(sys.executable).with_name("transformers"), "serve", str(Path(args.source).resolve())]
     command += ["--device=cpu", "--dtype=float32", "--host=127.0.0.1"]
-    command += ["--continuous-batching"] if args.continuous_batching else []
     theirs = body | {"model": str(Path(args.source).resolve())}
-    rows += measure(ServerProcess(command, args.log), "transformers", theirs, questions, clients)
+    for name, more in (("transformers", ()), ("continuous", ("--continuous-batching",))):
+      rows += measure(ServerProcess([*command, *more], args.log), name, theirs, questions, clients)
   common.write_result(
     "serve_speed", {"rows": args.rows, "tokens": args.tokens, "rates": rows}, common.results_folder(args.output)
   )
@@ -196,7 +197,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("passes", 2, "Passes between looks of the server.", lower_bound=1)
   flags.DEFINE_integer("context", 512, "Tokens of the longest text.", lower_bound=1)
   flags.DEFINE_integer("tokens", 64, "Tokens of an answer at most.", lower_bound=2)
-  flags.DEFINE_bool("continuous_batching", False, "Ask transformers' server to batch (paged attention).")
   flags.DEFINE_string("log", "", "File for what the servers print.")
   flags.DEFINE_string("output", "", "Folder for the JSON; default: experiments/results.")
   cli.run(main)

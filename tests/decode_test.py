@@ -266,7 +266,7 @@ class Alternating(DraftPolicy):
     (Drafting(3, (3,), False), 5),
   )
 
-  def choose(self, rows):
+  def choose(self, rows, active):
     self.step = getattr(self, "step", -1) + 1
     return *self.PLANS[self.step % len(self.PLANS)], 0.0
 
@@ -369,49 +369,59 @@ def prefilled(rows, net):
 
 
 class World:
-  """A text of which drafts are accepted with given probabilities, on a machine with given seconds.
+  """Texts of which drafts are accepted with given probabilities, on a machine with given seconds.
 
-  base, slot: seconds of a pass and of each slot. windows, text: probabilities that the next token of a draft is
-  accepted. matches: share of rounds in which the last four tokens occurred before.
+  base, slot: seconds of a pass and of a slot of all texts. windows, text: probabilities that the next token of a draft
+  is accepted. matches: share of rounds in which a text's last four tokens occurred before.
   """
 
-  def __init__(self, base, slot, windows, text=0.0, matches=0.0):
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1):
     self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
-    self.random, self.tokens, self.seconds, self.pending = np.random.default_rng(0), 0, 0.0, (0, 0)
+    self.random, self.tokens, self.seconds = np.random.default_rng(0), 0, 0.0
+    self.pending = [(0, 0)] * texts
+    self.records = [no_record(settings.MAX_DRAFT)] * texts
 
   def step(self, policy):
     """A step as the policy wants it; the policy hears of it. Returns the drafting."""
-    drafting, rounds, least = policy.choose(1)
-    offered, taken, matched = (np.array(x) for x in policy.record)
-    counts, seconds = [0, 0], 0.0
+    texts = len(self.pending)
+    drafting, rounds, least = policy.choose(texts, texts)
+    counts, seconds, T = [0, 0], 0.0, drafting.tokens
     for _ in range(rounds):
-      (length, source), T = self.pending, drafting.tokens
-      drafted = bool(length) or drafting.always
-      accepts = self.random.random(min(length, T)) < self.acceptance[source > 0]
-      accepted = int(np.cumprod(accepts).sum())
-      offered, taken, matched = 0.99 * offered, 0.99 * taken, 0.95 * matched
-      offered[source, : min(accepted + 1, length, T)] += 1
-      taken[source, :accepted] += 1
-      match = MATCH * (self.random.random() < self.matches)
-      matched[match] += 0.05
-      window = accepted in (drafting.outcomes if drafted else drafting.outcomes and (0,))
-      expected = survival(offered, taken, T).sum(axis=1)
-      by_text = drafting.from_text and match and expected[match] > (expected[0] if window else least)
-      self.pending = (T, MATCH) if by_text else (T * window, 0)
+      drafted = any(length for length, _ in self.pending) or drafting.always
+      found = [self.round(i, drafting, drafted) for i in range(texts)]
+      promised = sum(gain for window, gain in found if not window)
+      joint = any(window for window, _ in found) or promised > least * texts
+      for i, (window, gain) in enumerate(found):
+        self.pending[i] = (T, MATCH) if joint and gain else (T * window, 0)
       counts[drafted] += 1
-      self.tokens += accepted + 1
       seconds += self.base + self.slot * drafting.rows(drafted)
     self.seconds += seconds
-    policy.add_step(drafting, 1, counts, seconds, 0.0, (offered, taken, matched))
+    policy.add_step(drafting, texts, counts, seconds, 0.0, tuple(np.mean(a, axis=0) for a in zip(*self.records)))
     return drafting
+
+  def round(self, i, drafting, drafted):
+    """A text's: whether a window drafts its next tokens; what drafts from the text promise, where they are better."""
+    (length, source), T, (offered, taken, matched) = self.pending[i], drafting.tokens, self.records[i]
+    accepts = self.random.random(min(length, T)) < self.acceptance[source > 0]
+    accepted = int(np.cumprod(accepts).sum())
+    offered, taken, matched = 0.99 * offered, 0.99 * taken, 0.95 * matched
+    offered[source, : min(accepted + 1, length, T)] += 1
+    taken[source, :accepted] += 1
+    match = MATCH * (self.random.random() < self.matches)
+    matched[match] += 0.05
+    self.records[i], self.tokens = (offered, taken, matched), self.tokens + accepted + 1
+    window = accepted in (drafting.outcomes if drafted else drafting.outcomes and (0,))
+    expected = survival(offered, taken, T).sum(axis=1)
+    by_text = drafting.from_text and match and expected[match] > expected[0] * window
+    return window, expected[match] * by_text
 
   def write(self, tokens=1000):
     """Tokens a second beside autoregression's, and the draftings of the second half of the steps."""
     drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
     policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True), []
-    while self.tokens < tokens:
+    while self.tokens < tokens * len(self.pending):
       used.append(self.step(policy))
-    return self.tokens / self.seconds * (self.base + self.slot), used[len(used) // 2 :]
+    return self.tokens / self.seconds * (self.base + self.slot) / len(self.pending), used[len(used) // 2 :]
 
 
 def test_drafts_follow_measured_speed():
@@ -428,6 +438,17 @@ def test_drafts_follow_measured_speed():
   assert speed > 2 and not any(d.outcomes for d in used)
   speed, used = World(16.5, 0.01, windows=0.8).write(2000)
   assert speed > 3.5 and np.mean([d.always and d.tokens >= 6 for d in used]) > 0.9
+
+
+def test_drafts_of_many_texts_are_worth_what_all_pay_for_them():
+  """A draft of one text costs a slot of all."""
+  for text, matches in ((0.3, 0.2), (0.6, 0.1), (0.05, 0.9)):
+    speed, _ = World(16.5, 20.0, windows=0.05, text=text, matches=matches, texts=16).write(200)
+    assert speed > 0.95
+  speed, _ = World(16.5, 2.2, windows=0.05, text=0.9, matches=0.9, texts=16).write(200)
+  assert speed > 2
+  speed, used = World(16.5, 1.0, windows=0.8, texts=16).write(200)
+  assert speed > 1.3 and all(d.outcomes for d in used)
 
 
 def test_caches_hold_the_clean_streams_keys_and_values():

@@ -338,11 +338,12 @@ def test_an_engine_over_a_mesh_writes_what_one_device_writes():
   with pytest.raises(UserError, match="rows=6: is no positive multiple of the 4 shards"):
     Engine(r, rows=6, mesh=mesh)
   modes = [Sampling(), Sampling(mode="verify", draft=3)]
-  with Engine(r, rows=8, modes=modes, page=16, mesh=mesh) as engine:
+  with Engine(r, rows=8, modes=modes, page=16, mesh=mesh, paths=["left:3"]) as engine:
     prompts = ["abcdefghijklmnopqrs" * (i % 3) + "abc"[: i % 4] for i in range(20)]
     asked = [dataclasses.replace(modes[i % 2], max_tokens=5 + i, endless=True) for i in range(20)]
     handles = [engine.submit(prompt, sampling, seed=i) for i, (prompt, sampling) in enumerate(zip(prompts, asked))]
     score = engine.score("abcdefghijklmnopqrs" * 2, "cde")
+    bound = engine.score("abcdefghijklmnopqrs" * 2, "cde", "left:3")
     longest = [Sampler(r, dataclasses.replace(m, max_tokens=24, endless=True), one_device()) for m in modes]
     for i, handle in enumerate(handles):  # a shorter text is the beginning of a longer one
       assert handle.result().text == longest[i % 2](prompts[i : i + 1], 1, i)[0].text[: 5 + i]
@@ -350,6 +351,8 @@ def test_an_engine_over_a_mesh_writes_what_one_device_writes():
   tokens = jnp.array([[0, *range(1, 20), *range(1, 20), 3, 4, 5]])
   log_p = jax.nn.log_softmax(r.model.apply({"params": r.params}, tokens[:, :-1])[0, ..., :V])
   np.testing.assert_allclose(score.log_p, log_p[[-3, -2, -1], [3, 4, 5]], atol=1e-5)
+  (alone,) = ContinuationScorer(r, "left:3", draws=4)([(tokens[0, :-3].tolist(), [3, 4, 5])])
+  assert bound.nats == pytest.approx(alone.nats, abs=1e-4) and bound.stderr == pytest.approx(alone.stderr, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 import dataclasses
 import itertools
+import math
 import time
 from typing import Any
 
@@ -146,7 +147,7 @@ def _summed(found: list[tuple[float, bool, float | None]], cut: bool) -> dict[st
   return {
     "log_p": float(sum(log_p for log_p, _, _ in found)),
     "greedy": all(greedy for _, greedy, _ in found),
-    "stderr": float(np.sqrt(np.sum(np.square(errors)))) if errors else None,
+    "stderr": math.hypot(*errors) if errors else None,
     "cut": cut,
   }
 

@@ -95,15 +95,15 @@ class DraftPolicy:
     """Says that the programs of all candidates are compiled for so many rows."""
     self._compiled |= {(rows, drafting) for drafting in self.candidates}
 
-  def choose(self, rows: int) -> tuple[Drafting, int, float]:
-    """The next step of a batch of so many rows: drafting, rounds and `least_accepted`."""
+  def choose(self, rows: int, active: int) -> tuple[Drafting, int, float]:
+    """The next step of a batch of so many rows, of which `active` are written: drafting, rounds, `least_accepted`."""
     if not self.adapts:
       return self._drafting, _ROUNDS, 0.0
     survive = survival(*self.record[:2], self.max_tokens)
     best, best_rate = None, 0.0
     for drafting in self._candidates:
       if patience := self._patience(drafting, rows):
-        forecast = self._forecast(drafting, self._times[rows], survive[:, : drafting.tokens])
+        forecast = self._forecast(drafting, self._times[rows], survive[:, : drafting.tokens], max(active, 1))
         if forecast.rate * patience > best_rate:
           best, best_rate = forecast, forecast.rate * patience
     self._current = best.drafting
@@ -146,15 +146,18 @@ class DraftPolicy:
       return 1.0 / _GAIN_TO_COMPILE
     return 0.0
 
-  def _forecast(self, drafting: Drafting, times: PassTimes, survive_xT: np.ndarray) -> Forecast:
+  def _forecast(self, drafting: Drafting, times: PassTimes, survive_xT: np.ndarray, active: int) -> Forecast:
     """Tokens a second of each row in the long run: rounds without and with a draft follow as a Markov chain.
+
+    A round has a draft for all rows if it has one for any, so that of many rows nearly all rounds have.
 
     survive_xT: (1 + MATCH, T), see `survival`.
     """
     plain, drafted = (times.seconds(drafting, drafting.rows(kind)) for kind in (False, True))
     least = drafted / plain - 1.0
     expected = survive_xT.sum(axis=1)
-    uses = self.record[2] * (expected > (expected[0] if drafting.outcomes else least)) * drafting.from_text
+    worth = expected[0] if drafting.outcomes else least if active == 1 else 0.0
+    uses = self.record[2] * (expected > worth) * drafting.from_text
     uses[0] = 0.0  # nothing matched
     by_text = float(uses.sum())
     share = (1.0 - by_text) if drafting.outcomes else 0.0
@@ -162,13 +165,27 @@ class DraftPolicy:
     if drafting.outcomes:
       outcome = np.append(1.0, reach) - np.append(reach, 0.0)  # probabilities of 0, ..., T accepted tokens
       follows = float(outcome[list(drafting.outcomes)].sum())
-      again = follows + (1.0 - follows) * by_text
-      share_drafted = 1.0 / (2.0 - again)  # a round without a draft always leaves one
+      again = follows + (1.0 - follows) * by_text  # of one row, that it has a draft after a round with drafts
+      any_again = 1.0 - (1.0 - again) ** active
+      share_drafted = 1.0 / (2.0 - any_again)  # a round without a draft always leaves one to all rows
+      rows_drafted = share_drafted * (1.0 - any_again + again)
     else:
-      share_drafted = by_text
-    tokens = 1.0 + share_drafted * float(reach.sum())
+      share_drafted, rows_drafted = _rounds_by_text(by_text, float(reach.sum()), least, active)
+    tokens = 1.0 + rows_drafted * float(reach.sum())
     seconds = share_drafted * drafted + (1.0 - share_drafted) * plain
     return Forecast(drafting, tokens / seconds, least)
+
+
+def _rounds_by_text(by_text: float, expected: float, least: float, active: int) -> tuple[float, float]:
+  """The share of rounds with drafts from the text, and of rows and rounds in which a row has one.
+
+  by_text: probability that a row's text has a draft, of which `expected` tokens are accepted. A round has drafts where
+  those of all rows together promise more than `least` tokens for each of the active ones.
+  """
+  k, p = np.arange(active + 1), min(max(by_text, 1e-9), 1.0 - 1e-9)
+  log_choose = np.concatenate([[0.0], np.cumsum(np.log((active + 1 - k[1:]) / k[1:]))])
+  binomial = np.exp(log_choose + k * np.log(p) + (active - k) * np.log1p(-p)) * (k * expected > least * active)
+  return float(binomial.sum()), float(binomial @ k) / active
 
 
 def _candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Drafting]:

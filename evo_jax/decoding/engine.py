@@ -268,7 +268,7 @@ class Engine:
     return 1 + max(self._reads * cache_tokens // (self._device.row_multiple * width), 1)
 
   def _make_scorer(self, path: Path, draws: int) -> ContinuationScorer:
-    scorer = ContinuationScorer(self.run, path, draws, rows=_BOUNDS, length=self.context)
+    scorer = ContinuationScorer(self.run.on(self._device.mesh), path, draws, rows=_BOUNDS, length=self.context)
     scorer.score_windows([((0,), (0,))])  # compiles
     return scorer
 

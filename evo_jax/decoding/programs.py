@@ -251,7 +251,9 @@ class Programs:
       if policy is None:
         self._pass(each, schedule, mine, table, passes)
         continue
-      drafting, rounds, least = policy.choose(self._shape.rows)
+      if policy.adapts:
+        self.wait()  # for prompts that are still read: their time is not the rounds'
+      drafting, rounds, least = policy.choose(self._shape.rows, len(numbers))
       start, compiled_before = time.perf_counter(), self._device.compile_seconds
       counts = self._pass(each, schedule, mine, table, min(rounds, passes), drafting, least)
       steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, start, compiled_before)

@@ -145,8 +145,9 @@ def verify_rounds(
 ) -> tuple[DecodingState, jax.Array]:
   """`rounds` rounds, fewer if all rows are done; and how many of them (2,) int32 had no draft, and had one.
 
-  least_accepted: float32, tokens that a draft from the text must be expected to give, for a round that would be without
-  a draft otherwise. Rounds of both kinds are inner loops, since the branches of a conditional would copy the KV cache.
+  least_accepted: float32, tokens that drafts from the text must be expected to give, in the mean over the rows that are
+  not done, for a round that would be without a draft otherwise: all rows pay for the slots of one. Rounds of both kinds
+  are inner loops, since the branches of a conditional would copy the KV cache.
   """
 
   def loop(drafted, condition, carry):
@@ -397,8 +398,10 @@ def _draft_next(state, drafting, window, least_accepted):
   if drafting.from_text:
     from_text, match = lookup.continuation(state.tokens, state.length, T)
     expected = jnp.sum(survival(record.offered, record.taken, T), axis=-1)
-    least = jnp.where(available, expected[:, 0], least_accepted)
-    takes = (match > 0) & (gather(expected, match[:, None])[:, 0] > least)
+    gain, active = gather(expected, match[:, None])[:, 0], ~state.done
+    takes = (match > 0) & (gain > jnp.where(available, expected[:, 0], 0.0))
+    promised = jnp.sum(gain, where=takes & active)
+    takes &= jnp.any(available & active) | (promised > least_accepted * jnp.sum(active))
     token = jnp.where(takes[:, None], from_text, token)
     source, pending = jnp.where(takes, match, 0), jnp.where(takes, T, pending)
     matched = (jnp.arange(1 + MATCH) == match[:, None]).astype(jnp.float32)

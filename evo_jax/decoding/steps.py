@@ -74,7 +74,7 @@ def adaptive_step(device: DeviceModel, batch: RunningBatch) -> None:
 def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
   """Some rounds, drafted as the policy says, which learns from them."""
   policy, rows = batch.drafts, len(batch.stopped)
-  drafting, rounds, least = policy.choose(rows)
+  drafting, rounds, least = policy.choose(rows, rows - int(batch.stopped.sum()))
   rounds = 1 if batch.traced else rounds
   start, compiled_before = time.perf_counter(), device.compile_seconds
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 import zlib
 
@@ -54,7 +55,7 @@ def total(bounds: Sequence[Bound]) -> Bound:
   errors = [bound.stderr for bound in bounds]
   return Bound(
     sum(bound.nats for bound in bounds),
-    None if None in errors else float(np.sqrt(np.sum(np.square(errors)))),
+    None if None in errors else math.hypot(*errors),
     all(bound.greedy for bound in bounds),
     sum(bound.passes for bound in bounds),
   )
