@@ -415,10 +415,15 @@ class World:
     by_text = drafting.from_text and match and expected[match] > expected[0] * window
     return window, expected[match] * by_text
 
-  def write(self, tokens=1000):
-    """Tokens a second beside autoregression's, and the draftings of the second half of the steps."""
+  def write(self, tokens=1000, timed=False):
+    """Tokens a second beside autoregression's, and the draftings of the second half of the steps. timed: all of few
+    draftings were timed before, as an engine does."""
     drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
-    policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True), []
+    policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True, few=timed), []
+    for each in policy.candidates if timed else ():
+      drafted = each.always
+      seconds = self.base + self.slot * each.rows(drafted)
+      policy.add_step(each, len(self.pending), (1 - drafted, int(drafted)), seconds, 0.0, policy.record)
     while self.tokens < tokens * len(self.pending):
       used.append(self.step(policy))
     return self.tokens / self.seconds * (self.base + self.slot) / len(self.pending), used[len(used) // 2 :]
@@ -449,6 +454,12 @@ def test_drafts_of_many_texts_are_worth_what_all_pay_for_them():
   assert speed > 2
   speed, used = World(16.5, 1.0, windows=0.8, texts=16).write(200)
   assert speed > 1.3 and all(d.outcomes for d in used)
+  speed, used = World(16.5, 20.0, windows=0.9, texts=16).write(40, timed=True)
+  assert speed > 0.999 and not any(d.outcomes for d in used)  # what cannot pay is not even tried
+  speed, used = World(16.5, 2.2, windows=0.6).write(200, timed=True)
+  assert speed > 1.1 and all(d.outcomes for d in used)
+  speed, used = World(16.5, 0.1, windows=0.6).write(200, timed=True)
+  assert speed > 1.5 and all(d.tokens == 3 for d in used)
 
 
 def test_caches_hold_the_clean_streams_keys_and_values():

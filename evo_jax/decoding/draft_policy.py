@@ -18,9 +18,10 @@ from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, sur
 _ROUNDS = 8  # between two looks of the host
 _PROBE_ROUNDS = 2  # where little is known of a source: a round with windows takes about two passes on a CPU
 _LITTLE = 4.0  # windows' drafts that were judged
+_HOPE = 0.8  # acceptance of windows that were not tried, where what they cost is known: else they look cheap
 _TEXT_LENGTHS = (4, 2, 8, 16)  # T of drafts from the text alone; the first where nothing is known
 _WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-_FEW_WINDOW_LENGTHS = (2, 4)
+_FEW_WINDOW_LENGTHS = (1, 3)  # of which one is nearly as good as the best of all, on a CPU and on accelerators
 _GAIN = 1.05  # that another compiled program must promise
 _GAIN_TO_COMPILE = 1.15
 _SLOT_SHARE = 0.1  # of a pass's seconds that a slot more of each row takes, where nothing was measured: a CPU's share
@@ -32,12 +33,14 @@ class PassTimes:
 
   def __init__(self):
     self._steps = deque(maxlen=_STEPS)  # (passes, slots, seconds)
+    self._last: dict[Drafting, tuple[int, int, float]] = {}  # of each program, also long ago
     self._factors = defaultdict(lambda: deque(maxlen=7))
     self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
 
   def add(self, program: Drafting, passes: int, slots: int, seconds: float) -> None:
     """A step of `passes` passes over `slots` slots altogether."""
     self._steps.append((passes, slots, seconds))
+    self._last[program] = self._steps[-1]
     self._base, self._slot = self._fit()
     self._factors[program].append(seconds / (passes * self._base + slots * self._slot))
 
@@ -48,7 +51,7 @@ class PassTimes:
 
   def _fit(self) -> tuple[float, float]:
     """Seconds of a pass and of a slot, by least squares of relative errors; a slot's share is drawn to the usual."""
-    passes, slots, seconds = np.array(self._steps).T
+    passes, slots, seconds = np.array([*self._steps, *self._last.values()]).T
     scale = np.median(passes / seconds)
     usual = 0.3 * scale * np.array([_SLOT_SHARE, -1.0])
     rows = np.concatenate([np.stack([passes, slots], 1) / seconds[:, None], usual[None]])
@@ -74,12 +77,13 @@ class DraftPolicy:
 
   def __init__(self, drafting: Drafting, adapts: bool, max_tokens: int, from_windows: bool, few: bool = False):
     """drafting: as given; where it is adapted, its other fields. max_tokens: T of the longest drafts. few: a choice
-    among few, whose programs can all be compiled beforehand."""
+    among few, whose programs can all be compiled and timed beforehand."""
     self._drafting, self.adapts, self.max_tokens = drafting, adapts, max_tokens
     if few:
       self._candidates = list(_few_candidates(drafting, _FEW_WINDOW_LENGTHS if from_windows else ()))
     else:
       self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
+    self._hopeful = few
     self._times = defaultdict(PassTimes)  # by rows of a batch
     self._compiled: set[tuple[int, Drafting]] = set()
     self._compile_seconds = self._seconds = 0.0
@@ -100,6 +104,8 @@ class DraftPolicy:
     if not self.adapts:
       return self._drafting, _ROUNDS, 0.0
     survive = survival(*self.record[:2], self.max_tokens)
+    if self._hopeful:
+      survive[0] = survival(*(counts[0] for counts in self.record[:2]), self.max_tokens, _HOPE)
     best, best_rate = None, 0.0
     for drafting in self._candidates:
       if patience := self._patience(drafting, rows):

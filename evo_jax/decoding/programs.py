@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.decoding import modes, speculative, steps
@@ -19,6 +20,7 @@ from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import LogitsProcessor, make_processor, ruled_out
 from evo_jax.decoding.modes import WindowSchedule
+from evo_jax.decoding.page_pool import SCRATCH
 from evo_jax.decoding.progress import Snapshot
 from evo_jax.decoding.prompts import Request, padded
 from evo_jax.decoding.settings import Sampling, check_sampling, shared_threshold
@@ -109,10 +111,10 @@ class Programs:
       "bias": np.zeros((B, _BIASES), np.float32),
     }
     with jax.set_mesh(device.mesh):
-      model = run.model.config
-      program = lambda net, statistics: rows_lib.empty(net, statistics, shape, model)
-      self._state = device.run(("empty",), program)
+      self._state = self._empty()
       self._compile(reads, scores)
+      if any(policy.adapts for policy in self._drafts.values()):
+        self._time_rounds()
 
   @staticmethod
   def sizes(run: Run, settings: Sequence[Settings], traces: bool = False) -> dict[str, Any]:
@@ -163,6 +165,10 @@ class Programs:
     if best is not None and (not 0 <= best <= BEST or settings.infill):
       raise UserError(f"best={best}: is not from 0 to {BEST}" if not settings.infill else "best: goes without infill")
 
+  def _empty(self):
+    program = lambda net, statistics: rows_lib.empty(net, statistics, self._shape, self._run.model.config)
+    return self._device.run(("empty",), program)
+
   def _compile(self, reads: bool, scores: bool) -> None:
     """Runs each program once, on no row."""
     X, W, J, B = self._shape.shards, self._shape.width, self._shape.columns, self._shape.rows
@@ -182,6 +188,27 @@ class Programs:
     empty = Request("", (), 1, 0, 0)
     self.insert(0, empty, 0, Settings(Sampling()), 0)
     self.snapshot(self._shape.traced)
+
+  def _time_rounds(self) -> None:
+    """Tells the policies what a round of each drafting takes when all rows are written, so that no text tries what
+    cannot pay. Afterwards the rows are empty again; their pages were scratch."""
+    B, shape = self._shape.rows, self._shape
+    everybody, table = np.ones(B, bool), np.full((B, shape.columns), SCRATCH, np.int32)
+
+    def begin(net, statistics, state):
+      return state.replace(done=jnp.zeros(B, bool), max_length=jnp.full(B, shape.capacity, jnp.int32))
+
+    for each, policy in self._drafts.items():
+      for drafting in policy.candidates if policy.adapts else ():
+        self._state = self._device.run(("begin",), begin, self._state)
+        self.wait()
+        start = time.perf_counter()
+        counts = self._pass(each, self._schedules[each], everybody, table, 1, drafting, np.inf)
+        counts = self._device.to_host(counts)
+        seconds = self._device.agree(time.perf_counter() - start)
+        policy.add_step(drafting, B, counts, float(seconds), 0.0, policy.record)
+    self._state = None  # frees it before there is another
+    self._state = self._empty()
 
   def read_piece(
     self, tokens: np.ndarray, first: np.ndarray, table: np.ndarray, following: np.ndarray | None, best: int

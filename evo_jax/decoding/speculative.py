@@ -121,14 +121,14 @@ def no_record(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return counts, counts, np.zeros(1 + MATCH, np.float32)
 
 
-def survival(offered: jax.Array, taken: jax.Array, tokens: int) -> jax.Array:
+def survival(offered: jax.Array, taken: jax.Array, tokens: int, prior: float = _PRIOR) -> jax.Array:
   """(..., T): probabilities that the first 1, 2, ... tokens of a draft are all accepted, by counts (..., >= T).
 
   Of what was counted little, a token is expected to be accepted as often as the one before it, and the first as often
-  as not. Arrays are numpy's or JAX's.
+  as `prior` says. Arrays are numpy's or JAX's.
   """
   xp = jnp if isinstance(taken, jax.Array) else np
-  acceptance, products = _PRIOR, []
+  acceptance, products = prior, []
   for i in range(tokens):
     acceptance = (taken[..., i] + acceptance) / (offered[..., i] + 1.0)
     products.append(acceptance * products[-1] if products else acceptance)
