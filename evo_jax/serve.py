@@ -27,6 +27,7 @@ from evo_jax.errors import UserError
 from evo_jax.run import Run, fingerprint, load_run
 
 _KEY = "EVO_JAX_API_KEY"
+_FEW_ROWS = 4
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
     cache_tokens=args.cache_tokens or None,
     infill=any(name in DEFAULT_PATH for name in names),
     passes=args.passes,
+    pass_rows=_pass_rows(args, mesh),
     traces=args.traces,
     mesh=mesh,
   )
@@ -98,6 +100,18 @@ def _sampling(mode: str, args: flags.FlagValues, run: Run) -> Sampling:
   )
 
 
+def _is_list_of_rows(values: list[str] | None) -> bool:
+  return all(value.isdecimal() and int(value) > 1 for value in values or ())
+
+
+def _pass_rows(args: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[int]:
+  """Rows of smaller passes: where nothing else is said, a few on a CPU, which does not compute many at once."""
+  if args.pass_rows is not None:
+    return [int(number) for number in args.pass_rows]
+  one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  return [_FEW_ROWS] if one_cpu and args.rows >= 2 * _FEW_ROWS else []
+
+
 def define_flags() -> None:
   default = Sampling()
   flags.DEFINE_string("workdir", "", "A run's work directory.")
@@ -117,6 +131,13 @@ def define_flags() -> None:
   flags.DEFINE_integer("window", 0, "Modes flow and adaptive: tokens of a window; 0: as in training.", lower_bound=0)
   flags.DEFINE_integer("rows", 8, "Texts that are written at once.", lower_bound=1)
   flags.DEFINE_integer("context", 0, "Tokens of the longest text; 0: 2048, or what the model reads.", lower_bound=0)
+  flags.DEFINE_list(
+    "pass_rows",
+    None,
+    "Comma-separated rows of smaller passes, compiled besides, for when fewer texts are written. Default: 4 on a CPU "
+    "with 8 rows or more, else none.",
+  )
+  flags.register_validator("pass_rows", _is_list_of_rows, "is no list of numbers from 2")
   flags.DEFINE_integer("cache_tokens", 0, "Tokens whose keys and values fit; 0: rows x context.", lower_bound=0)
   passes = "Passes of each mode between two looks: fewer bring text, and new requests, earlier; more are faster."
   flags.DEFINE_integer("passes", steps.PASSES, passes, lower_bound=1)

@@ -321,6 +321,8 @@ def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
   with engine:
     with pytest.raises(UserError, match="a text of 74 tokens needs room for 80; the cache has 64"):
       engine.submit("abc", Sampling(max_tokens=70))
+    with pytest.raises(UserError, match="seed=-3: is not from 0 to 4294967295"):
+      engine.submit("abc", Sampling(max_tokens=3), seed=-3)
     handles = [engine.submit("abc", Sampling(max_tokens=40, endless=True), number=i) for i in range(3)]
     assert len({handle.result().text for handle in handles}) == 3
     waiting = engine.submit("abc", Sampling(max_tokens=40, endless=True))
@@ -328,6 +330,27 @@ def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
     waiting.result()
   with pytest.raises(RuntimeError, match="the engine is closed"):
     engine.submit("abc", Sampling(max_tokens=3))
+
+
+def test_smaller_passes_write_the_same():
+  """Two texts at once, of one mode or two, and as many as there are rows."""
+  with pytest.raises(UserError, match="pass_rows=1: is not from 2 to 3"):
+    Engine(model(), rows=4, pass_rows=[1], mesh=one_device())
+  modes = [Sampling(), Sampling(mode="adaptive", threshold=0.3), Sampling(mode="verify")]
+  prompts = ["abcdefghijklmnopqrs" * (i % 2) + "abc"[: i % 4] for i in range(12)]
+  asked = [dataclasses.replace(modes[i % 3], max_tokens=12 + i, endless=True) for i in range(12)]
+  with Engine(
+    model(), rows=4, modes=modes, page=16, pass_rows=[2], scores=False, share=False, mesh=one_device()
+  ) as engine:
+    submit = lambda i: engine.submit(prompts[i], asked[i], seed=i)
+    together = [handle.result() for handle in [submit(i) for i in range(12)]]
+    pairs = [(i, i + (1 if i % 4 else 3)) for i in range(0, 9, 2)]
+    for pair in pairs:
+      for i, handle in [(i, submit(i)) for i in pair]:
+        found = handle.result()
+        assert plain(found) == plain(together[i])
+        assert found.rounds or found.settled == together[i].settled
+    assert engine.compilations == 0
 
 
 @pytest.mark.slow

@@ -241,6 +241,23 @@ def test_tokens_decode_to_the_text_before_a_stop_string(kind, pieces):
   assert stopped > 100 and (halves > 10 or kind == "chars27")
 
 
+def test_what_ended_a_text_is_told():
+  """An end token does, also behind half a character; a stop string, or the length, is none."""
+  raw = tokenizers.Bytes()
+
+  def end(tokens, *stop):
+    (request,) = prompts.make_requests([""], 1, False, Sampling(), raw, 100)
+    progress = Progress(request, raw, stop)
+    row = Snapshot(np.array([0, *tokens]), len(tokens) + 1, True, 9, np.arange(len(tokens) + 1))
+    progress.update(row, 1.0)
+    return progress.generation(row).end_id
+
+  text, (end_id, *_) = [b + 1 for b in b"abc"], raw.end_ids
+  assert end([*text, end_id]) == end([*text, 0xC3 + 1, end_id]) == end([end_id]) == end_id
+  assert end(text) is None and end([*text, 0xC3 + 1]) is None
+  assert end([*text, end_id], "c") is None and end([*text, end_id], "d") == end_id
+
+
 def test_half_a_character_at_the_end_is_left_out():
   raw = tokenizers.Bytes()
 

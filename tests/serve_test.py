@@ -333,6 +333,12 @@ def test_who_leaves_frees_the_rows(server):
     body = {"prompt": "the", "max_tokens": 100, "n": 6}
     server.http.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.05))
   server.until(lambda: server.metric("cancelled_total") == before + 2)
+  gone = server.metric("requests_total", status="499")
+  with socket.create_connection((server.http.base_url.host, server.http.base_url.port)) as client:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json"
+    client.sendall(f"{head}\r\nContent-Length: 100\r\n\r\n{{".encode())  # and no more of its body
+  server.until(lambda: server.metric("requests_total", status="499") == gone + 1)
+  assert server.metric("requests_total", status="500") == 0
   server.until(lambda: server.metric("running_texts") + server.metric("waiting_texts") == 0)
   assert server.metric("unfinished_texts") == 0 and server.metric("compilations") == 0
   assert server.metric("completion_tokens_total", mode="ar") > 100 and server.metric("accepted_tokens_total") >= 0

@@ -205,6 +205,7 @@ class Engine:
     draws: int = 4,
     share: bool = True,
     passes: int = steps.PASSES,
+    pass_rows: Sequence[int] = (),
     traces: bool = False,
     measure: bool = False,
     mesh: jax.sharding.Mesh | None = None,
@@ -224,6 +225,8 @@ class Engine:
       draws: of a bound's noise.
       share: whether texts share pages of prompts that begin alike.
       passes: of each mode, between two looks: fewer bring pieces, and new texts, earlier.
+      pass_rows: of smaller passes, each with programs of its own, which are taken while no more texts are written. On a
+        CPU they take less time, and give the same bits; elsewhere they may round otherwise.
       traces: whether texts may be traced; in modes with windows each pass then also finds the most probable tokens.
       measure: whether the thread waits for each program, so that `seconds` tells apart what takes time.
       mesh: rows and parameters are sharded over it by the rules of training; default: the one of the parameters.
@@ -232,15 +235,13 @@ class Engine:
     """
     self.run, self._device = run, DeviceModel(run, run.mesh if mesh is None else mesh)
     self.context = min(context or DEFAULT_CONTEXT, run.config.model.position_limit)
-    shards = self._device.row_multiple
-    if rows < 1 or rows % shards:
-      raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
+    shards, few = self._device.row_multiple, self._check_rows(rows, pass_rows)
     settings = _settings(modes, infill)
     self._reads = not run.config.diffusion_alone
     self.scores = scores and self._reads
     capacity, width = self.context + Programs.room(run, settings), min(page, self.context)
     pages, sizes = self._pages(rows, capacity, width, cache_tokens), Programs.sizes(run, settings, traces)
-    self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, **sizes)
+    self.shape = rows_lib.Shape(rows, capacity, shards, pages, width, few=few, **sizes)
     self._pools = [PagePool(self.shape.pages) for _ in range(shards)]
     self._programs = Programs(run, self._device, self.shape, settings, reads=self._reads, scores=self.scores)
     self._scorers = {path: self._make_scorer(path, draws) for path in paths}
@@ -258,8 +259,17 @@ class Engine:
     self.seconds = {"prompts": 0.0, "bounds": 0.0, "passes": 0.0, "host": 0.0}  # of the thread so far; see `measure`
     self._compiled_at_start = self._compilations
     self._thread = threading.Thread(target=self._work, name="evo_jax engine", daemon=True)
-    self.ready = True
     self._thread.start()
+
+  def _check_rows(self, rows: int, pass_rows: Sequence[int]) -> tuple[int, ...]:
+    """The rows of smaller passes, ascending. Raises UserError."""
+    shards = self._device.row_multiple
+    if rows < 1 or rows % shards:
+      raise UserError(f"rows={rows}: is no positive multiple of the {shards} shards that the mesh has for texts")
+    for few in pass_rows:
+      if not 1 < few < rows or self._device.mesh.size > 1:
+        raise UserError(f"pass_rows={few}: is not from 2 to {rows - 1}, or the mesh has several devices")
+    return tuple(sorted(set(pass_rows)))
 
   def _pages(self, rows: int, capacity: int, width: int, cache_tokens: int | None) -> int:
     """Pages of each shard, of which one is scratch; by default those of full rows."""
@@ -365,6 +375,9 @@ class Engine:
     settings = Settings(sampling, infill)
     tokenizer = tokenizer or self.run.tokenizer
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
+    for name, value in (("seed", seed), ("number", number)):
+      if not 0 <= value < 2**32:
+        raise UserError(f"{name}={value}: is not from 0 to {2**32 - 1}")
     if trace and not self.shape.traced:
       raise UserError("trace: the engine was made without traces")
     if isinstance(prompt, Request):

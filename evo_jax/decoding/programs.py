@@ -3,9 +3,10 @@
 A program decodes the rows of one mode; temperature, top-k, top-p, stop strings and the like are a row's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from typing import Any
@@ -181,10 +182,11 @@ class Programs:
     nobody, table = np.zeros(B, bool), np.zeros((B, J), np.int32)
     for each, schedule in self._schedules.items():
       policy = self._drafts.get(each)
-      for drafting in policy.candidates if policy else (None,):
-        self._pass(each, schedule, nobody, table, 1, drafting)
-      if policy:
-        policy.assume_compiled(B)
+      for index in self._indices():
+        for drafting in policy.candidates if policy else (None,):
+          self._pass(each, schedule, nobody, table, 1, index, drafting)
+        if policy:
+          policy.assume_compiled(B if index is None else len(index))
     empty = Request("", (), 1, 0, 0)
     self.insert(0, empty, 0, Settings(Sampling()), 0)
     self.snapshot(self._shape.traced)
@@ -193,20 +195,21 @@ class Programs:
     """Tells the policies what a round of each drafting takes when all rows are written, so that no text tries what
     cannot pay. Afterwards the rows are empty again; their pages were scratch."""
     B, shape = self._shape.rows, self._shape
-    everybody, table = np.ones(B, bool), np.full((B, shape.columns), SCRATCH, np.int32)
+    table = np.full((B, shape.columns), SCRATCH, np.int32)
 
     def begin(net, statistics, state):
       return state.replace(done=jnp.zeros(B, bool), max_length=jnp.full(B, shape.capacity, jnp.int32))
 
-    for each, policy in self._drafts.items():
+    for (each, policy), index in itertools.product(self._drafts.items(), self._indices()):
+      size = B if index is None else len(index)
       for drafting in policy.candidates if policy.adapts else ():
         self._state = self._device.run(("begin",), begin, self._state)
         self.wait()
         start = time.perf_counter()
-        counts = self._pass(each, self._schedules[each], everybody, table, 1, drafting, np.inf)
+        counts = self._pass(each, self._schedules[each], np.arange(B) < size, table, 1, index, drafting, np.inf)
         counts = self._device.to_host(counts)
         seconds = self._device.agree(time.perf_counter() - start)
-        policy.add_step(drafting, B, counts, float(seconds), 0.0, policy.record)
+        policy.add_step(drafting, size, counts, float(seconds), 0.0, policy.record)
     self._state = None  # frees it before there is another
     self._state = self._empty()
 
@@ -275,25 +278,39 @@ class Programs:
       schedule, policy = self._schedules[each], self._drafts.get(each)
       if threshold is not None:
         schedule = self._schedule_of(each[0], threshold)
+      index = self._index(numbers)
       if policy is None:
-        self._pass(each, schedule, mine, table, passes)
+        self._pass(each, schedule, mine, table, passes, index)
         continue
       if policy.adapts:
         self.wait()  # for prompts that are still read: their time is not the rounds'
-      drafting, rounds, least = policy.choose(self._shape.rows, len(numbers))
+      size = self._shape.rows if index is None else len(index)
+      drafting, rounds, least = policy.choose(size, len(numbers))
       start, compiled_before = time.perf_counter(), self._device.compile_seconds
-      counts = self._pass(each, schedule, mine, table, min(rounds, passes), drafting, least)
-      steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, start, compiled_before)
+      counts = self._pass(each, schedule, mine, table, min(rounds, passes), index, drafting, least)
+      steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, size, start, compiled_before)
 
-  def _pass(self, each, schedule, mine, table, passes, drafting=None, least=0.0):
-    """Some passes of the rows `mine`; of mode verify, counts of rounds."""
+  def _indices(self) -> Iterator[np.ndarray | None]:
+    """The rows of a pass of each size; None: all."""
+    yield from (np.arange(size, dtype=np.int32) for size in self._shape.few)
+    yield None
+
+  def _index(self, numbers: list[int]) -> np.ndarray | None:
+    """The rows of the smallest pass that has all these; None: all."""
+    size = next((size for size in self._shape.few if size >= len(numbers)), None)
+    if size is None:
+      return None
+    others = (row for row in range(self._shape.rows) if row not in numbers)
+    return np.array(sorted([*numbers, *itertools.islice(others, size - len(numbers))]), np.int32)
+
+  def _pass(self, each, schedule, mine, table, passes, index, drafting=None, least=0.0):
+    """Some passes of the rows `mine`, which are all among `index`; of mode verify, counts of rounds."""
     sampling, infill = each
     suppressed, ends = self._ruled_out[infill]
-    processor = LogitsProcessor(
-      **self._values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size
-    )
+    values = self._values if index is None else {name: value[index] for name, value in self._values.items()}
+    processor = LogitsProcessor(**values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size)
 
-    def program(net, statistics, state, mine, table, processor, schedule, passes, least):
+    def program(net, statistics, state, mine, table, index, processor, schedule, passes, least):
       def step(state):
         if sampling.mode == "verify":
           return speculative.verify_rounds(net, state, processor, drafting, passes, least)
@@ -305,9 +322,9 @@ class Programs:
           one = lambda state: modes.ar_pass(net, state, processor)
         return (modes.run_passes(one, state, passes),)
 
-      return rows_lib.take_passes(state, mine, table, step)
+      return rows_lib.take_passes(state, mine, table, index, step)
 
-    args = mine, table, processor, schedule, np.int32(passes), np.float32(least)
+    args = mine, table, index, processor, schedule, np.int32(passes), np.float32(least)
     self._state, *counts = self._device.run(("passes", *each, drafting), program, self._state, *args)
     return counts[0] if counts else None
 

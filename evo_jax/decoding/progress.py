@@ -157,7 +157,7 @@ class Progress:
   def generation(self, row: Snapshot) -> Generation:
     """The finished text."""
     text, tokens, committed = self._filled(row) if self._infill else self._written(row)
-    end = None if self._infill else self._end_id(row, tokens)
+    end = None if self._infill or self.stopped else self._end_id(row)
     counts = (row.accepted, row.rounds, row.drafted_rounds)
     counts = (None if count is None else int(count) for count in counts)
     return Generation(self._request.prompt, text, tokens, committed, int(row.passes), self.seconds, end, *counts)
@@ -177,11 +177,10 @@ class Progress:
     tokens, committed = self._cut(tokens, row.committed_pass[begin : begin + len(tokens)].tolist())
     return self._decode(tokens), tokens, committed
 
-  def _end_id(self, row: Snapshot, tokens: list[int]) -> int | None:
-    """The end token behind what was written, where `tokens` are all of that."""
-    end = self._request.prompt_end + len(tokens)
-    whole = written_tokens(self._request, row, self._end_ids) == tokens
-    return int(row.tokens[end]) if whole and end < row.length else None
+  def _end_id(self, row: Snapshot) -> int | None:
+    """The end token behind what was written, also where that ends with a part of a character."""
+    end = self._request.prompt_end + len(written_tokens(self._request, row, self._end_ids))
+    return int(row.tokens[end]) if end < row.length else None
 
   def _filled(self, row: Snapshot) -> tuple[str, list[int], list[int]]:
     """The whole text, and the gaps' tokens and their passes."""

@@ -28,7 +28,7 @@ class Shape:
   """Sizes of an engine. rows: B. capacity: C, positions of a row, with room for the slots of a pass. shards: X. pages:
   P. width: W. end_ids: of a text, at most. draft: tokens of the longest draft of mode verify; 0: there is none. window:
   of the modes with latents; 0: there are none. self_conditioning: whether such a window keeps its last context
-  logits. traced: whether the state keeps what traces show."""
+  logits. traced: whether the state keeps what traces show. few: rows of the smaller passes, ascending."""
 
   rows: int
   capacity: int
@@ -41,6 +41,7 @@ class Shape:
   window: int = 0
   self_conditioning: bool = False
   traced: bool = False
+  few: tuple[int, ...] = ()
 
   @property
   def columns(self) -> int:
@@ -127,17 +128,34 @@ def _select(mine_B, new, old):
   def pick(new, old):
     return jnp.where(mine_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-  bare = lambda state: state.replace(k=(), v=(), table=None)
-  return jax.tree.map(pick, bare(new), bare(old)).replace(k=new.k, v=new.v, table=old.table)
+  return jax.tree.map(pick, _bare(new), _bare(old)).replace(k=new.k, v=new.v, table=old.table)
+
+
+def _bare(state):
+  """The state without its cache: all that is left has an axis of rows."""
+  return state.replace(k=(), v=(), table=None)
 
 
 def take_passes(
-  state: DecodingState, mine_B: jax.Array, table_BxJ: jax.Array, step: Callable[[DecodingState], tuple]
+  state: DecodingState,
+  mine_B: jax.Array,
+  table_BxJ: jax.Array,
+  index_N: jax.Array | None,
+  step: Callable[[DecodingState], tuple],
 ) -> tuple:
-  """step(state), which gives a state and other results, of the rows `mine`; the others stay as they are."""
+  """step(state), which gives a state and other results, of the rows `mine`; the others stay as they are.
+
+  index: int32, different rows, all of `mine` among them, of which the state that `step` gets consists; None: all rows.
+  """
   state = state.replace(table=table_BxJ)
-  after, *rest = step(state.replace(done=state.done | ~mine_B))
-  return _select(mine_B, after, state), *rest
+  if index_N is None:
+    after, *rest = step(state.replace(done=state.done | ~mine_B))
+    return _select(mine_B, after, state), *rest
+  few = jax.tree.map(lambda a: a[index_N], _bare(state)).replace(k=state.k, v=state.v, table=table_BxJ[index_N])
+  after, *rest = step(few.replace(done=few.done | ~mine_B[index_N]))
+  after = _select(mine_B[index_N], after, few)
+  together = jax.tree.map(lambda all, some: all.at[index_N].set(some), _bare(state), _bare(after))
+  return together.replace(k=after.k, v=after.v, table=table_BxJ), *rest
 
 
 def read_piece(

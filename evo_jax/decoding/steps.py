@@ -82,7 +82,7 @@ def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
     return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
 
   batch.state, counts = _run(device, batch, ("verify", drafting), program, np.int32(rounds), np.float32(least))
-  learn_from_rounds(device, policy, drafting, batch.state, counts, np.ones(rows, bool), start, compiled_before)
+  learn_from_rounds(device, policy, drafting, batch.state, counts, np.ones(rows, bool), rows, start, compiled_before)
 
 
 def learn_from_rounds(
@@ -92,11 +92,12 @@ def learn_from_rounds(
   state: DecodingState,
   counts: jax.Array,
   mine_B: np.ndarray,
+  rows: int,
   start: float,
   compiled_before: float,
 ) -> None:
-  """Tells a policy that adapts what the rounds of the rows `mine` showed; counts: as of `verify_rounds`. start,
-  compiled_before: `time.perf_counter()` and the device's `compile_seconds` before them."""
+  """Tells a policy that adapts what the rounds of the rows `mine` showed. counts: as of `verify_rounds`. rows: of the
+  passes. start, compiled_before: `time.perf_counter()` and the device's `compile_seconds` before them."""
   if not policy.adapts:
     return
   record = state.draft.record
@@ -105,7 +106,7 @@ def learn_from_rounds(
   seconds, compiled = device.agree((time.perf_counter() - start - compiled, compiled))
   active = mine_B & ~done
   record = mean_record(*record, active if active.any() else mine_B)
-  policy.add_step(drafting, len(mine_B), counts, seconds, compiled, record)
+  policy.add_step(drafting, rows, counts, seconds, compiled, record)
 
 
 def flow_step(device: DeviceModel, batch: RunningBatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -46,7 +46,12 @@ def make_app(service: Service) -> Starlette:
       keyed("/tokenize", routes.tokenize, "POST"),
       keyed("/detokenize", routes.detokenize, "POST"),
     ],
-    exception_handlers={ApiError: _refuse, HTTPException: _refuse_route, Exception: _fail},
+    exception_handlers={
+      ApiError: _refuse,
+      HTTPException: _refuse_route,
+      ClientDisconnect: lambda request, error: Response(status_code=_GONE),
+      Exception: _fail,
+    },
   )
 
 
@@ -88,6 +93,9 @@ def _counted(service: Service, path: str, endpoint: Endpoint) -> Endpoint:
       return response
     except ApiError as error:
       status = error.status
+      raise
+    except ClientDisconnect:
+      status = _GONE
       raise
     finally:
       service.metrics.requests.labels(path, status).inc()
