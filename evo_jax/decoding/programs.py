@@ -186,7 +186,7 @@ class Programs:
         for drafting in policy.candidates if policy else (None,):
           self._pass(each, schedule, nobody, table, 1, index, drafting)
         if policy:
-          policy.assume_compiled(B if index is None else len(index))
+          policy.assume_compiled(self._size(index))
     empty = Request("", (), 1, 0, 0)
     self.insert(0, empty, 0, Settings(Sampling()), 0)
     self.snapshot(self._shape.traced)
@@ -201,7 +201,7 @@ class Programs:
       return state.replace(done=jnp.zeros(B, bool), max_length=jnp.full(B, shape.capacity, jnp.int32))
 
     for (each, policy), index in itertools.product(self._drafts.items(), self._indices()):
-      size = B if index is None else len(index)
+      size = self._size(index)
       for drafting in policy.candidates if policy.adapts else ():
         self._state = self._device.run(("begin",), begin, self._state)
         self.wait()
@@ -284,7 +284,7 @@ class Programs:
         continue
       if policy.adapts:
         self.wait()  # for prompts that are still read: their time is not the rounds'
-      size = self._shape.rows if index is None else len(index)
+      size = self._size(index)
       drafting, rounds, least = policy.choose(size, len(numbers))
       start, compiled_before = time.perf_counter(), self._device.compile_seconds
       counts = self._pass(each, schedule, mine, table, min(rounds, passes), index, drafting, least)
@@ -294,6 +294,9 @@ class Programs:
     """The rows of a pass of each size; None: all."""
     yield from (np.arange(size, dtype=np.int32) for size in self._shape.few)
     yield None
+
+  def _size(self, index: np.ndarray | None) -> int:
+    return self._shape.rows if index is None else len(index)
 
   def _index(self, numbers: list[int]) -> np.ndarray | None:
     """The rows of the smallest pass that has all these; None: all."""
