@@ -6,7 +6,8 @@
 Each client asks one question after another, the first messages of conversations, and reads the streamed answer of
 --tokens tokens at most, greedily. `ar` and `verify` are modes of one server; transformers' has the same weights, which
 `python -m evo_jax.convert --workdir=runs/smollm2 --export=FOLDER` wrote, in float32, and answers one request after
-another, or, `continuous`, many at once (--continuous-batching). One server runs at a time.
+another, or, `continuous`, many at once (--continuous-batching). For each number of clients all take their turns, so
+that what else the machine does meets them alike; the servers whose turn it is not are stopped meanwhile.
 
 A server sends several tokens in one event, where it wrote them in one look, so two things are measured: `token`, the
 seconds from a request's first to its last event for each token but the first event's; and `gap`, the seconds between
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import json
 from pathlib import Path
+import signal
 import socket
 import subprocess
 import sys
@@ -140,19 +142,31 @@ async def load(url: str, body: dict[str, Any], questions: list[str], clients: in
   }
 
 
-def measure(server: ServerProcess, name: str, body: dict[str, Any], questions: list[str], clients: list[int]) -> list:
-  """Every number of clients at a server that is ready; the first questions warm it up."""
+def measure(
+  ways: dict[str, tuple[list[str], dict[str, Any]]], questions: list[str], clients: list[int], log: str
+) -> list[dict[str, Any]]:
+  """Every number of clients at each server in turn; the first questions warm it up. ways: command, and what requests
+  have in common."""
+  servers: dict[str, ServerProcess] = {}
   try:
-    server.wait()
-    asyncio.run(load(server.url, body, questions[:2], 1))
+    for name, (command, body) in ways.items():  # one after another: ours takes the time of passes when it starts
+      servers[name] = server = ServerProcess(command, log)
+      server.wait()
+      asyncio.run(load(server.url, body, questions[:2], 1))
+      server.process.send_signal(signal.SIGSTOP)
     rows = []
     for number in clients:
       count = min(max(2 * number, 8), len(questions))
-      rows.append({"way": name, **asyncio.run(load(server.url, body, questions[:count], number))})
-      print(_line(rows[-1]), flush=True)
+      for name, (_, body) in ways.items():
+        servers[name].process.send_signal(signal.SIGCONT)
+        rows.append({"way": name, **asyncio.run(load(servers[name].url, body, questions[:count], number))})
+        servers[name].process.send_signal(signal.SIGSTOP)
+        print(_line(rows[-1]), flush=True)
     return rows
   finally:
-    server.stop()
+    for server in servers.values():
+      server.process.send_signal(signal.SIGCONT)
+      server.stop()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -163,25 +177,28 @@ def _line(row: dict[str, Any]) -> str:
   )
 
 
+def find_ways(args: flags.FlagValues, clients: list[int]) -> dict[str, tuple[list[str], dict[str, Any]]]:
+  """By name: a server's command, and what its requests have in common."""
+  body = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": args.tokens, "temperature": 0}
+  more = (f"--queue={max(clients)}", f"--passes={args.passes}", f"--context={args.context}", "--notraces")
+  ways = {mode: (serve_command(args.workdir, args.rows, mode, *more), body) for mode in args.modes.split(",")}
+  if args.source:
+    source = str(Path(args.source).resolve())
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", source]
+    command += ["--device=cpu", "--dtype=float32", "--host=127.0.0.1"]
+    for name, flag in (("transformers", []), ("continuous", ["--continuous-batching"])):
+      ways[name] = (command + flag, body | {"model": source})
+  return ways
+
+
 def main() -> None:
   args = flags.FLAGS
   if not args.workdir or not args.conversations:
     raise UserError("--workdir and --conversations are needed")
   clients, questions = [int(number) for number in args.clients.split(",")], read_questions(args.conversations)
-  body = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": args.tokens, "temperature": 0}
   head = f"{'way':<14}{'clients':>8}{'req/s':>10}{'tok/s':>10}"
   print(head + "".join(f"{name:>10}{'p99':>8}" for name in ("first s", "token s", "gap s")), flush=True)
-  rows = []
-  for mode in args.modes.split(","):
-    more = (f"--queue={max(clients)}", f"--passes={args.passes}", f"--context={args.context}", "--notraces")
-    server = ServerProcess(serve_command(args.workdir, args.rows, mode, *more), args.log)
-    rows += measure(server, mode, body, questions, clients)
-  if args.source:
-    command = [Path(sys.executable).with_name("transformers"), "serve", str(Path(args.source).resolve())]
-    command += ["--device=cpu", "--dtype=float32", "--host=127.0.0.1"]
-    theirs = body | {"model": str(Path(args.source).resolve())}
-    for name, more in (("transformers", ()), ("continuous", ("--continuous-batching",))):
-      rows += measure(ServerProcess([*command, *more], args.log), name, theirs, questions, clients)
+  rows = measure(find_ways(args, clients), questions, clients, args.log)
   common.write_result(
     "serve_speed", {"rows": args.rows, "tokens": args.tokens, "rates": rows}, common.results_folder(args.output)
   )

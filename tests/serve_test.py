@@ -671,7 +671,8 @@ def drive_browser(commands, answers, url):
     target = ask("Target.createTarget", url=url)["targetId"]
     session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     script = DRIVE.replace("KEY", json.dumps(KEY))
-    while ask("Runtime.evaluate", session, expression="document.readyState")["result"]["value"] != "complete":
+    loaded = f'document.readyState == "complete" && location.href.startsWith({json.dumps(url)})'
+    while not ask("Runtime.evaluate", session, expression=loaded)["result"]["value"]:
       time.sleep(0.05)
     done = ask("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)
     assert "exceptionDetails" not in done, done
