@@ -5,9 +5,11 @@ What needs lm-evaluation-harness is marked `extended`; sandbox_test.py has what 
 
 import dataclasses
 import functools
+import itertools
 import json
 import random
 import sys
+from unittest import mock
 
 from conftest import assert_refused, call, run
 from decode_test import one_device
@@ -20,7 +22,7 @@ from processes_test import assert_well, ends, processes
 import pytest
 
 from evo_jax.benchmarks import published, tasks
-from evo_jax.benchmarks.answers import Likelihoods, PathLikelihoods, Question, Texts, complete, parts
+from evo_jax.benchmarks.answers import Likelihoods, PathLikelihoods, Question, Texts, complete
 from evo_jax.benchmarks.kept import KeptAnswers
 from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt, windows
 from evo_jax.benchmarks.table import format_table, make_rows
@@ -28,7 +30,8 @@ from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
-from evo_jax.evaluation.continuations import ContinuationScorer
+from evo_jax.evaluation import continuations
+from evo_jax.evaluation.continuations import ContinuationScorer, parts
 from evo_jax.flow.bound import window_logits
 from evo_jax.flow.latents import Latent
 from evo_jax.flow.schedules import OwnPath
@@ -287,6 +290,24 @@ def test_a_bounds_noise_depends_on_the_pair_alone():
     noisy([([0] * 90, [1] * 7)])
   with pytest.raises(UserError, match="shared clock"):
     ContinuationScorer(model(), "learned:3")
+
+
+@pytest.mark.parametrize("path", ["diagonal:3", "ar"])
+def test_a_context_is_read_once(path):
+  """For all short continuations, and windows of long ones, whose noise does not depend on what is beside them."""
+  (context, long), (other, short) = random_pairs()[:2]
+  pairs = [(context, long), *((context, [i]) for i in range(2, 6)), (other, short), (context + long[:8], long[8:])]
+  wanted = scorer(path, draws=2)
+  alone = [wanted([pair])[0] for pair in pairs]
+  shared = dict(itertools.chain(*(zip(*batch) for batch in wanted.batches(pairs))))
+  with mock.patch.object(continuations, "_MOST_WINDOWS", 2):
+    apart = wanted(pairs)
+  for number, bound in enumerate(alone):
+    for again in (shared[number], apart[number]):
+      assert again.nats == pytest.approx(bound.nats, abs=1e-4) and again.passes == bound.passes
+      assert again.stderr == (bound.stderr and pytest.approx(bound.stderr, abs=1e-4))
+  numbers = [sorted(numbers) for numbers, _ in wanted.batches(pairs[:5])]
+  assert numbers == ([[0, 1, 2, 3, 4]] if path != "ar" else [[0], [1, 2, 3, 4]])  # ar reads what it scores
 
 
 def test_a_long_continuation_is_its_parts():

@@ -18,10 +18,9 @@ from evo_jax.data.tokenizers import continuing
 from evo_jax.decoding.engine import Engine, Score
 from evo_jax.decoding.programs import BEST
 from evo_jax.decoding.settings import Sampling
-from evo_jax.evaluation.continuations import ContinuationScorer, parts
+from evo_jax.evaluation.continuations import ContinuationScorer
 
 _IN_FLIGHT = 256  # requests that an engine has at once
-_PART = 512  # tokens of a continuation whose bound is found at once
 GAPS = (8, 16, 32)  # tokens of a gap whose text is written, of which the most probable is taken
 
 
@@ -131,10 +130,6 @@ class PathLikelihoods(Likelihoods):
   def __init__(self, scorer: ContinuationScorer, encoder: Encoder, kept: KeptAnswers, limit: int):
     self._scorer, self._encoder, self._kept = scorer, encoder, kept
     self.limit = min(limit, scorer.limit)
-
-  def _compute(self, asked):
-    """A long continuation in parts, each behind those before it, which is the same bound in less memory."""
-    return super()._compute([([part for pair in pairs for part in parts(pair, _PART)], cut) for pairs, cut in asked])
 
   def _score(self, pairs):
     for places, bounds in self._scorer.batches(pairs):

@@ -14,14 +14,15 @@ import numpy as np
 from evo_jax.errors import UserError
 from evo_jax.evaluation.paths import check_path
 from evo_jax.flow import policies
-from evo_jax.flow.bound import continuation_nll
+from evo_jax.flow.bound import TextWindows, needs_own_text, windows_nll
 from evo_jax.flow.schedules import Path
 from evo_jax.parallel import distributed, sharding
 from evo_jax.run import Run
 
 _LENGTH_MULTIPLE = 128  # lengths of batches are rounded up, so that few programs are compiled
 _PASSES = 64  # of a time grid; paths of fewer share compiled code
-_FEW_WINDOWS = 4  # of a pair; a batch of pairs with more has fewer pairs
+_FEW_WINDOWS = 4  # of a row; a batch of rows with more has fewer rows
+_MOST_WINDOWS = 64  # of a row
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -61,9 +62,28 @@ def total(bounds: Sequence[Bound]) -> Bound:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Window:
+  """A window of a pair's continuation. pair: number; ids: of the pair; start, end: the window's among them."""
+
+  pair: int
+  ids: tuple[int, ...]
+  start: int
+  end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """Windows that are told of by one reading of a text."""
+
+  text: tuple[int, ...]
+  windows: list[_Window]
+
+
 class ContinuationScorer:
   """Bounds by one path. A pair's noise depends on the seed and the pair alone, whatever else is asked for.
 
+  A context is read once for all continuations of at most a window that follow it, and for all windows of a long one.
   In a run of several processes each makes it; number 0 calls it and then `close`, the others call `follow`.
   """
 
@@ -75,7 +95,7 @@ class ContinuationScorer:
     Args:
       draws: of the noise.
       window: tokens of a window; 0: as in training.
-      rows: pairs of a batch, at most.
+      rows: readings of a batch, at most.
       length: tokens of the longest pair, to which all batches are filled up; 0: so far as each batch needs.
 
     Raises UserError for a path that does not exist, or that the model does not have.
@@ -97,16 +117,15 @@ class ContinuationScorer:
     self._compiled: dict[tuple, Any] = {}
 
   def _make_program(self, seed: int, draws: int):
-    config, size = self._run.config, self.size
+    config = self._run.config
     model = self._run.model.clone(layout=sharding.Layout.of(self._mesh))
 
-    @functools.partial(jax.jit, static_argnames="windows", out_shardings=sharding.replicated(self._mesh))
-    def program(params, statistics, tokens, begin, end, digest, policy, windows):
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))
+    def program(params, statistics, text, anchor, tokens, count, digest, policy):
       net, conditioned = model.bind({"params": params}), config.loss.self_conditioning > 0
-      keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(digest)
-      return continuation_nll(
-        net, statistics, tokens, begin, end, keys, policy, size, windows, draws, conditioned, config.loss.chunk
-      )
+      keys = jax.vmap(jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number)))(digest)
+      windows = TextWindows(anchor, tokens, count, keys)
+      return windows_nll(net, statistics, text, windows, policy, draws, conditioned, config.loss.chunk)
 
     return program
 
@@ -119,30 +138,71 @@ class ContinuationScorer:
     return found
 
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
-    """The same as it comes: numbers of some pairs of similar length, long ones first, and their bounds. Raises
-    UserError for a pair that is empty, or longer than the model can read."""
+    """The same as it comes: numbers of some pairs and their bounds, those of long rows first. Raises UserError for a
+    pair that is empty, or longer than the model can read."""
     for context, continuation in pairs:
       if not len(context) or not len(continuation) or len(context) + len(continuation) > self.limit:
         raise UserError(
           f"{len(context)} tokens and {len(continuation)} to be scored: both must have some, and together at most "
           f"{self.limit}"
         )
-    windows = [1 << (-(-len(continuation) // self.size) - 1).bit_length() for _, continuation in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: (-windows[i], -len(pairs[i][0]) - len(pairs[i][1])))
-    for count, same in itertools.groupby(order, windows.__getitem__):
-      shards = sharding.batch_shards(self._mesh)
-      rows = -(-max(self.rows * _FEW_WINDOWS // max(count, _FEW_WINDOWS), 1) // shards) * shards
-      while numbers := list(itertools.islice(same, rows)):
-        arrays = self._pack([pairs[i] for i in numbers], rows, count)
-        self._send((arrays, count))
-        found = self._run_batch(arrays, count)
-        yield numbers, [_bound(*(a[:, i] for a in found)) for i in range(len(numbers))]
+    left = [-(-len(continuation) // self.size) for _, continuation in pairs]
+    found: dict[int, list[np.ndarray]] = {}
+    for rows, count in self._batches_of_rows(pairs):
+      arrays = self._pack(rows, self._rows_of(count), count)
+      self._send(arrays)
+      results = self._run_batch(arrays)
+      done = []
+      for i, row in enumerate(rows):
+        for j, window in enumerate(row.windows):
+          found.setdefault(window.pair, []).append([a[:, i, j] for a in results])
+          left[window.pair] -= 1
+          if not left[window.pair]:
+            done.append(window.pair)
+      if done:
+        yield done, [_bound(found.pop(number)) for number in done]
+
+  def _batches_of_rows(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[_Row], int]]:
+    """Rows whose windows, filled up to a power of 2, and lengths are similar, large ones first; and that power."""
+    rows = self._share_rows([row for number, pair in enumerate(pairs) for row in self._rows(number, pair)])
+    counts = [1 << (len(row.windows) - 1).bit_length() for row in rows]
+    order = iter(sorted(range(len(rows)), key=lambda i: (-counts[i], -len(rows[i].text))))
+    for count, same in itertools.groupby(order, counts.__getitem__):
+      while some := list(itertools.islice(same, self._rows_of(count))):
+        yield [rows[i] for i in some], count
+
+  def _rows_of(self, windows: int) -> int:
+    """Rows of a batch, each of so many windows."""
+    shards = sharding.batch_shards(self._mesh)
+    return -(-max(self.rows * _FEW_WINDOWS // max(windows, _FEW_WINDOWS), 1) // shards) * shards
+
+  def _rows(self, number: int, pair: Pair) -> Iterator[_Row]:
+    """Rows of a pair alone, which have as few tokens as their windows allow."""
+    ids, first, reach = (*pair[0], *pair[1]), len(pair[0]), _MOST_WINDOWS * self.size
+    for begin in range(first, len(ids), reach):
+      starts = range(begin, min(begin + reach, len(ids)), self.size)
+      windows = [_Window(number, ids, start, min(start + self.size, len(ids))) for start in starts]
+      last = windows[-1]
+      yield _Row(ids[: last.end if needs_own_text(self._policy) else last.start], windows)
+
+  def _share_rows(self, rows: list[_Row]) -> list[_Row]:
+    """Without rows whose text another one continues, which gets their windows."""
+    shared: list[_Row] = []
+    for row in sorted(rows, key=lambda row: row.text, reverse=True):  # what continues a text comes before it
+      last = shared[-1] if shared else None
+      together = last is not None and len(last.windows) + len(row.windows) <= _MOST_WINDOWS
+      if together and last.text[: len(row.text)] == row.text:
+        last.windows.extend(row.windows)
+      else:
+        shared.append(row)
+    return shared
 
   def score_windows(self, pairs: Sequence[Pair]) -> list[Bound]:
     """Bounds of at most `rows` pairs whose continuations are windows at most, by one program, compiled at the first
     call. All processes call it with the same pairs."""
-    found = self._run_batch(self._pack(pairs, self.rows, 1), 1)
-    return [_bound(*(a[:, i] for a in found)) for i in range(len(pairs))]
+    rows = [row for number, pair in enumerate(pairs) for row in self._rows(number, pair)]
+    found = self._run_batch(self._pack(rows, self.rows, 1))
+    return [_bound([[a[:, i, 0] for a in found]]) for i in range(len(pairs))]
 
   @property
   def compilations(self) -> int:
@@ -152,32 +212,37 @@ class ContinuationScorer:
   def follow(self) -> None:
     """In a process that asks for nothing: returns when process 0 has called `close`."""
     while (batch := distributed.broadcast(None)) is not None:
-      self._run_batch(*batch)
+      self._run_batch(batch)
 
   def close(self) -> None:
     """Lets the other processes go."""
     self._send(None)
 
-  def _pack(self, pairs: list[Pair], B: int, windows: int) -> tuple[np.ndarray, ...]:
-    """tokens (B, T), begin, end (B,) int32 and digest (B,) uint32 of a batch with so many windows."""
-    longest = max(len(context) + max(len(continuation), windows * self.size) for context, continuation in pairs)
-    longest = max(longest, self._length + windows * self.size if self._length else 0)
-    tokens = np.zeros((B, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
-    begin, end, digest = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.uint32)
-    for i, (context, continuation) in enumerate(pairs):
-      ids = np.array([*context, *continuation], np.int32)
-      tokens[i, : len(ids)] = ids
-      begin[i], end[i] = len(context), len(ids)
-      digest[i] = zlib.crc32(ids.astype("<i4").tobytes(), len(context))
-    return tokens, begin, end, digest
+  def _pack(self, rows: Sequence[_Row], B: int, N: int) -> tuple[np.ndarray, ...]:
+    """Arrays of B rows with N windows each: text (B, T), anchor (B, N), tokens (B, N, W), count (B, N), int32, and
+    digest (B, N) uint32."""
+    longest = max(self._length, *(len(row.text) for row in rows))
+    if needs_own_text(self._policy):
+      longest += self.size
+    text = np.zeros((B, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
+    anchor, count, digest = np.zeros((B, N), np.int32), np.zeros((B, N), np.int32), np.zeros((B, N), np.uint32)
+    tokens = np.zeros((B, N, self.size), np.int32)
+    for i, row in enumerate(rows):
+      text[i, : len(row.text)] = row.text
+      for j, window in enumerate(row.windows):
+        ids = np.array(window.ids[: window.end], "<i4")
+        anchor[i, j], count[i, j] = window.start - 1, window.end - window.start
+        tokens[i, j, : count[i, j]] = ids[window.start :]
+        digest[i, j] = zlib.crc32(ids.tobytes(), window.start)
+    return text, anchor, tokens, count, digest
 
-  def _run_batch(self, arrays: tuple[np.ndarray, ...], windows: int) -> tuple[np.ndarray, ...]:
+  def _run_batch(self, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     rows = sharding.batch_sharding(self._mesh)
     placed = [jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index]) for x in arrays]
     args = (self._run.params, self._run.statistics, *placed, self._policy)
     with jax.set_mesh(self._mesh):
-      if (key := (placed[0].shape, windows)) not in self._compiled:
-        self._compiled[key] = self._program.lower(*args, windows=windows).compile()
+      if (key := (arrays[0].shape, arrays[1].shape)) not in self._compiled:
+        self._compiled[key] = self._program.lower(*args).compile()
       return jax.device_get(self._compiled[key](*args))
 
   def _send(self, batch: Any) -> None:
@@ -185,7 +250,9 @@ class ContinuationScorer:
       distributed.broadcast(batch)
 
 
-def _bound(nats: np.ndarray, greedy: np.ndarray, passes: np.ndarray) -> Bound:
-  n = len(nats)
-  stderr = float(np.std(nats, ddof=1, dtype=np.float64) / np.sqrt(n)) if n > 1 else None
-  return Bound(float(np.mean(nats, dtype=np.float64)), stderr, bool(greedy[0]), float(passes.mean()))
+def _bound(found: list[list[np.ndarray]]) -> Bound:
+  """Of a continuation, from what its windows have: nats, greedy and passes (draws,) each."""
+  nats, greedy, passes = (np.stack(arrays) for arrays in zip(*found))
+  nats, n = nats.sum(axis=0, dtype=np.float64), nats.shape[1]
+  stderr = float(np.std(nats, ddof=1) / np.sqrt(n)) if n > 1 else None
+  return Bound(float(nats.mean()), stderr, bool(greedy[:, 0].all()), float(passes.sum(axis=0).mean()))

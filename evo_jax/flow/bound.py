@@ -211,7 +211,7 @@ def path_nll(
 def _follow_path(
   field, codes_VxM, warp, token, policy, key, prior_logits, price=None, inside=None, finds_greedy=False
 ) -> _PathState:
-  """The end of a path, as of `path_nll`; `key` may be one for each of the leading axis."""
+  """The end of a path, as of `path_nll`; `key` may be one for each of the leading axes."""
   chex.assert_rank(codes_VxM, 2)
   chex.assert_type(token, int)
   dtype, uncertainty = codes_VxM.dtype, warp.entropy()[0]
@@ -254,8 +254,8 @@ def _follow_path(
 
 
 def _by_row(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """draw(key, shape); `key` may be one for each of the leading axis, so that rows do not depend on each other."""
-  return jax.vmap(lambda key: draw(key, shape[1:]))(key) if key.ndim else draw(key, shape)
+  """draw(key, shape); `key` may be one for each of the leading axes, so that rows do not depend on each other."""
+  return jax.vmap(lambda key: _by_row(draw, key, shape[1:]))(key) if key.ndim else draw(key, shape)
 
 
 def _draw_policy(net, policy, key, token, anchor_BxN, hidden, ar_nats) -> tuple[policies.Policy, jax.Array | float]:
@@ -391,54 +391,65 @@ def _window_field(net, cache, anchor_BxN, anchor_token_BxN, codes_VxM, log_unigr
   return field
 
 
-def continuation_nll(
+@flax.struct.dataclass
+class TextWindows:
+  """Windows (B, N) behind what is known of the texts of B rows, each of W tokens.
+
+  anchor_BxN: int32, positions of the known tokens before them; several may follow the same one. tokens_BxNxW: int32,
+  what stands there. count_BxN: int32, how many of the W tokens there are, from the first on; 0: it is no window. Where
+  a text ends inside a window, the rest is never known, as of one that is still to be written: nothing is told of the
+  text's length. key_BxN: one key each, so that the noise of one does not depend on the others.
+  """
+
+  anchor_BxN: jax.Array
+  tokens_BxNxW: jax.Array
+  count_BxN: jax.Array
+  key_BxN: jax.Array
+
+
+def needs_own_text(policy: policies.Policy | None) -> bool:
+  """Whether a window's NLL needs the window's tokens in its row's text, and so a row of its own."""
+  return policy is None or isinstance(policy, policies.LearnedClock)
+
+
+def windows_nll(
   net: Network,
   statistics: Statistics,
-  tokens_BxT: jax.Array,
-  begin_B: jax.Array,
-  end_B: jax.Array,
-  key_B: jax.Array,
+  text_BxT: jax.Array,
+  windows: TextWindows,
   policy: policies.Policy | None,
-  size: int,
-  windows: int,
   draws: int = 1,
   self_conditioned: bool = False,
   chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """NLL bounds in nats (draws, B) of what stands in sequences (B, T) from position `begin` (1 or more) to `end`, given
-  all before it; whether every token of it was the most probable when it became known, (draws, B) bool; and the passes
-  (draws, B) taken.
+  """NLL bounds in nats (draws, B, N) of windows, given each row's text up to the anchor; whether every token was the
+  most probable when it became known, (draws, B, N) bool; and the passes (draws, B, N) taken.
 
-  policy: None for autoregression, without noise (draws = 1), whose second result means nothing; else `windows` windows
-  of `size` tokens follow the context, each read after the clean text before it. Of a window that reaches over the end,
-  the rest is never known, as of a text that is still to be written: nothing is told of the continuation's length.
-  begin + windows * size must be at most T. key_B: one key a row, so that a row's noise does not depend on the others.
-  self_conditioned, chunk: as of `sequence_nll`.
+  A row's text is read once, whatever number of windows follow parts of it. It reaches to the last anchor at least, and
+  to the windows' ends where `needs_own_text`. policy: None for autoregression, without noise (draws = 1), whose second
+  result means nothing. self_conditioned, chunk: as of `sequence_nll`.
   """
-  B, T = tokens_BxT.shape
-  hidden, cache = net.clean(tokens_BxT[:, :-1])
+  anchor, token = windows.anchor_BxN, windows.tokens_BxNxW
+  inside = jnp.arange(token.shape[-1]) < windows.count_BxN[..., None]
+  hidden, cache = net.clean(text_BxT)
+  ar_nats = token_nll(net, hidden[:, :-1], text_BxT, chunk) if needs_own_text(policy) else None
   if policy is None:
-    position = jnp.arange(1, T)
-    counted = (position >= begin_B[:, None]) & (position < end_B[:, None])
-    nats = jnp.sum(jnp.where(counted, token_nll(net, hidden, tokens_BxT, chunk), 0.0), axis=1)
-    return nats[None], jnp.zeros((1, B), bool), (end_B - begin_B)[None]
-  anchor_BxN = begin_B[:, None] - 1 + size * jnp.arange(windows)
-  inside = anchor_BxN[..., None] + 1 + jnp.arange(size) < end_B[:, None, None]
-  slots = gather_windows(tokens_BxT, anchor_BxN, size)
-  token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
-  field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
-  ar_nats = token_nll(net, hidden, tokens_BxT, chunk) if isinstance(policy, policies.LearnedClock) else None
+    place = jnp.minimum(anchor[..., None] + jnp.arange(token.shape[-1]), ar_nats.shape[1] - 1)
+    nats = jnp.take_along_axis(ar_nats[:, None], place, axis=2)
+    nats = jnp.sum(jnp.where(inside, nats, 0.0), axis=2)
+    return nats[None], jnp.zeros((1, *anchor.shape), bool), windows.count_BxN[None]
+  anchor_token = jnp.take_along_axis(text_BxT, anchor, axis=1)
+  codes, prior = net.codes(), statistics.log_unigram_V
+  field = _window_field(net, cache, anchor, anchor_token, codes, prior)
+  fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
 
-  def draw(key_B):
-    key_B, start_B = (jax.vmap(jax.random.fold_in, (0, None))(key_B, i) for i in (0, 1))
-    drawn, kl = _draw_policy(net, policy, start_B, token, anchor_BxN, hidden, ar_nats)
+  def draw(number):
+    key = fold_in(windows.key_BxN, number)
+    key, start_key = fold_in(key, 0), fold_in(key, 1)
+    drawn, kl = _draw_policy(net, policy, start_key, token, anchor, hidden[:, :-1], ar_nats)
     prior_logits = prior if self_conditioned else None
-    end = _follow_path(
-      field, codes, statistics.warp, token, drawn, key_B, prior_logits, inside=inside, finds_greedy=True
-    )
-    nats = jnp.sum(jnp.where(inside, end.nats + kl, 0.0), axis=(1, 2))
-    return nats, jnp.all(end.greedy | ~inside, axis=(1, 2)), jnp.sum(end.passes, axis=1)
+    end = _follow_path(field, codes, statistics.warp, token, drawn, key, prior_logits, inside=inside, finds_greedy=True)
+    nats = jnp.sum(jnp.where(inside, end.nats + kl, 0.0), axis=2)
+    return nats, jnp.all(end.greedy | ~inside, axis=2), end.passes
 
-  number = jnp.arange(draws)
-  keys = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(key_B, i))(number)
-  return jax.lax.map(draw, keys)
+  return jax.lax.map(draw, jnp.arange(draws))
