@@ -15,7 +15,7 @@ call `follow`.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 import concurrent.futures
 import contextlib
@@ -45,7 +45,8 @@ from evo_jax.run import Run
 
 WIDTH = 64  # positions of a page
 DEFAULT_CONTEXT = 2048
-_BOUNDS = 4  # windows of continuations, whose bounds on a path are found at once
+_BOUNDS = 4  # windows of a continuation, whose bounds on a path are found at once
+_PARTS = (4, 1)  # of the context: texts that are scored on a path are filled up to the shortest that holds them
 _PIECES = 8  # of prompts, that are read between passes at most
 _OF_VERIFY = ("accepted", "rounds", "drafted_rounds", "draft_tokens", "draft_pending")  # fields of a snapshot
 _HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for news
@@ -278,8 +279,10 @@ class Engine:
     return 1 + max(self._reads * cache_tokens // (self._device.row_multiple * width), 1)
 
   def _make_scorer(self, path: Path, draws: int) -> ContinuationScorer:
-    scorer = ContinuationScorer(self.run.on(self._device.mesh), path, draws, rows=_BOUNDS, length=self.context)
-    scorer.score_windows([((0,), (0,))])  # compiles
+    lengths = [-(-self.context // part) for part in _PARTS]
+    scorer = ContinuationScorer(self.run.on(self._device.mesh), path, draws, rows=1, lengths=lengths)
+    for length in lengths:
+      scorer.score_together([([0] * (length - 1), [0])], _BOUNDS)  # compiles
     return scorer
 
   def __enter__(self) -> "Engine":
@@ -676,12 +679,17 @@ class Engine:
     self._end(job, score if job.generation is None else dataclasses.replace(job.generation, choices=score.choices))
 
   def _find_bounds(self) -> None:
-    """Of some windows of texts that are scored on the path of the first."""
+    """Of some windows of texts that are scored on the path of the first, whose text is read once for them."""
     path = self._bounds[0][0].path
-    scorer, some = self._scorers[path], []
-    while self._bounds and len(some) < scorer.rows and self._bounds[0][0].path == path:
+    scorer, some, taken = self._scorers[path], [], Counter()
+    while self._bounds:
+      job, _ = self._bounds[0]
+      full = len(taken) == scorer.rows if job.number not in taken else taken[job.number] == _BOUNDS
+      if job.path != path or full:
+        break
+      taken[job.number] += 1
       some.append(self._bounds.popleft())
-    for (job, _), bound in zip(some, scorer.score_windows([part for _, part in some])):
+    for (job, _), bound in zip(some, scorer.score_together([part for _, part in some], _BOUNDS)):
       job.found.append(bound)
       if len(job.found) * scorer.size >= len(job.tokens) - job.scored:
         self._end(job, total(job.found))

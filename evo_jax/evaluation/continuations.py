@@ -88,7 +88,14 @@ class ContinuationScorer:
   """
 
   def __init__(
-    self, run: Run, path: Path, draws: int = 1, seed: int = 0, window: int = 0, rows: int = 4, length: int = 0
+    self,
+    run: Run,
+    path: Path,
+    draws: int = 1,
+    seed: int = 0,
+    window: int = 0,
+    rows: int = 4,
+    lengths: Sequence[int] = (),
   ):
     """Prepares the model.
 
@@ -96,7 +103,8 @@ class ContinuationScorer:
       draws: of the noise.
       window: tokens of a window; 0: as in training.
       rows: readings of a batch, at most.
-      length: tokens of the longest pair, to which all batches are filled up; 0: so far as each batch needs.
+      lengths: tokens to which batches are filled up, ascending, the last those of the longest pair; none: so far as
+        each batch needs.
 
     Raises UserError for a path that does not exist, or that the model does not have.
     """
@@ -104,7 +112,7 @@ class ContinuationScorer:
     check_path(path, config)
     if config.diffusion_alone:
       raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
-    self.limit, self._length = min(length or config.model.position_limit, config.model.position_limit), length
+    self.limit, self._lengths = min([*lengths[-1:], config.model.position_limit]), lengths
     self.size = window or config.window.size
     if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
@@ -153,12 +161,11 @@ class ContinuationScorer:
       self._send(arrays)
       results = self._run_batch(arrays)
       done = []
-      for i, row in enumerate(rows):
-        for j, window in enumerate(row.windows):
-          found.setdefault(window.pair, []).append([a[:, i, j] for a in results])
-          left[window.pair] -= 1
-          if not left[window.pair]:
-            done.append(window.pair)
+      for number, part in _by_pair(rows, results):
+        found.setdefault(number, []).append(part)
+        left[number] -= 1
+        if not left[number]:
+          done.append(number)
       if done:
         yield done, [_bound(found.pop(number)) for number in done]
 
@@ -197,12 +204,15 @@ class ContinuationScorer:
         shared.append(row)
     return shared
 
-  def score_windows(self, pairs: Sequence[Pair]) -> list[Bound]:
-    """Bounds of at most `rows` pairs whose continuations are windows at most, by one program, compiled at the first
-    call. All processes call it with the same pairs."""
-    rows = [row for number, pair in enumerate(pairs) for row in self._rows(number, pair)]
-    found = self._run_batch(self._pack(rows, self.rows, 1))
-    return [_bound([[a[:, i, 0] for a in found]]) for i in range(len(pairs))]
+  def score_together(self, pairs: Sequence[Pair], windows: int) -> list[Bound]:
+    """Bounds of pairs which at most `rows` readings tell of, each of them of so many windows at most, by one program
+    for each of the `lengths`, compiled at the first call. All processes call it with the same pairs."""
+    rows = self._share_rows([row for number, pair in enumerate(pairs) for row in self._rows(number, pair)])
+    results = self._run_batch(self._pack(rows, self.rows, windows))
+    found: list[list] = [[] for _ in pairs]
+    for number, part in _by_pair(rows, results):
+      found[number].append(part)
+    return [_bound(parts) for parts in found]
 
   @property
   def compilations(self) -> int:
@@ -221,10 +231,11 @@ class ContinuationScorer:
   def _pack(self, rows: Sequence[_Row], B: int, N: int) -> tuple[np.ndarray, ...]:
     """Arrays of B rows with N windows each: text (B, T), anchor (B, N), tokens (B, N, W), count (B, N), int32, and
     digest (B, N) uint32."""
-    longest = max(self._length, *(len(row.text) for row in rows))
+    longest = max(len(row.text) for row in rows)
+    length = next((length for length in self._lengths if length >= longest), longest)
     if needs_own_text(self._policy):
-      longest += self.size
-    text = np.zeros((B, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
+      length += self.size
+    text = np.zeros((B, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
     anchor, count, digest = np.zeros((B, N), np.int32), np.zeros((B, N), np.int32), np.zeros((B, N), np.uint32)
     tokens = np.zeros((B, N, self.size), np.int32)
     for i, row in enumerate(rows):
@@ -248,6 +259,13 @@ class ContinuationScorer:
   def _send(self, batch: Any) -> None:
     if jax.process_count() > 1:
       distributed.broadcast(batch)
+
+
+def _by_pair(rows: list[_Row], results: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
+  """Numbers of pairs, and what a window of theirs has: nats, greedy and passes (draws,) each."""
+  for i, row in enumerate(rows):
+    for j, window in enumerate(row.windows):
+      yield window.pair, [a[:, i, j] for a in results]
 
 
 def _bound(found: list[list[np.ndarray]]) -> Bound:
