@@ -367,6 +367,8 @@ def test_an_engine_over_a_mesh_writes_what_one_device_writes():
     handles = [engine.submit(prompt, sampling, seed=i) for i, (prompt, sampling) in enumerate(zip(prompts, asked))]
     score = engine.score("abcdefghijklmnopqrs" * 2, "cde")
     bound = engine.score("abcdefghijklmnopqrs" * 2, "cde", "left:3")
+    same = [engine.submit_score("ab", "abcdefghijklmnopqrs" * 2, path="left:3") for _ in range(4)]  # rows of one text
+    assert [future.result().nats for future in same] == pytest.approx([same[0].result().nats] * 4, abs=1e-4)
     longest = [Sampler(r, dataclasses.replace(m, max_tokens=24, endless=True), one_device()) for m in modes]
     for i, handle in enumerate(handles):  # a shorter text is the beginning of a longer one
       assert handle.result().text == longest[i % 2](prompts[i : i + 1], 1, i)[0].text[: 5 + i]

@@ -15,7 +15,7 @@ call `follow`.
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 import concurrent.futures
 import contextlib
@@ -282,7 +282,7 @@ class Engine:
     lengths = [-(-self.context // part) for part in _PARTS]
     scorer = ContinuationScorer(self.run.on(self._device.mesh), path, draws, rows=1, lengths=lengths)
     for length in lengths:
-      scorer.score_together([([0] * (length - 1), [0])], _BOUNDS)  # compiles
+      scorer.score_windows([([0] * (length - 1), [0])], _BOUNDS)  # compiles
     return scorer
 
   def __enter__(self) -> "Engine":
@@ -500,7 +500,7 @@ class Engine:
       if kind == "new" and what.path is not None:
         self._jobs[what.number] = what
         pair = what.tokens[: what.scored].tolist(), what.tokens[what.scored :].tolist()
-        self._bounds += [(what, part) for part in parts(pair, self._scorers[what.path].size)]
+        self._bounds += [(what, part) for part in parts(pair, _BOUNDS * self._scorers[what.path].size)]
       elif kind == "new":
         self._jobs[what.number] = what
         what.digests = page_digests(what.tokens[: what.last], self.shape.width) if self._share else []
@@ -679,18 +679,13 @@ class Engine:
     self._end(job, score if job.generation is None else dataclasses.replace(job.generation, choices=score.choices))
 
   def _find_bounds(self) -> None:
-    """Of some windows of texts that are scored on the path of the first, whose text is read once for them."""
+    """Of some windows of texts that are scored on the path of the first, each text read once for them."""
     path = self._bounds[0][0].path
-    scorer, some, taken = self._scorers[path], [], Counter()
-    while self._bounds:
-      job, _ = self._bounds[0]
-      full = len(taken) == scorer.rows if job.number not in taken else taken[job.number] == _BOUNDS
-      if job.path != path or full:
-        break
-      taken[job.number] += 1
+    scorer, some = self._scorers[path], []
+    while self._bounds and len(some) < scorer.rows and self._bounds[0][0].path == path:
       some.append(self._bounds.popleft())
-    for (job, _), bound in zip(some, scorer.score_together([part for _, part in some], _BOUNDS)):
-      job.found.append(bound)
+    for (job, _), bounds in zip(some, scorer.score_windows([part for _, part in some], _BOUNDS)):
+      job.found += bounds
       if len(job.found) * scorer.size >= len(job.tokens) - job.scored:
         self._end(job, total(job.found))
 

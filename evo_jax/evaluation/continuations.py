@@ -154,7 +154,6 @@ class ContinuationScorer:
           f"{len(context)} tokens and {len(continuation)} to be scored: both must have some, and together at most "
           f"{self.limit}"
         )
-    left = [-(-len(continuation) // self.size) for _, continuation in pairs]
     found: dict[int, list[np.ndarray]] = {}
     for rows, count in self._batches_of_rows(pairs):
       arrays = self._pack(rows, self._rows_of(count), count)
@@ -163,8 +162,7 @@ class ContinuationScorer:
       done = []
       for number, part in _by_pair(rows, results):
         found.setdefault(number, []).append(part)
-        left[number] -= 1
-        if not left[number]:
+        if len(found[number]) * self.size >= len(pairs[number][1]):
           done.append(number)
       if done:
         yield done, [_bound(found.pop(number)) for number in done]
@@ -173,7 +171,7 @@ class ContinuationScorer:
     """Rows whose windows, filled up to a power of 2, and lengths are similar, large ones first; and that power."""
     rows = self._share_rows([row for number, pair in enumerate(pairs) for row in self._rows(number, pair)])
     counts = [1 << (len(row.windows) - 1).bit_length() for row in rows]
-    order = iter(sorted(range(len(rows)), key=lambda i: (-counts[i], -len(rows[i].text))))
+    order = sorted(range(len(rows)), key=lambda i: (-counts[i], -len(rows[i].text)))
     for count, same in itertools.groupby(order, counts.__getitem__):
       while some := list(itertools.islice(same, self._rows_of(count))):
         yield [rows[i] for i in some], count
@@ -204,15 +202,14 @@ class ContinuationScorer:
         shared.append(row)
     return shared
 
-  def score_together(self, pairs: Sequence[Pair], windows: int) -> list[Bound]:
-    """Bounds of pairs which at most `rows` readings tell of, each of them of so many windows at most, by one program
-    for each of the `lengths`, compiled at the first call. All processes call it with the same pairs."""
-    rows = self._share_rows([row for number, pair in enumerate(pairs) for row in self._rows(number, pair)])
-    results = self._run_batch(self._pack(rows, self.rows, windows))
-    found: list[list] = [[] for _ in pairs]
-    for number, part in _by_pair(rows, results):
-      found[number].append(part)
-    return [_bound(parts) for parts in found]
+  def score_windows(self, pairs: Sequence[Pair], windows: int) -> list[list[Bound]]:
+    """Bounds of each window of at most `rows` pairs, each of so many windows at most, by a reading for each pair: one
+    program for each of the `lengths`, compiled at the first call. All processes call it with the same pairs."""
+    rows = [row for number, pair in enumerate(pairs) for row in self._rows(number, pair)]
+    found: list[list[Bound]] = [[] for _ in pairs]
+    for number, part in _by_pair(rows, self._run_batch(self._pack(rows, self.rows, windows))):
+      found[number].append(_bound([part]))
+    return found
 
   @property
   def compilations(self) -> int:
