@@ -6,7 +6,7 @@
 Each client asks one question after another, the first messages of conversations, and reads the streamed answer of
 --tokens tokens at most, greedily. `ar` and `verify` are modes of one server; transformers' has the same weights, which
 `python -m evo_jax.convert --workdir=runs/smollm2 --export=FOLDER` wrote, in float32, and answers one request after
-another, or, `continuous`, many at once (--continuous-batching). For each number of clients all take their turns, so
+another, or, `continuous`, many at once (--continuous-batching). For each number of clients all take several turns, so
 that what else the machine does meets them alike; the servers whose turn it is not are stopped meanwhile.
 
 A server sends several tokens in one event, where it wrote them in one look, so two things are measured: `token`, the
@@ -113,8 +113,10 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]
   return {"seconds": time.perf_counter() - began, "times": times, "text": text, "tokens": tokens or len(times)}
 
 
-async def load(url: str, body: dict[str, Any], questions: list[str], clients: int) -> dict[str, Any]:
-  """`clients` clients, which ask all questions together."""
+async def load(
+  url: str, body: dict[str, Any], questions: list[str], clients: int
+) -> tuple[float, list[dict[str, Any]]]:
+  """`clients` clients, which ask all questions together: the seconds that it took, and the answers."""
   left, answers = iter(questions), []
   limits = httpx.Limits(max_connections=clients)
   async with httpx.AsyncClient(base_url=url, timeout=3600, limits=limits) as client:
@@ -125,16 +127,24 @@ async def load(url: str, body: dict[str, Any], questions: list[str], clients: in
 
     began = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(clients)))
-    seconds = time.perf_counter() - began
+    return time.perf_counter() - began, answers
+
+
+def summarize(name: str, clients: int, turns: list[tuple[float, list[dict[str, Any]]]]) -> dict[str, Any]:
+  """Rates and times over all turns of a way."""
+  answers = [answer for _, of_turn in turns for answer in of_turn]
+  seconds = sum(seconds for seconds, _ in turns)
   with_text = [a for a in answers if a["times"]]
   spread = lambda values: {"median": float(np.median(values)), "p99": float(np.quantile(values, 0.99))}
   each = [(a["times"][-1] - a["times"][0]) / max(a["tokens"] - 1, 1) for a in with_text if len(a["times"]) > 1]
   gaps = [gap for a in with_text for gap in np.diff(a["times"]).tolist()]
   return {
+    "way": name,
     "clients": clients,
     "requests": len(answers),
     "seconds": seconds,
     "requests_per_second": len(answers) / seconds,
+    "requests_per_second_by_turn": [len(of_turn) / seconds for seconds, of_turn in turns],
     "tokens_per_second": sum(a["tokens"] for a in answers) / seconds,
     "first": spread([a["times"][0] for a in with_text]) if with_text else None,
     "token": spread(each) if each else None,
@@ -142,10 +152,18 @@ async def load(url: str, body: dict[str, Any], questions: list[str], clients: in
   }
 
 
+def split_turns(questions: list[str], clients: int) -> list[list[str]]:
+  """What is asked in each turn: two questions a client, or one where clients are many; in at least two turns, and as
+  many as a dozen questions need."""
+  size = min(2 * clients, max(clients, 32))
+  count = min(max(2, 12 // size), max(len(questions) // size, 1))
+  return [questions[i * size : (i + 1) * size] for i in range(count)]
+
+
 def measure(
   ways: dict[str, tuple[list[str], dict[str, Any]]], questions: list[str], clients: list[int], log: str
 ) -> list[dict[str, Any]]:
-  """Every number of clients at each server in turn; the first questions warm it up. ways: command, and what requests
+  """Every number of clients at each server, in turns; the first questions warm it up. ways: command, and what requests
   have in common."""
   servers: dict[str, ServerProcess] = {}
   try:
@@ -156,11 +174,14 @@ def measure(
       server.process.send_signal(signal.SIGSTOP)
     rows = []
     for number in clients:
-      count = min(max(2 * number, 8), len(questions))
-      for name, (_, body) in ways.items():
-        servers[name].process.send_signal(signal.SIGCONT)
-        rows.append({"way": name, **asyncio.run(load(servers[name].url, body, questions[:count], number))})
-        servers[name].process.send_signal(signal.SIGSTOP)
+      turns = {name: [] for name in ways}
+      for of_turn in split_turns(questions, number):
+        for name, (_, body) in ways.items():
+          servers[name].process.send_signal(signal.SIGCONT)
+          turns[name].append(asyncio.run(load(servers[name].url, body, of_turn, number)))
+          servers[name].process.send_signal(signal.SIGSTOP)
+      for name in ways:
+        rows.append(summarize(name, number, turns[name]))
         print(_line(rows[-1]), flush=True)
     return rows
   finally:

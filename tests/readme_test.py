@@ -106,6 +106,17 @@ def test_links_lead_to_files_and_headings(name):
         assert anchor in anchors, (name, path, anchor)
 
 
+@pytest.mark.parametrize("name", [*FILES, "experiments/README.md"])
+def test_rows_of_tables_have_the_cells_of_their_headings(name):
+  text = re.sub(r"^```.*?^```$", "", (pathlib.Path(ROOT) / name).read_text(), flags=re.M | re.S)
+  text = re.sub(r"`[^`\n]*`", "code", text)  # a bar in code separates no cells
+  for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+    heading, rule, *rows = table.splitlines()
+    assert rows and re.fullmatch(r"\|(-+\|)+", rule), (name, heading)
+    for row in (rule, *rows):
+      assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", heading)), (name, row)
+
+
 @pytest.mark.extended
 def test_long_commands(tmp_path):
   """In a fresh clone and a fresh environment, which they make; all but the tests themselves and plans of pods."""
