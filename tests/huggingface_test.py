@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import pathlib
+import pickle
 import shutil
 import sys
 
@@ -126,6 +127,20 @@ def test_special_tokens_in_text_are_text(name):
       assert id_ not in ids or (name == "unigram" and token == "<unk>")  # which has no token for some characters
       assert name == "unigram" or not set(ids) & set(tokenizers.special_ids(tokenizer))
       assert name == "unigram" or tokenizer.decode(ids).strip() == text.strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_process_gets_the_same_tokenizer(name):
+  tokenizer = load(name)
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  numbers = " ".join(f"({id_} {id_}, {id_})" for id_ in tokenizer.special.values())
+  for text in (numbers, *tokenizer.special, *TEXTS):
+    for begins in (True, False):
+      assert copy.encode(text, begins).tolist() == tokenizer.encode(text, begins).tolist(), text
+    assert [ids.tolist() for ids in copy.encode_documents([text])[:1]] == [
+      ids.tolist() for ids in tokenizer.encode_documents([text])[:1]
+    ]
+  assert name == "unigram" or not set(copy.encode(numbers).tolist()) & set(tokenizer.special.values())
 
 
 def test_a_special_token_that_merges_could_make_is_text(tmp_path):

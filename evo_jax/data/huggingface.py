@@ -88,7 +88,6 @@ class HuggingFace:
     self._pieces = _pieces(specification, vocabulary, self.special)
     self._around = {token["content"]: (token["lstrip"], token["rstrip"]) for token in specification["added_tokens"]}
     self._specification = _protected(specification, self.special)
-    self._tokenizer = self._load(self._specification)
     self._kept: dict[str, bool] = {}  # by character, what `_keeps` found
     self._prefixed = self._decode(self._ids(self._tokenizer, "a")).startswith(" ")
     digest = hashlib.sha256(self._files["tokenizer.json"])
@@ -226,6 +225,14 @@ class HuggingFace:
     tokenizer = self._from_json(json.dumps(specification).encode())
     tokenizer.encode_special_tokens = True  # "as text"
     return tokenizer
+
+  def __getstate__(self) -> dict[str, Any]:
+    """For another process, which loads the library's tokenizers anew: pickled ones match special tokens in text."""
+    return {name: value for name, value in self.__dict__.items() if name not in ("_tokenizer", "_unprefixed")}
+
+  @functools.cached_property
+  def _tokenizer(self):
+    return self._load(self._specification)
 
   @functools.cached_property
   def _unprefixed(self):

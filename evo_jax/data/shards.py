@@ -46,8 +46,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 RECORD = 1024  # tokens
 _WAITING = 256  # records that are written at a time
-VERSION = 2  # of the format of text; 1 had no marks, and cannot be read
-CHAT_VERSION = 3  # of that of conversations
+VERSION = 4  # of the format of text; 1 had no marks, and cannot be read
+CHAT_VERSION = 5  # of that of conversations
+# The same format, but processes that prepared it took numbers of special tokens in text for these tokens, if they had a
+# tokenizer of Hugging Face, as conversations always have.
+_OLDER_VERSION = 2
 CHAT_FLAGS = {"": (), "answers": ("--chat",), "last": ("--chat", "--last_answer")}  # of evo_jax.prepare, by data.chat
 
 
@@ -163,7 +166,8 @@ def read_manifest(path: str) -> Manifest:
     raise UserError(f"{folder.shown(MANIFEST)}: there is none; python -m evo_jax.prepare writes it") from error
   try:
     values = json.loads(raw)
-    if values["version"] not in (VERSION, CHAT_VERSION):
+    older = values["version"] == _OLDER_VERSION and values["tokenizer"] != "huggingface"
+    if not older and values["version"] not in (VERSION, CHAT_VERSION):
       raise UserError(
         f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {VERSION} or {CHAT_VERSION}: "
         "prepare the text again, into another folder (python -m evo_jax.prepare)"
