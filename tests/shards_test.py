@@ -121,7 +121,7 @@ def test_a_file_appears_when_it_is_complete(folder):
     (None, "there is none"),
     (b"{", "is damaged"),
     (b"[]", "is damaged"),
-    (b'{"version": 1}', "version 1 of the format, not 4 or 5: prepare the text again"),
+    (b'{"version": 1}', "version 1 of the format, not 2: prepare the text again"),
   ],
 )
 def test_manifests_that_cannot_be_read_are_named(folder, content, message):

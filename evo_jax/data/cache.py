@@ -30,7 +30,8 @@ def prepared(job: Job, tokenizer: Tokenizer, tokenizer_name: str, fields: Mappin
   """
   plan = make_plan(job, tokenizer.binary, str(_root()), fields)
   identity = f"{tokenizer_name} {tokenizer.identity} {template_identity(tokenizer)}"
-  digest = hashlib.sha256(f"{_VERSION} {shards.VERSION} {job} {identity}".encode())
+  version = shards.version_of(tokenizer_name, job.chat)
+  digest = hashlib.sha256(f"{_VERSION} {version} {job} {identity}".encode())
   for group in plan.groups:
     digest.update(os.fsencode("\n".join([group.name, group.rule, *group.versions()])))
   key = digest.hexdigest()[:32]

@@ -89,7 +89,8 @@ def _complete(folder: Folder, flags: dict[str, Any], plan: Plan) -> shards.Manif
 
 def _begin(folder: Folder, flags: dict[str, Any]) -> None:
   """Writes down what is being prepared. Raises UserError where the folder holds the beginning of something else."""
-  name, begun = f"{WORK}/flags.json", {**flags, "version": [shards.VERSION, GROUP, PIECE, encoding.PART]}
+  version = shards.version_of(flags["tokenizer"], flags.get("chat", ""))
+  name, begun = f"{WORK}/flags.json", {**flags, "version": [version, GROUP, PIECE, encoding.PART]}
   try:
     earlier = json.loads(folder.read(name))
   except FileNotFoundError:
@@ -323,7 +324,7 @@ def _join(folder: Folder, plan: Plan, flags: dict[str, Any], encoder: encoding.E
   sources = tuple(_source(plan, i, records, flags["max_skipped"]) for i in range(len(plan.names)))
   tokenizer, dtype = encoder.tokenizer, encoder.dtype.name
   manifest = shards.Manifest(
-    version=shards.CHAT_VERSION if encoder.chat else shards.VERSION,
+    version=shards.version_of(flags["tokenizer"], encoder.chat),
     fingerprint=shards.fingerprint(dtype, sources),
     tokenizer=flags["tokenizer"],
     tokenizer_identity=tokenizer.identity,

@@ -46,11 +46,11 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 RECORD = 1024  # tokens
 _WAITING = 256  # records that are written at a time
-VERSION = 4  # of the format of text; 1 had no marks, and cannot be read
-CHAT_VERSION = 5  # of that of conversations
-# The same format, but processes that prepared it took numbers of special tokens in text for these tokens, if they had a
-# tokenizer of Hugging Face, as conversations always have.
-_OLDER_VERSION = 2
+VERSION = 2  # of the format of text; 1 had no marks, and cannot be read
+# Those of text with a tokenizer of Hugging Face, and of conversations. They had 2 and 3, with the same format, until
+# processes that prepared them no longer took numbers of special tokens in text for these tokens.
+HUGGINGFACE_VERSION = 4
+CHAT_VERSION = 5
 CHAT_FLAGS = {"": (), "answers": ("--chat",), "last": ("--chat", "--last_answer")}  # of evo_jax.prepare, by data.chat
 
 
@@ -152,6 +152,11 @@ class Manifest:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
+def version_of(tokenizer: str, chat: str) -> int:
+  """The version of the format. tokenizer: its name. chat: as `Manifest.chat`."""
+  return CHAT_VERSION if chat else HUGGINGFACE_VERSION if tokenizer == "huggingface" else VERSION
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
   """The type in which a tokenizer's ids are kept."""
   return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -166,10 +171,10 @@ def read_manifest(path: str) -> Manifest:
     raise UserError(f"{folder.shown(MANIFEST)}: there is none; python -m evo_jax.prepare writes it") from error
   try:
     values = json.loads(raw)
-    older = values["version"] == _OLDER_VERSION and values["tokenizer"] != "huggingface"
-    if not older and values["version"] not in (VERSION, CHAT_VERSION):
+    version = version_of(values.get("tokenizer", ""), values.get("flags", {}).get("chat", ""))
+    if values["version"] != version:
       raise UserError(
-        f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {VERSION} or {CHAT_VERSION}: "
+        f"{folder.shown(MANIFEST)}: has version {values['version']} of the format, not {version}: "
         "prepare the text again, into another folder (python -m evo_jax.prepare)"
       )
     sources = [dict(source, splits=_splits(source["splits"])) for source in values.pop("sources")]
