@@ -16,6 +16,7 @@ FILES = [
     for name in ("data", "decoding", "serving", "pretrained", "planning", "flow", "benchmarks")
   ),
 ]
+PAGES = [*FILES, "experiments/README.md"]
 READMES = {name: (pathlib.Path(ROOT) / name).read_text() for name in FILES}
 BLOCKS = [block for text in READMES.values() for block in re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.M | re.S)]
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", "").splitlines()]
@@ -89,7 +90,7 @@ def test_ci_runs_the_test_command():
   assert "-m pytest" in INSTALLS[-1] and INSTALLS[-1] in (pathlib.Path(ROOT) / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("name", [*FILES, "experiments/README.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_to_files_and_headings(name):
   """GitHub's anchors are headings in lower case, without punctuation, with hyphens for spaces."""
   root = pathlib.Path(ROOT)
@@ -106,15 +107,16 @@ def test_links_lead_to_files_and_headings(name):
         assert anchor in anchors, (name, path, anchor)
 
 
-@pytest.mark.parametrize("name", [*FILES, "experiments/README.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_rows_of_tables_have_the_cells_of_their_headings(name):
   text = re.sub(r"^```.*?^```$", "", (pathlib.Path(ROOT) / name).read_text(), flags=re.M | re.S)
   text = re.sub(r"`[^`\n]*`", "code", text)  # a bar in code separates no cells
+  bars = lambda row: len(re.findall(r"(?<!\\)\|", row))
   for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
     heading, rule, *rows = table.splitlines()
     assert rows and re.fullmatch(r"\|(-+\|)+", rule), (name, heading)
     for row in (rule, *rows):
-      assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", heading)), (name, row)
+      assert bars(row) == bars(heading), (name, row)
 
 
 @pytest.mark.extended
