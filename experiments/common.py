@@ -218,18 +218,48 @@ def time_steps(
   return {kind: statistics.median(values) for kind, values in seconds.items()}
 
 
+class RecordedRuns:
+  """The runs of an experiment in NAME.json of a folder, which is written after each of them.
+
+  A run that the file holds need not be repeated, even on another machine, where nothing else is left of it: a long
+  experiment goes on from what is committed.
+  """
+
+  def __init__(self, name: str, folder: Path, settings: dict[str, Any]):
+    """settings: what all runs depend on. Raises UserError if the file has runs of others."""
+    self._name, self._folder, self._settings = name, folder, _plain(settings)
+    file = folder / f"{name}.json"
+    found = json.loads(file.read_text())["result"] if file.exists() else {"settings": self._settings, "runs": []}
+    if other := [key for key in self._settings if found["settings"].get(key) != self._settings[key]]:
+      raise UserError(f"{file}: has runs of another {other[0]}; remove it, or give another --output")
+    self.runs: list[dict[str, Any]] = found["runs"]
+
+  def find(self, **fields: Any) -> dict[str, Any] | None:
+    """The run that has these fields, or None."""
+    return next((run for run in self.runs if _plain(fields).items() <= run.items()), None)
+
+  def add(self, run: dict[str, Any]) -> dict[str, Any]:
+    """The run as it is recorded from now on, with the commit and the machine."""
+    self.runs.append(_plain(run | _origin()))
+    self.write()
+    return self.runs[-1]
+
+  def write(self, **conclusions: Any) -> None:
+    """Writes the file; `conclusions` stand before the runs."""
+    write_result(self._name, {"settings": self._settings, **conclusions, "runs": self.runs}, self._folder)
+
+
+def _plain(value: Any) -> Any:
+  """What JSON gives back: lists for tuples, text for the keys of a dict."""
+  return json.loads(json.dumps(value))
+
+
 def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
   """Writes NAME.json with the command, the commit and the machine into experiments/results, or another folder.
 
   Warns if the code differs from the commit: committed results must come from clean commits.
   """
-  record = {
-    "command": _command(),
-    "commit": commit(),
-    "machine": f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}; "
-    f"Python {platform.python_version()}, jax {jax.__version__}",
-    "result": result,
-  }
+  record = {"command": _command(), **_origin(), "result": result}
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / f"{name}.json"
   file.write_text(json.dumps(record, indent=2) + "\n")
@@ -237,9 +267,20 @@ def write_result(name: str, result: Any, folder: Path = RESULTS) -> None:
     print(f"warning: {file} comes from uncommitted changes ({record['commit']})", file=sys.stderr)
 
 
+def _origin() -> dict[str, str]:
+  """The commit and the machine."""
+  machine = f"{_processor()}, {os.cpu_count()} cores; {len(jax.devices())} x {jax.devices()[0].device_kind}"
+  return {"commit": commit(), "machine": f"{machine}; Python {platform.python_version()}, jax {jax.__version__}"}
+
+
+def shortened(text: str) -> str:
+  """Text with absolute paths shortened to a file and its folder: the machine they are of does not matter."""
+  return re.sub(r"(?:(?<=[=,:])|^)/(?:[^/,:]+/)*([^/,:]+/[^/,:]+)", r"\1", text)
+
+
 def _command() -> str:
-  """The command line, with absolute paths shortened: the machine they are of does not matter."""
-  options = (re.sub(r"(?<=[=,:])/(?:[^/,:]+/)*([^/,:]+/[^/,:]+)", r"\1", a) for a in sys.argv[1:])
+  """The command line, with absolute paths shortened."""
+  options = map(shortened, sys.argv[1:])
   quoted = " ".join(f"'{a}'" if re.search(r"[ *]", a) else a for a in options)
   return f"python -m experiments.{Path(sys.argv[0]).stem} {quoted}".strip()
 

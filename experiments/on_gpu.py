@@ -58,7 +58,7 @@ from evo_jax.pretrained.source import open_source
 from evo_jax.training import loop, metrics
 from evo_jax.training import state as state_lib
 from evo_jax.training import step as step_lib
-from experiments import common, hf_speed, verify_speed, windows_recipe
+from experiments import common, hf_speed, verify_speed
 
 ROOT = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
@@ -423,7 +423,7 @@ def train_windows(args: flags.FlagValues, seed: int) -> dict[str, Any]:
     common.load_config(str(workdir / "windows.py")), changes, {f"train.{name}": value for name, value in train.items()}
   )
   timed = workdir.with_name("timed")
-  windows_recipe.train(configure(steps=2 if args.small else 12, log_every=1 if args.small else 4), timed, str(workdir))
+  common.train(configure(steps=2 if args.small else 12, log_every=1 if args.small else 4), timed, str(workdir))
   rate = max(row.get("tokens_per_second", 0) for row in metrics.read_metrics(timed / "metrics.jsonl"))
   config = configure(checkpoint_every=200)
   seconds = config.data.batch_size * config.model.context / rate

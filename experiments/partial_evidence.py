@@ -7,8 +7,8 @@ also gather Gaussian evidence, on one frozen model.
       [--seeds=2] [--only=KIND,...] [--workdir=runs/partial_evidence] [--small]
 
 Each of `KINDS` trains windows of the imported model, which stays as it is, for equally many steps of equally many
-windows and tokens: as many as its slowest kind makes in --minutes. Runs that were stopped go on, and measurements are
-kept. Measured on held-out text (--valid):
+windows and tokens: as many as its slowest kind makes in --minutes. Runs that were stopped go on, measurements are
+kept, and a run that the JSON of the results holds is not repeated. Measured on held-out text (--valid):
 
   bits     per token and per byte of every path that a kind has, against passes per token
   samples  of modes `flow` and `adaptive`, judged by autoregression of the same frozen weights: nats per token; and,
@@ -150,14 +150,21 @@ def main() -> None:
   names = common.select(args.only, KINDS)
   scale = SCALES["small" if args.small else "full"]
   check_text(configure(names[0], 0, 1, scale, args), args.valid)
-  steps = read_steps(scale, args)
-  runs = [run_kind(name, seed, steps, scale, args) for seed in range(args.seeds) for name in names]
+  folder = common.results_folder(args.output)
+  text = {name: common.shortened(args[name].value) for name in ("text", "valid")}
+  recorded = common.RecordedRuns("partial_evidence", folder, {"scale": scale, "base": BASE, **text})
+  steps = read_steps(scale, recorded.runs, args)
+  runs = [
+    recorded.find(name=name, seed=seed, changes=KINDS[name], steps=steps)
+    or recorded.add(run_kind(name, seed, steps, scale, args))
+    for seed in range(args.seeds)
+    for name in names
+  ]
   budgets = compare(runs)
   print_bits(runs)
   print_samples(runs)
   print_budgets(budgets)
-  folder = common.results_folder(args.output)
-  common.write_result("partial_evidence", {"scale": scale, "base": BASE, "budgets": budgets, "runs": runs}, folder)
+  recorded.write(budgets=budgets)
   draw(runs, budgets, folder / "partial_evidence.png")
 
 
@@ -178,9 +185,11 @@ def check_text(config: config_lib.Config, path: str) -> None:
     raise UserError(f"--valid={path}: has fewer than four sequences of {config.model.context} tokens")
 
 
-def read_steps(scale: dict[str, Any], args: flags.FlagValues) -> int:
-  """The steps of all runs, which short runs of all kinds find out; later, those that are written down."""
+def read_steps(scale: dict[str, Any], recorded: list[dict[str, Any]], args: flags.FlagValues) -> int:
+  """The steps of all runs, which short runs of all kinds find out; later, those that are written down, or recorded."""
   file = Path(args.workdir) / "steps.json"
+  if not file.exists() and recorded:
+    return recorded[0]["steps"]
   if not file.exists():
     file.parent.mkdir(parents=True, exist_ok=True)
     seconds = {}

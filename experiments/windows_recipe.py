@@ -9,7 +9,7 @@
 imported weights: a short run first measures its seconds per step. Measured are the KL divergence from autoregression,
 in bits per token, over the last fifth of training, and, by the sampler on held-out prompts (--kind, as in
 experiments/verify_speed.py), the drafted tokens that are accepted per round, drafted by windows alone, greedy and at
-temperature 1. Runs that were stopped go on.
+temperature 1. Runs that were stopped go on, and a setting that the JSON of the results holds is not repeated.
 """
 
 import json
@@ -61,17 +61,19 @@ def main() -> None:
     if not args[name].value:
       raise UserError(f"--{name} is needed")
   kinds = dict(read_kind(spec, args.every, args.texts) for spec in args.kind)
-  results = [run_setting(name, kinds, args) for name in common.select(args.only, SETTINGS)]
+  settings = {name: args[name].value for name in ("minutes", "every", "texts", "tokens", "draft", "seed")}
+  sources = {"own": common.shortened(args.own), "kinds": [common.shortened(kind) for kind in args.kind]}
+  recorded = common.RecordedRuns("windows_recipe", common.results_folder(args.output), settings | sources)
+  results = [
+    recorded.find(name=name, changes=SETTINGS[name]) or recorded.add(run_setting(name, kinds, args))
+    for name in common.select(args.only, SETTINGS)
+  ]
   print_table(results)
-  common.write_result("windows_recipe", results, common.results_folder(args.output))
 
 
 def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) -> dict[str, Any]:
-  """Trains and measures a setting, as far as its folder does not hold the results."""
+  """Trains and measures a setting, as far as its folder has not been trained."""
   folder = Path(args.workdir) / name
-  file = folder / "measured.json"
-  if file.exists():
-    return json.loads(file.read_text())
   path = args.given if name == "given_text" else args.own
   if not path:
     raise UserError(f"--given: {name} needs it")
@@ -87,7 +89,7 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
   common.train(config, folder, args.model)
   last = [row for row in common.read_metrics(folder) if row["step"] > 0.8 * steps and "window_kl" in row]
   run = run_lib.load_run(str(folder))
-  result = {
+  return {
     "name": name,
     "changes": SETTINGS[name],
     "seconds_per_step": seconds,
@@ -97,8 +99,6 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
     "window_kl": sum(row["window_kl"] for row in last) / max(len(last), 1),
     "accepted": measure(name, run, kinds, args),
   }
-  file.write_text(json.dumps(result))
-  return result
 
 
 def configure(changes: dict[str, Any], steps: int, seed: int = 0) -> config_lib.Config:

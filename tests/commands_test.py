@@ -376,6 +376,26 @@ def test_a_platform_that_is_not_there_is_named(tmp_path):
   assert_refused(done, "JAX_PLATFORMS=cuda: cannot be used here (")
 
 
+def test_recorded_runs_are_not_repeated(tmp_path):
+  """The file alone knows them; of other settings it is refused, and stays as it is."""
+  from experiments import common
+
+  open_file = lambda minutes: common.RecordedRuns("some", tmp_path, {"minutes": minutes, "shape": (2, 3)})
+  recorded = open_file(20.0)
+  assert recorded.find(name="base") is None
+  first = recorded.add({"name": "base", "steps": (2, 4), "bits": 3.5})
+  assert {"commit", "machine"} < first.keys() and open_file(20.0).runs == [first]
+  open_file(20.0).add({"name": "other", "steps": (2, 4), "bits": 3.0})
+  again = open_file(20.0)
+  assert again.find(name="base", steps=(2, 4)) == first and again.find(name="base", steps=(4,)) is None
+  again.write(best="other")
+  text = (tmp_path / "some.json").read_text()
+  assert list(json.loads(text)["result"]) == ["settings", "best", "runs"] and len(open_file(20.0).runs) == 2
+  with pytest.raises(UserError, match="some.json: has runs of another minutes"):
+    open_file(10.0)
+  assert (tmp_path / "some.json").read_text() == text
+
+
 @pytest.mark.slow
 def test_pieces_for_a_gpu_are_measured_once(tmp_path, monkeypatch):
   """In small on the CPU: a row that failed is measured again, the others are kept."""
