@@ -75,7 +75,7 @@ def main() -> None:
 
 
 class Evaluation:
-  """The stages of an evaluation, the same in all processes: bounds by paths, then all that needs an engine."""
+  """The stages of an evaluation, the same in all processes: likelihoods by paths, then texts, by an engine."""
 
   def __init__(self, harness, args: flags.FlagValues, asker, loaded):
     """loaded: None in processes that only follow."""
@@ -94,17 +94,15 @@ class Evaluation:
     has = distributed.in_first_process(
       lambda: np.array([bool(scored), bool(written), bool(filled)]), np.zeros(3, bool), "--tasks"
     )
-    for path in [path for path in paths if path != "ar" and has[0]]:
-      self._by_bound(path, scored)
+    for path in paths if has[0] else ():
+      self._score(path, scored)
     settings = [setting for setting in settings if (has[2] if setting.infill else has[1])]
-    if not settings and not (has[0] and "ar" in paths):
+    if not settings:
       return self._rows, self._results
     with self._asker.make_engine(args.rows, [setting.sampling for setting in settings], bool(has[2])) as engine:
       if jax.process_index():
         engine.follow()
         return [], {}
-      if has[0] and "ar" in paths:
-        self._evaluate("ar", scored, likelihoods=self._asker.likelihoods("ar", 1, engine))
       for setting in settings:
         texts = self._asker.texts(engine, setting.sampling, gaps(args))
         self._evaluate(
@@ -116,14 +114,15 @@ class Evaluation:
         )
     return self._rows, self._results
 
-  def _by_bound(self, path: str, names: list[str]) -> None:
+  def _score(self, path: str, names: list[str]) -> None:
+    """Asks for likelihoods."""
     args = self._args
     scorer = self._asker.scorer(path, args.draws, args.window, args.rows)
     if jax.process_index():
       scorer.follow()
       return
     try:
-      self._evaluate(path, names, likelihoods=self._asker.likelihoods(path, args.draws, None, scorer, args.window))
+      self._evaluate(path, names, likelihoods=self._asker.likelihoods(path, args.draws, scorer, args.window))
     finally:
       scorer.close()
 
@@ -295,7 +294,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "context", 0, "Tokens of the longest text; what is longer is cut from the left; 0: 4,096 at most."
   )
-  flags.DEFINE_integer("rows", 16, "Texts that are written at once, and pairs of a batch of bounds.")
+  flags.DEFINE_integer("rows", 16, "Texts that are written at once, and at most that are scored in a pass.")
   flags.DEFINE_integer("seed", 0, "Seed of noise and of sampled texts.")
   flags.DEFINE_string("output", "", "Local folder in which answers are kept; default: WORKDIR/benchmark.")
   flags.DEFINE_integer("step", None, "The checkpoint's step; default: the last.")

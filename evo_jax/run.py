@@ -15,7 +15,7 @@ from evo_jax.data import conversations, tokenizers
 from evo_jax.data.chat import ChatTokenizer
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
-from evo_jax.network.evo import Evo
+from evo_jax.network.evo import Evo, unstack_layers
 from evo_jax.parallel import sharding
 from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
@@ -49,10 +49,18 @@ class Run:
     the mesh."""
     if mesh == self.mesh:
       return self
-    init, tokens = self.model.clone(layout=sharding.Layout()).init, jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shardings = sharding.shardings(mesh, jax.eval_shape(init, jax.random.key(0), tokens)["params"])
+    shardings = self._shardings(mesh, self.model)
     statistics = jax.device_put(self.statistics, sharding.replicated(mesh))
     return dataclasses.replace(self, params=jax.device_put(self.params, shardings), statistics=statistics)
+
+  def unstacked_params(self, mesh: jax.sharding.Mesh) -> Any:
+    """The parameters of `model.clone(stacked=False)`, laid out over a mesh by the rules of training."""
+    shardings = self._shardings(mesh, self.model.clone(stacked=False))
+    return jax.jit(unstack_layers, out_shardings=shardings)(self.params)
+
+  def _shardings(self, mesh: jax.sharding.Mesh, model: Evo) -> Any:
+    init, tokens = model.clone(layout=sharding.Layout()).init, jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return sharding.shardings(mesh, jax.eval_shape(init, jax.random.key(0), tokens)["params"])
 
   def in_conversation(self, system: str = "", date: datetime.datetime | None = None) -> "Run":
     """The model, to which a prompt is what a user says (`ChatTokenizer`). Raises UserError where the tokenizer has no

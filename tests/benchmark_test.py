@@ -21,8 +21,9 @@ import numpy as np
 from processes_test import assert_well, ends, processes
 import pytest
 
+from evo_jax import config as config_lib
 from evo_jax.benchmarks import published, tasks
-from evo_jax.benchmarks.answers import Likelihoods, PathLikelihoods, Question, Texts, complete
+from evo_jax.benchmarks.answers import Likelihoods, Question, Texts, complete
 from evo_jax.benchmarks.kept import KeptAnswers
 from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt, windows
 from evo_jax.benchmarks.table import format_table, make_rows
@@ -30,11 +31,13 @@ from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
-from evo_jax.evaluation import continuations
+from evo_jax.evaluation import continuations, prefix_trees
 from evo_jax.evaluation.continuations import ContinuationScorer, parts
+from evo_jax.evaluation.prefix_trees import PrefixTreeScorer
 from evo_jax.flow.bound import window_logits
 from evo_jax.flow.latents import Latent
 from evo_jax.flow.schedules import OwnPath
+from evo_jax.parallel import sharding
 
 V, CONTEXT = 20, 96
 ADAPTIVE = Sampling(mode="adaptive", threshold=1.0, greedy=True, max_tokens=6)
@@ -131,36 +134,31 @@ def test_what_is_too_long_is_cut_from_the_left_and_said():
 # Answers.
 
 
-def test_likelihoods_are_the_engines_and_a_context_is_read_once_for_all_single_tokens(engine):
+@functools.cache
+def tree_scorer(**options):
+  return PrefixTreeScorer(model(), **options)
+
+
+def test_likelihoods_are_the_engines(engine):
   encoder = Encoder(model().tokenizer)
-  pairs = [("abcdefgh" * 3, letter) for letter in "abcabs"] + [
-    ("abc", "defg"),
-    ("", "ab"),
-    ("abc", "d"),
-    ("x" * 0, "a"),
-  ]
-  asked = []
-  submit = engine.submit_score
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(engine, "submit_score", lambda *args, **kwargs: asked.append(args) or submit(*args, **kwargs))
-    found = Likelihoods(engine, encoder, nowhere())(pairs)
-  assert len(asked) < len(pairs) - 2  # equal requests are one, and single tokens behind one context share a reading
-  for (context, continuation), one in zip(pairs, found):
+  pairs = [("abcdefgh" * 3, letter) for letter in "abcabs"] + [("abc", "defg"), ("", "ab"), ("abc", "d"), ("", "a")]
+  for (context, continuation), one in zip(pairs, Likelihoods(tree_scorer(), encoder, nowhere())(pairs)):
     score = engine.score(context, continuation)
-    assert one.log_p == pytest.approx(score.total, abs=1e-6) and one.greedy == score.greedy.all() and not one.cut
+    assert one.log_p == pytest.approx(score.total, abs=1e-5) and one.greedy == score.greedy.all() and not one.cut
 
 
-def test_long_contexts_are_cut_and_long_texts_are_rolled(engine):
-  likelihoods = Likelihoods(engine, Encoder(model().tokenizer), nowhere())
+def test_long_contexts_are_cut_and_long_texts_are_rolled():
+  """So that as much is read as the model can read; the last token of a text is only predicted."""
+  likelihoods, score = Likelihoods(tree_scorer(), Encoder(model().tokenizer), nowhere()), tree_scorer()
   text = "abcdefghijklmnopqrs" * 8
+  ids = [0, *model().tokenizer.encode(text).tolist()]
+  whole = ids + [1, 2, 3]
   (cut,) = likelihoods([(text, "abc")])
-  ids = model().tokenizer.encode(text).tolist()
-  want = engine.submit_score(ids[4 - CONTEXT :], [1, 2, 3], begin=ids[3 - CONTEXT]).result().total
-  assert cut.cut and cut.log_p == pytest.approx(want, abs=1e-6)
+  (want,) = score([(whole[-CONTEXT - 1 : -3], whole[-3:])])
+  assert cut.cut and cut.log_p == pytest.approx(want.total, abs=1e-5)
   (rolled,) = likelihoods.rolling([text])
-  parts = windows((0,), ids, CONTEXT)
-  want = sum(engine.submit_score(p.context[1:], p.continuation, begin=p.context[0]).result().total for p in parts)
-  assert len(parts) > 1 and rolled.log_p == pytest.approx(want, abs=1e-4)
+  parts = [(ids[:1], ids[1 : CONTEXT + 1]), (ids[-CONTEXT - 1 : CONTEXT + 1], ids[CONTEXT + 1 :])]
+  assert rolled.log_p == pytest.approx(sum(bound.total for bound in score(parts)), abs=1e-4)
 
 
 def test_texts_are_the_samplers_and_repeated_questions_have_numbers(engine):
@@ -235,10 +233,49 @@ def random_pairs():
   return [([0, *rng.integers(1, V - 1, c - 1).tolist()], rng.integers(1, V - 1, n).tolist()) for c, n in sizes]
 
 
-def test_the_bound_of_ar_is_the_engines_score(engine):
-  for (context, continuation), bound in zip(random_pairs(), scorer("ar")(random_pairs())):
-    assert bound.nats == pytest.approx(-engine.score(context[1:], continuation).total, abs=2e-4)
-    assert bound.stderr is None
+def tree_pairs():
+  """Continuations of one context, of one that goes on behind it, and of others; one pair twice."""
+  rng = np.random.default_rng(1)
+  context, *others = (rng.integers(1, V - 1, n).tolist() for n in (40, 8, 60, 1, 30))
+  answers = [rng.integers(1, V - 1, n).tolist() for n in (1, 1, 5, 9)]
+  pairs = [(context, answer) for answer in answers] + [(context + others[0], answer) for answer in answers]
+  return [*pairs, *((other, answers[2]) for other in others), (context, answers[3]), (context[:30], context[30:])]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_trees_give_each_pair_what_it_has_alone(engine, share):
+  pairs = tree_pairs()
+  with mock.patch.object(prefix_trees, "_QUERIES", (48, 48)):
+    found = tree_scorer(share=share)(pairs)
+  for (context, continuation), bound in zip(pairs, found):
+    score = engine.submit_score(context[1:], continuation, begin=context[0]).result()
+    assert bound.total == pytest.approx(score.total, abs=1e-4) and bound.greedy == score.greedy.all()
+    assert (bound.stderr, bound.passes) == (None, len(continuation))
+
+
+def test_what_pairs_have_in_common_is_read_once():
+  context = [i % V for i in range(CONTEXT - 4)]
+  pairs = [(context, [1 + i, 2]) for i in range(8)]
+  passes = lambda **options: len(list(tree_scorer(**options).batches(pairs)))
+  assert (passes(), passes(share=False)) == (1, 8)
+
+
+def test_trees_over_a_mesh():
+  """Packs are shared out among the devices, where the last pass has empty ones."""
+  r = random_run(V, model__context=CONTEXT, model__kv_heads=2)
+  over = PrefixTreeScorer(r.on(sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))))
+  pairs = [([i, *context], answer) for i in range(5) for context, answer in tree_pairs()]
+  for bound, want in zip(over(pairs), PrefixTreeScorer(r)(pairs)):
+    assert bound.nats == pytest.approx(want.nats, abs=1e-4) and bound.greedy == want.greedy
+  assert over.rows == 4 and over.compilations <= 2
+
+
+def test_pairs_that_cannot_be_scored_are_refused():
+  for pair in (([], [1]), ([1], []), ([1] * CONTEXT, [1, 1])):
+    with pytest.raises(UserError, match=f"together at most {CONTEXT + 1}"):
+      tree_scorer()([pair])
+  with pytest.raises(UserError, match="'ar': has no windows"):
+    scorer("ar")
 
 
 @pytest.mark.parametrize("path, step", [("staircase", 1), ("left:3", 3)])
@@ -292,12 +329,11 @@ def test_a_bounds_noise_depends_on_the_pair_alone():
     ContinuationScorer(model(), "learned:3")
 
 
-@pytest.mark.parametrize("path", ["diagonal:3", "ar"])
-def test_a_context_is_read_once(path):
+def test_a_context_is_read_once():
   """For all short continuations, and windows of long ones, whose noise does not depend on what is beside them."""
   (context, long), (other, short) = random_pairs()[:2]
   pairs = [(context, long), *((context, [i]) for i in range(2, 6)), (other, short), (context + long[:8], long[8:])]
-  wanted = scorer(path, draws=2)
+  wanted = scorer("diagonal:3", draws=2)
   alone = [wanted([pair])[0] for pair in pairs]
   shared = dict(itertools.chain(*(zip(*batch) for batch in wanted.batches(pairs))))
   with mock.patch.object(continuations, "_MOST_WINDOWS", 2):
@@ -306,8 +342,7 @@ def test_a_context_is_read_once(path):
     for again in (shared[number], apart[number]):
       assert again.nats == pytest.approx(bound.nats, abs=1e-4) and again.passes == bound.passes
       assert again.stderr == (bound.stderr and pytest.approx(bound.stderr, abs=1e-4))
-  numbers = [sorted(numbers) for numbers, _ in wanted.batches(pairs[:5])]
-  assert numbers == ([[0, 1, 2, 3, 4]] if path != "ar" else [[0], [1, 2, 3, 4]])  # ar reads what it scores
+  assert [sorted(numbers) for numbers, _ in wanted.batches(pairs[:5])] == [[0, 1, 2, 3, 4]]
 
 
 def test_a_long_continuation_is_its_parts():
@@ -321,7 +356,7 @@ def test_a_long_continuation_is_its_parts():
 
 def test_likelihoods_by_a_path_have_the_sign_of_likelihoods():
   by_path, tokenizer = scorer("left:3", draws=2), model().tokenizer
-  (found,) = PathLikelihoods(by_path, Encoder(tokenizer), nowhere(), CONTEXT)([("abcdef", "ghijk")])
+  (found,) = Likelihoods(by_path, Encoder(tokenizer), nowhere())([("abcdef", "ghijk")])
   (bound,) = by_path([([0, *tokenizer.encode("abcdef")], tokenizer.encode("ghijk").tolist())])
   assert found.log_p == pytest.approx(-bound.nats) and found.log_p < 0
 

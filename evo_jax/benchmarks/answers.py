@@ -3,8 +3,8 @@
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 import dataclasses
-import itertools
 import math
+import operator
 import time
 from typing import Any
 
@@ -15,10 +15,9 @@ from rich.console import Console
 from evo_jax.benchmarks.kept import KeptAnswers, digest
 from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt
 from evo_jax.data.tokenizers import continuing
-from evo_jax.decoding.engine import Engine, Score
-from evo_jax.decoding.programs import BEST
+from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.settings import Sampling
-from evo_jax.evaluation.continuations import ContinuationScorer
+from evo_jax.evaluation.batches import BatchScorer, Bound
 
 _IN_FLIGHT = 256  # requests that an engine has at once
 GAPS = (8, 16, 32)  # tokens of a gap whose text is written, of which the most probable is taken
@@ -58,11 +57,12 @@ class Answer:
 
 
 class Likelihoods:
-  """Likelihoods by autoregression: an engine reads what contexts have in common once."""
+  """Likelihoods of continuations, or a path's bounds on them."""
 
-  def __init__(self, engine: Engine, encoder: Encoder, kept: KeptAnswers):
-    self._engine, self._encoder, self._kept = engine, encoder, kept
-    self.limit = engine.context
+  def __init__(self, scorer: BatchScorer, encoder: Encoder, kept: KeptAnswers, limit: int | None = None):
+    """limit: tokens of the longest text; None: what the scorer takes."""
+    self._scorer, self._encoder, self._kept = scorer, encoder, kept
+    self.limit = min(limit or scorer.limit, scorer.limit)
 
   def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
     """Of continuations given their contexts."""
@@ -85,63 +85,20 @@ class Likelihoods:
     done = (number for number in range(len(asked)) if not left[number])  # nothing to be predicted
     for number in done:
       yield number, _summed([], asked[number][1])
-    for place, *part in self._score([pair for _, pair in windows]):
-      number = windows[place][0]
-      found[number].append((place, part))
-      if len(found[number]) == left[number]:
-        yield number, _summed([part for _, part in sorted(found.pop(number))], asked[number][1])
-
-  def _score(self, pairs: list[Pair]) -> Iterator[tuple[int, float, bool, float | None]]:
-    """Places and results as they come, sorted by context, so that those with a common beginning follow each other."""
-    waiting: deque = deque()
-    order = sorted(range(len(pairs)), key=pairs.__getitem__)
-    for (context, single), group in itertools.groupby(
-      order, lambda i: (pairs[i].context, len(pairs[i].continuation) == 1)
-    ):
-      # Of several continuations of one token, one reading of the context tells most.
-      places = list(group)
-      for job in [places] if single and len(places) > 1 else [[place] for place in places]:
-        best = BEST if len(job) > 1 else None
-        waiting.append((job, self._submit(context, pairs[job[0]].continuation, best)))
-        if len(waiting) >= _IN_FLIGHT:
-          yield from self._results(pairs, *waiting.popleft())
-    for job, future in waiting:
-      yield from self._results(pairs, job, future)
-
-  def _submit(self, context: Sequence[int], continuation: Sequence[int], best: int | None = None):
-    return self._engine.submit_score(context[1:], continuation, best, begin=context[0])
-
-  def _results(self, pairs: list[Pair], job: list[int], future) -> Iterator[tuple[int, float, bool, None]]:
-    score: Score = future.result()
-    for place in job:
-      pair, found = pairs[place], score
-      if place != job[0] and pair.continuation != pairs[job[0]].continuation:
-        best = score.choices[0].best
-        if (log_p := dict(best).get(pair.continuation[0])) is not None:
-          yield place, log_p, pair.continuation[0] == best[0][0], None
-          continue
-        found = self._submit(*pair).result()
-      yield place, found.total, bool(found.greedy.all()), None
-
-
-class PathLikelihoods(Likelihoods):
-  """The same by a path's bound."""
-
-  def __init__(self, scorer: ContinuationScorer, encoder: Encoder, kept: KeptAnswers, limit: int):
-    self._scorer, self._encoder, self._kept = scorer, encoder, kept
-    self.limit = min(limit, scorer.limit)
-
-  def _score(self, pairs):
-    for places, bounds in self._scorer.batches(pairs):
+    for places, bounds in self._scorer.batches([pair for _, pair in windows]):
       for place, bound in zip(places, bounds):
-        yield place, -bound.nats, bound.greedy, bound.stderr
+        number = windows[place][0]
+        found[number].append((place, bound))
+        if len(found[number]) == left[number]:
+          parts = sorted(found.pop(number), key=operator.itemgetter(0))
+          yield number, _summed([bound for _, bound in parts], asked[number][1])
 
 
-def _summed(found: list[tuple[float, bool, float | None]], cut: bool) -> dict[str, Any]:
-  errors = [stderr for *_, stderr in found if stderr is not None]
+def _summed(found: list[Bound], cut: bool) -> dict[str, Any]:
+  errors = [bound.stderr for bound in found if bound.stderr is not None]
   return {
-    "log_p": float(sum(log_p for log_p, _, _ in found)),
-    "greedy": all(greedy for _, greedy, _ in found),
+    "log_p": float(sum(bound.total for bound in found)),
+    "greedy": all(bound.greedy for bound in found),
     "stderr": math.hypot(*errors) if errors else None,
     "cut": cut,
   }

@@ -34,16 +34,18 @@ import numpy as np
 from evo_jax import functions
 from evo_jax import run as run_lib
 from evo_jax.benchmarks import tasks as tasks_lib
-from evo_jax.benchmarks.answers import GAPS, Answer, Likelihood, Likelihoods, PathLikelihoods, Question, Texts
+from evo_jax.benchmarks.answers import GAPS, Answer, Likelihood, Likelihoods, Question, Texts
 from evo_jax.benchmarks.kept import KeptAnswers, digest
 from evo_jax.benchmarks.pairs import Encoder
 from evo_jax.benchmarks.sandbox import CodeEval, Sandbox
 from evo_jax.benchmarks.tasks import Benchmark
 from evo_jax.data import chat as chat_lib
 from evo_jax.decoding.engine import Engine
-from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
+from evo_jax.decoding.settings import DEFAULT_PATH, Sampling, check_sampling
 from evo_jax.errors import UserError
+from evo_jax.evaluation.batches import BatchScorer
 from evo_jax.evaluation.continuations import ContinuationScorer
+from evo_jax.evaluation.prefix_trees import PrefixTreeScorer
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of bootstraps: a process with JAX must not be forked
 
@@ -187,11 +189,18 @@ class EvoJax(Model):
     self._chat = bool(chat)
     run = run_lib.load_run(workdir, step)
     sampling = Sampling(mode=mode, threshold=float(threshold), greedy=True)
+    check_sampling(sampling, run.config)
     infill = bool(infill) and mode in DEFAULT_PATH
-    asker = Asker(run, output, begin=begin, chat=bool(chat), context=int(context), seed=int(seed))
-    engine = asker.make_engine(rows=int(rows), modes=[sampling], infill=infill)
-    likelihoods = asker.likelihoods(path, int(draws), engine)
-    super().__init__(run, asker.encoder, likelihoods, asker.texts(engine, sampling), sampling, infill)
+    self._asker = asker = Asker(run, output, begin=begin, chat=bool(chat), context=int(context), seed=int(seed))
+    likelihoods = asker.likelihoods(path, int(draws), asker.scorer(path, int(draws), rows=int(rows)))
+    super().__init__(run, asker.encoder, likelihoods, None, sampling, infill)
+    self._rows = int(rows)
+
+  def generate_until(self, requests: list[Instance], **_) -> list[str]:
+    if self._texts is None:  # tasks of likelihoods need no engine
+      engine = self._asker.make_engine(self._rows, [self._sampling], self._infill)
+      self._texts = self._asker.texts(engine, self._sampling)
+    return super().generate_until(requests)
 
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     if not self._chat:
@@ -226,19 +235,18 @@ class Asker:
       self.run, rows, modes=modes, context=self.context, cache_tokens=max(rows * 1024, 2 * self.context), infill=infill
     )
 
-  def scorer(self, path: str, draws: int, window: int = 0, rows: int = 4) -> ContinuationScorer:
+  def scorer(self, path: str, draws: int, window: int = 0, rows: int = 4) -> BatchScorer:
+    if path == "ar":
+      return PrefixTreeScorer(self.run, self.context, rows)
     return ContinuationScorer(self.run, functions.read_path(path), draws, self._seed, window, rows)
 
-  def likelihoods(
-    self, path: str, draws: int, engine: Engine | None, scorer: ContinuationScorer | None = None, window: int = 0
-  ) -> Likelihoods:
+  def likelihoods(self, path: str, draws: int, scorer: BatchScorer, window: int = 0) -> Likelihoods:
     if path == "ar":
-      return Likelihoods(engine, self.encoder, self._keep("likelihoods", {"path": path}))
+      return Likelihoods(scorer, self.encoder, self._keep("likelihoods", {"path": path}))
     asked = {"path": path, "draws": draws, "seed": self._seed, "window": window}
     if functions.is_own(path):
       asked["file"] = functions.digest(path)
-    scorer = scorer or self.scorer(path, draws, window)
-    return PathLikelihoods(scorer, self.encoder, self._keep("likelihoods", asked), self.context)
+    return Likelihoods(scorer, self.encoder, self._keep("likelihoods", asked), self.context)
 
   def texts(self, engine: Engine, sampling: Sampling, gaps: Sequence[int] = GAPS) -> Texts:
     kept = self._keep("texts", {**dataclasses.asdict(sampling), "seed": self._seed})

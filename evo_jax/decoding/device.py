@@ -12,7 +12,6 @@ import numpy as np
 
 from evo_jax.decoding.state import DecodingState
 from evo_jax.errors import UserError
-from evo_jax.network import evo
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
@@ -26,10 +25,7 @@ class DeviceModel:
     self.compile_seconds = 0.0
     self._replicated = sharding.replicated(mesh)
     self._model = run.model.clone(stacked=False, layout=sharding.Layout.of(mesh))
-    init = run.model.clone(stacked=False, layout=sharding.Layout()).init
-    boxed = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
-    shardings = sharding.shardings(mesh, boxed)
-    self._params = jax.jit(evo.unstack_layers, out_shardings=shardings)(run.params)
+    self._params = run.unstacked_params(mesh)
     if not _all_finite(self._params):
       raise UserError(f"the parameters of step {run.step} are not all finite numbers: training diverged before it")
     self._statistics = jax.jit(lambda s: s, out_shardings=self._replicated)(run.statistics)

@@ -1,47 +1,28 @@
-"""Bounds on -log p of continuations given their contexts, on any path."""
+"""Bounds on -log p of continuations given their contexts, on any path that has windows (`prefix_trees`: by `ar`)."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
 import zlib
 
 import jax
 import numpy as np
 
 from evo_jax.errors import UserError
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair
 from evo_jax.evaluation.paths import check_path
 from evo_jax.flow import policies
 from evo_jax.flow.bound import TextWindows, needs_own_text, windows_nll
 from evo_jax.flow.schedules import Path
-from evo_jax.parallel import distributed, sharding
+from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
 _LENGTH_MULTIPLE = 128  # lengths of batches are rounded up, so that few programs are compiled
 _PASSES = 64  # of a time grid; paths of fewer share compiled code
 _FEW_WINDOWS = 4  # of a row; a batch of rows with more has fewer rows
 _MOST_WINDOWS = 64  # of a row
-
-Pair = tuple[Sequence[int], Sequence[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-  """What a path says of a continuation. nats: a bound on -log p, the mean over the draws of the noise; stderr: its
-  standard error, None for a single draw. greedy: whether, in the first draw, every token was the most probable one
-  when it became known. passes: of a draw, in the mean."""
-
-  nats: float
-  stderr: float | None
-  greedy: bool
-  passes: float
-
-  @property
-  def total(self) -> float:
-    """The bound on the log-likelihood in nats."""
-    return -self.nats
 
 
 def parts(pair: Pair, size: int) -> list[Pair]:
@@ -80,11 +61,10 @@ class _Row:
   windows: list[_Window]
 
 
-class ContinuationScorer:
+class ContinuationScorer(BatchScorer):
   """Bounds by one path. A pair's noise depends on the seed and the pair alone, whatever else is asked for.
 
   A context is read once for all continuations of at most a window that follow it, and for all windows of a long one.
-  In a run of several processes each makes it; number 0 calls it and then `close`, the others call `follow`.
   """
 
   def __init__(
@@ -108,7 +88,8 @@ class ContinuationScorer:
 
     Raises UserError for a path that does not exist, or that the model does not have.
     """
-    config, mesh = run.config, run.mesh
+    super().__init__(run)
+    config = run.config
     check_path(path, config)
     if config.diffusion_alone:
       raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
@@ -116,13 +97,13 @@ class ContinuationScorer:
     self.size = window or config.window.size
     if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
-    self._run, self._mesh = run, mesh
-    shards = sharding.batch_shards(mesh)
+    shards = sharding.batch_shards(self._mesh)
     self.rows = -(-rows // shards) * shards
     policies.check_policy(path, self.size, run.model.rows, config)
     self._policy = policies.make_policy(path, self.size, config.paths.rolling_width, _PASSES)
-    self._program = self._make_program(seed, 1 if self._policy is None else draws)
-    self._compiled: dict[tuple, Any] = {}
+    if self._policy is None:
+      raise UserError(f"path {path!r}: has no windows, and no bound but the likelihood itself")
+    self._program = self._make_program(seed, draws)
 
   def _make_program(self, seed: int, draws: int):
     config = self._run.config
@@ -137,23 +118,9 @@ class ContinuationScorer:
 
     return program
 
-  def __call__(self, pairs: Sequence[Pair]) -> list[Bound]:
-    """The bounds of continuations given their contexts, both as ids, a context with its first token at position 0."""
-    found: list[Bound | None] = [None] * len(pairs)
-    for numbers, bounds in self.batches(pairs):
-      for number, bound in zip(numbers, bounds):
-        found[number] = bound
-    return found
-
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
-    """The same as it comes: numbers of some pairs and their bounds, those of long rows first. Raises UserError for a
-    pair that is empty, or longer than the model can read."""
-    for context, continuation in pairs:
-      if not len(context) or not len(continuation) or len(context) + len(continuation) > self.limit:
-        raise UserError(
-          f"{len(context)} tokens and {len(continuation)} to be scored: both must have some, and together at most "
-          f"{self.limit}"
-        )
+    """Those of long rows come first."""
+    self._check(pairs)
     found: dict[int, list[np.ndarray]] = {}
     for rows, count in self._batches_of_rows(pairs):
       arrays = self._pack(rows, self._rows_of(count), count)
@@ -211,20 +178,6 @@ class ContinuationScorer:
       found[number].append(_bound([part]))
     return found
 
-  @property
-  def compilations(self) -> int:
-    """Programs that were compiled so far."""
-    return len(self._compiled)
-
-  def follow(self) -> None:
-    """In a process that asks for nothing: returns when process 0 has called `close`."""
-    while (batch := distributed.broadcast(None)) is not None:
-      self._run_batch(batch)
-
-  def close(self) -> None:
-    """Lets the other processes go."""
-    self._send(None)
-
   def _pack(self, rows: Sequence[_Row], B: int, N: int) -> tuple[np.ndarray, ...]:
     """Arrays of B rows with N windows each: text (B, T), anchor (B, N), tokens (B, N, W), count (B, N), int32, and
     digest (B, N) uint32."""
@@ -244,18 +197,8 @@ class ContinuationScorer:
         digest[i, j] = zlib.crc32(ids.tobytes(), window.start)
     return text, anchor, tokens, count, digest
 
-  def _run_batch(self, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    rows = sharding.batch_sharding(self._mesh)
-    placed = [jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index]) for x in arrays]
-    args = (self._run.params, self._run.statistics, *placed, self._policy)
-    with jax.set_mesh(self._mesh):
-      if (key := (arrays[0].shape, arrays[1].shape)) not in self._compiled:
-        self._compiled[key] = self._program.lower(*args).compile()
-      return jax.device_get(self._compiled[key](*args))
-
-  def _send(self, batch: Any) -> None:
-    if jax.process_count() > 1:
-      distributed.broadcast(batch)
+  def _run_batch(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    return self._run_program(self._program, batch, self._policy)
 
 
 def _by_pair(rows: list[_Row], results: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:

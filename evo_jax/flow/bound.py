@@ -407,9 +407,9 @@ class TextWindows:
   key_BxN: jax.Array
 
 
-def needs_own_text(policy: policies.Policy | None) -> bool:
+def needs_own_text(policy: policies.Policy) -> bool:
   """Whether a window's NLL needs the window's tokens in its row's text, and so a row of its own."""
-  return policy is None or isinstance(policy, policies.LearnedClock)
+  return isinstance(policy, policies.LearnedClock)
 
 
 def windows_nll(
@@ -417,7 +417,7 @@ def windows_nll(
   statistics: Statistics,
   text_BxT: jax.Array,
   windows: TextWindows,
-  policy: policies.Policy | None,
+  policy: policies.Policy,
   draws: int = 1,
   self_conditioned: bool = False,
   chunk: int = 0,
@@ -426,18 +426,12 @@ def windows_nll(
   most probable when it became known, (draws, B, N) bool; and the passes (draws, B, N) taken.
 
   A row's text is read once, whatever number of windows follow parts of it. It reaches to the last anchor at least, and
-  to the windows' ends where `needs_own_text`. policy: None for autoregression, without noise (draws = 1), whose second
-  result means nothing. self_conditioned, chunk: as of `sequence_nll`.
+  to the windows' ends where `needs_own_text`. self_conditioned, chunk: as of `sequence_nll`.
   """
   anchor, token = windows.anchor_BxN, windows.tokens_BxNxW
   inside = jnp.arange(token.shape[-1]) < windows.count_BxN[..., None]
   hidden, cache = net.clean(text_BxT)
   ar_nats = token_nll(net, hidden[:, :-1], text_BxT, chunk) if needs_own_text(policy) else None
-  if policy is None:
-    place = jnp.minimum(anchor[..., None] + jnp.arange(token.shape[-1]), ar_nats.shape[1] - 1)
-    nats = jnp.take_along_axis(ar_nats[:, None], place, axis=2)
-    nats = jnp.sum(jnp.where(inside, nats, 0.0), axis=2)
-    return nats[None], jnp.zeros((1, *anchor.shape), bool), windows.count_BxN[None]
   anchor_token = jnp.take_along_axis(text_BxT, anchor, axis=1)
   codes, prior = net.codes(), statistics.log_unigram_V
   field = _window_field(net, cache, anchor, anchor_token, codes, prior)

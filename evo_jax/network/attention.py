@@ -26,12 +26,14 @@ class Visibility:
   """Which keys a slot sees.
 
   stop_BxNxS, start_BxNxS: int32: clean positions from `start` (None: 0) on and before `stop`; axes may have size 1.
-  own_NxSxT: bool, broadcastable to (B, N, S, T): slots of its own run; None: none.
+  own_NxSxT: bool, broadcastable to (B, N, S, T): slots of its own run; None: none. own_causal: whether no slot sees one
+  behind itself.
   """
 
   stop_BxNxS: jax.Array | None
   start_BxNxS: jax.Array | None = None
   own_NxSxT: jax.Array | None = None
+  own_causal: bool = flax.struct.field(pytree_node=False, default=False)
 
   def runs(self, begin: int, end: int) -> "Visibility":
     """Of some of the runs."""
@@ -181,7 +183,8 @@ def attend_blockwise(
   """`attend_plain`, with the scores of about `block` queries of a sequence and head in memory at a time (0: of all).
 
   The backward pass recomputes a block's scores. causal: slot s sees no clean position behind s, so that a block reads
-  only the keys up to its end: half of all products. Otherwise some runs are read at a time.
+  only the keys up to its end: half of all products; so does one of slots that see none behind themselves in their run.
+  Otherwise some runs are read at a time.
   """
   _, _, _, N, S, _ = q_BxKxGxNxSxE.shape
   if not block or block >= N * S:
@@ -193,6 +196,17 @@ def attend_blockwise(
         q_BxKxGxNxSxE[..., i : i + block, :],
         tuple(x[:, :, : i + block] for x in past),
         visibility.slots(i, i + block),
+      )
+      for i in range(0, S, block)
+    ]
+    return jnp.concatenate(blocks, axis=4)
+  if past is None and visibility.own_causal:
+    blocks = [
+      attend_block(
+        q_BxKxGxNxSxE[..., i : i + block, :],
+        None,
+        visibility.replace(own_NxSxT=visibility.own_NxSxT[..., i : i + block, : i + block]),
+        tuple(x[..., : i + block, :] for x in own),
       )
       for i in range(0, S, block)
     ]

@@ -197,6 +197,17 @@ class Evo(nn.Module):
     x, cache = self._layers(x_BxSxD, past, (stream,), CacheWrite(first_B, uncached) if uncached else None)
     return x, cache if uncached else past
 
+  def trees(self, tokens_BxS: jax.Array, position_BxS: jax.Array, visible_BxSxS: jax.Array) -> jax.Array:
+    """The clean stream over trees of tokens: hidden states (B, S, D), of which each predicts its slot's children.
+
+    position_BxS: of the slots in their texts. visible_BxSxS: bool, which slots a slot sees: itself and its ancestors,
+    which all come before it.
+    """
+    visibility = Visibility(None, None, visible_BxSxS[:, None], own_causal=True)
+    return self._layers(
+      self.embed_tokens(tokens_BxS), None, (Stream(self._angles(position_BxS[:, None]), visibility, None),)
+    )[0]
+
   def _clean_stream(self, length: int, segments_BxL: jax.Array | None) -> Stream:
     position = jnp.arange(length)
     start = None
