@@ -338,11 +338,20 @@ def test_a_context_is_read_once():
   shared = dict(itertools.chain(*(zip(*batch) for batch in wanted.batches(pairs))))
   with mock.patch.object(continuations, "_MOST_WINDOWS", 2):
     apart = wanted(pairs)
+  with mock.patch.object(continuations, "_PACK", (1, 1)):
+    in_rows = wanted(pairs)
   for number, bound in enumerate(alone):
-    for again in (shared[number], apart[number]):
+    for again in (shared[number], apart[number], in_rows[number]):
       assert again.nats == pytest.approx(bound.nats, abs=1e-4) and again.passes == bound.passes
       assert again.stderr == (bound.stderr and pytest.approx(bound.stderr, abs=1e-4))
   assert [sorted(numbers) for numbers, _ in wanted.batches(pairs[:5])] == [[0, 1, 2, 3, 4]]
+
+
+def test_short_texts_are_read_together():
+  pairs = [([i, *range(20)], [i]) for i in range(4)]
+  few = ContinuationScorer(model(), "left:3", rows=1, lengths=(CONTEXT,))
+  assert [sorted(numbers) for numbers, _ in few.batches(pairs)] == [[0, 1, 2, 3]]
+  assert len(list(few.batches([([i, *range(50)], [i]) for i in range(4)]))) == 4  # two do not fit
 
 
 def test_a_long_continuation_is_its_parts():

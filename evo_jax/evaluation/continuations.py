@@ -23,6 +23,8 @@ _LENGTH_MULTIPLE = 128  # lengths of batches are rounded up, so that few program
 _PASSES = 64  # of a time grid; paths of fewer share compiled code
 _FEW_WINDOWS = 4  # of a row; a batch of rows with more has fewer rows
 _MOST_WINDOWS = 64  # of a row
+_ROWS_ON_CPU = 4  # of each shard: the logits of more windows are in no cache, and a batch takes longer by a quarter
+_PACK = 512, 16  # tokens and windows of a row at most, beyond those of one text
 
 
 def parts(pair: Pair, size: int) -> list[Pair]:
@@ -54,8 +56,8 @@ class _Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-  """Windows that are told of by one reading of a text."""
+class _Reading:
+  """Windows that are told of by one reading of a text. Several of them make a row of a batch."""
 
   text: tuple[int, ...]
   windows: list[_Window]
@@ -64,7 +66,8 @@ class _Row:
 class ContinuationScorer(BatchScorer):
   """Bounds by one path. A pair's noise depends on the seed and the pair alone, whatever else is asked for.
 
-  A context is read once for all continuations of at most a window that follow it, and for all windows of a long one.
+  A context is read once for all continuations of at most a window that follow it, and for all windows of a long one;
+  several short ones are a row of a batch.
   """
 
   def __init__(
@@ -98,6 +101,8 @@ class ContinuationScorer(BatchScorer):
     if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
     shards = sharding.batch_shards(self._mesh)
+    if self._mesh.devices.flat[0].platform == "cpu":
+      rows = min(rows, _ROWS_ON_CPU * shards)
     self.rows = -(-rows // shards) * shards
     policies.check_policy(path, self.size, run.model.rows, config)
     self._policy = policies.make_policy(path, self.size, config.paths.rolling_width, _PASSES)
@@ -106,15 +111,15 @@ class ContinuationScorer(BatchScorer):
     self._program = self._make_program(seed, draws)
 
   def _make_program(self, seed: int, draws: int):
-    config = self._run.config
-    model = self._run.model.clone(layout=sharding.Layout.of(self._mesh))
+    config, isolated = self._run.config, dataclasses.replace(self._run.model.config, isolate_documents=True)
+    model = self._run.model.clone(config=isolated, layout=sharding.Layout.of(self._mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))
-    def program(params, statistics, text, anchor, tokens, count, digest, policy):
+    def program(params, statistics, text, segments, anchor, tokens, count, digest, policy):
       net, conditioned = model.bind({"params": params}), config.loss.self_conditioning > 0
       keys = jax.vmap(jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number)))(digest)
       windows = TextWindows(anchor, tokens, count, keys)
-      return windows_nll(net, statistics, text, windows, policy, draws, conditioned, config.loss.chunk)
+      return windows_nll(net, statistics, text, segments, windows, policy, draws, conditioned, config.loss.chunk)
 
     return program
 
@@ -123,7 +128,7 @@ class ContinuationScorer(BatchScorer):
     self._check(pairs)
     found: dict[int, list[np.ndarray]] = {}
     for rows, count in self._batches_of_rows(pairs):
-      arrays = self._pack(rows, self._rows_of(count), count)
+      arrays = self._stack(rows, self._rows_of(count), count)
       self._send(arrays)
       results = self._run_batch(arrays)
       done = []
@@ -134,77 +139,100 @@ class ContinuationScorer(BatchScorer):
       if done:
         yield done, [_bound(found.pop(number)) for number in done]
 
-  def _batches_of_rows(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[_Row], int]]:
+  def _batches_of_rows(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[list[_Reading]], int]]:
     """Rows whose windows, filled up to a power of 2, and lengths are similar, large ones first; and that power."""
-    rows = self._share_rows([row for number, pair in enumerate(pairs) for row in self._rows(number, pair)])
-    counts = [1 << (len(row.windows) - 1).bit_length() for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-counts[i], -len(rows[i].text)))
-    for count, same in itertools.groupby(order, counts.__getitem__):
-      while some := list(itertools.islice(same, self._rows_of(count))):
-        yield [rows[i] for i in some], count
+    readings = self._share([reading for number, pair in enumerate(pairs) for reading in self._readings(number, pair)])
+    rows = self._rows(sorted(readings, key=lambda reading: (-_power(len(reading.windows)), -len(reading.text))))
+    count = lambda row: _power(sum(len(reading.windows) for reading in row))
+    for windows, same in itertools.groupby(sorted(rows, key=count, reverse=True), count):
+      while some := list(itertools.islice(same, self._rows_of(windows))):
+        yield some, windows
+
+  def _rows(self, readings: Sequence[_Reading]) -> list[list[_Reading]]:
+    """Readings in rows, in their order. One that needs its own text has a row for itself."""
+    rows: list[list[_Reading]] = []
+    tokens, windows = 0, 0
+    for reading in readings:
+      tokens, windows = tokens + len(reading.text), windows + len(reading.windows)
+      if rows and tokens <= min(_PACK[0], self.limit) and windows <= _PACK[1] and not needs_own_text(self._policy):
+        rows[-1].append(reading)
+      else:
+        rows.append([reading])
+        tokens, windows = len(reading.text), len(reading.windows)
+    return rows
 
   def _rows_of(self, windows: int) -> int:
     """Rows of a batch, each of so many windows."""
     shards = sharding.batch_shards(self._mesh)
     return -(-max(self.rows * _FEW_WINDOWS // max(windows, _FEW_WINDOWS), 1) // shards) * shards
 
-  def _rows(self, number: int, pair: Pair) -> Iterator[_Row]:
-    """Rows of a pair alone, which have as few tokens as their windows allow."""
+  def _readings(self, number: int, pair: Pair) -> Iterator[_Reading]:
+    """Those of a pair alone, which have as few tokens as their windows allow."""
     ids, first, reach = (*pair[0], *pair[1]), len(pair[0]), _MOST_WINDOWS * self.size
     for begin in range(first, len(ids), reach):
       starts = range(begin, min(begin + reach, len(ids)), self.size)
       windows = [_Window(number, ids, start, min(start + self.size, len(ids))) for start in starts]
       last = windows[-1]
-      yield _Row(ids[: last.end if needs_own_text(self._policy) else last.start], windows)
+      yield _Reading(ids[: last.end if needs_own_text(self._policy) else last.start], windows)
 
-  def _share_rows(self, rows: list[_Row]) -> list[_Row]:
-    """Without rows whose text another one continues, which gets their windows."""
-    shared: list[_Row] = []
-    for row in sorted(rows, key=lambda row: row.text, reverse=True):  # what continues a text comes before it
+  def _share(self, readings: list[_Reading]) -> list[_Reading]:
+    """Without readings whose text another one continues, which gets their windows."""
+    shared: list[_Reading] = []
+    for reading in sorted(readings, key=lambda one: one.text, reverse=True):  # what continues a text comes before it
       last = shared[-1] if shared else None
-      together = last is not None and len(last.windows) + len(row.windows) <= _MOST_WINDOWS
-      if together and last.text[: len(row.text)] == row.text:
-        last.windows.extend(row.windows)
+      together = last is not None and len(last.windows) + len(reading.windows) <= _MOST_WINDOWS
+      if together and last.text[: len(reading.text)] == reading.text:
+        last.windows.extend(reading.windows)
       else:
-        shared.append(row)
+        shared.append(reading)
     return shared
 
   def score_windows(self, pairs: Sequence[Pair], windows: int) -> list[list[Bound]]:
     """Bounds of each window of at most `rows` pairs, each of so many windows at most, by a reading for each pair: one
     program for each of the `lengths`, compiled at the first call. All processes call it with the same pairs."""
-    rows = [row for number, pair in enumerate(pairs) for row in self._rows(number, pair)]
+    rows = [[reading] for number, pair in enumerate(pairs) for reading in self._readings(number, pair)]
     found: list[list[Bound]] = [[] for _ in pairs]
-    for number, part in _by_pair(rows, self._run_batch(self._pack(rows, self.rows, windows))):
+    for number, part in _by_pair(rows, self._run_batch(self._stack(rows, self.rows, windows))):
       found[number].append(_bound([part]))
     return found
 
-  def _pack(self, rows: Sequence[_Row], B: int, N: int) -> tuple[np.ndarray, ...]:
-    """Arrays of B rows with N windows each: text (B, T), anchor (B, N), tokens (B, N, W), count (B, N), int32, and
-    digest (B, N) uint32."""
-    longest = max(len(row.text) for row in rows)
+  def _stack(self, rows: Sequence[list[_Reading]], B: int, N: int) -> tuple[np.ndarray, ...]:
+    """Arrays of B rows with N windows each: text and segments, which tell a row's texts apart, (B, T), anchor (B, N),
+    tokens (B, N, W), count (B, N), int32, and digest (B, N) uint32."""
+    longest = max(sum(len(reading.text) for reading in row) for row in rows)
     length = next((length for length in self._lengths if length >= longest), longest)
     if needs_own_text(self._policy):
       length += self.size
-    text = np.zeros((B, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
+    text, segments = np.zeros((2, B, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
     anchor, count, digest = np.zeros((B, N), np.int32), np.zeros((B, N), np.int32), np.zeros((B, N), np.uint32)
     tokens = np.zeros((B, N, self.size), np.int32)
     for i, row in enumerate(rows):
-      text[i, : len(row.text)] = row.text
-      for j, window in enumerate(row.windows):
-        ids = np.array(window.ids[: window.end], "<i4")
-        anchor[i, j], count[i, j] = window.start - 1, window.end - window.start
-        tokens[i, j, : count[i, j]] = ids[window.start :]
-        digest[i, j] = zlib.crc32(ids.tobytes(), window.start)
-    return text, anchor, tokens, count, digest
+      begin, j = 0, 0
+      for number, reading in enumerate(row):
+        end = begin + len(reading.text)
+        text[i, begin:end], segments[i, begin:] = reading.text, number
+        for window in reading.windows:
+          ids = np.array(window.ids[: window.end], "<i4")
+          anchor[i, j], count[i, j] = begin + window.start - 1, window.end - window.start
+          tokens[i, j, : count[i, j]] = ids[window.start :]
+          digest[i, j] = zlib.crc32(ids.tobytes(), window.start)
+          j += 1
+        begin = end
+    return text, segments, anchor, tokens, count, digest
 
   def _run_batch(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     return self._run_program(self._program, batch, self._policy)
 
 
-def _by_pair(rows: list[_Row], results: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
+def _power(count: int) -> int:
+  """The smallest power of 2 that is no less."""
+  return 1 << (count - 1).bit_length()
+
+
+def _by_pair(rows: list[list[_Reading]], results: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:
   """Numbers of pairs, and what a window of theirs has: nats, greedy and passes (draws,) each."""
   for i, row in enumerate(rows):
-    for j, window in enumerate(row.windows):
+    for j, window in enumerate(itertools.chain.from_iterable(reading.windows for reading in row)):
       yield window.pair, [a[:, i, j] for a in results]
 
 

@@ -416,6 +416,7 @@ def windows_nll(
   net: Network,
   statistics: Statistics,
   text_BxT: jax.Array,
+  segments_BxT: jax.Array | None,
   windows: TextWindows,
   policy: policies.Policy,
   draws: int = 1,
@@ -426,11 +427,12 @@ def windows_nll(
   most probable when it became known, (draws, B, N) bool; and the passes (draws, B, N) taken.
 
   A row's text is read once, whatever number of windows follow parts of it. It reaches to the last anchor at least, and
-  to the windows' ends where `needs_own_text`. self_conditioned, chunk: as of `sequence_nll`.
+  to the windows' ends where `needs_own_text`. segments_BxT: where a row has several texts, which the network isolates,
+  numbers that tell them apart; a window sees its anchor's. self_conditioned, chunk: as of `sequence_nll`.
   """
   anchor, token = windows.anchor_BxN, windows.tokens_BxNxW
   inside = jnp.arange(token.shape[-1]) < windows.count_BxN[..., None]
-  hidden, cache = net.clean(text_BxT)
+  hidden, cache = net.clean(text_BxT, segments_BxT)
   ar_nats = token_nll(net, hidden[:, :-1], text_BxT, chunk) if needs_own_text(policy) else None
   anchor_token = jnp.take_along_axis(text_BxT, anchor, axis=1)
   codes, prior = net.codes(), statistics.log_unigram_V
