@@ -230,7 +230,7 @@ class RecordedRuns:
     self._name, self._folder, self._settings = name, folder, _plain(settings)
     file = folder / f"{name}.json"
     found = json.loads(file.read_text())["result"] if file.exists() else {"settings": self._settings, "runs": []}
-    if other := [key for key in self._settings if found["settings"].get(key) != self._settings[key]]:
+    if other := [key for key in self._settings if found.get("settings", {}).get(key) != self._settings[key]]:
       raise UserError(f"{file}: has runs of another {other[0]}; remove it, or give another --output")
     self.runs: list[dict[str, Any]] = found["runs"]
 

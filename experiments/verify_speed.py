@@ -15,7 +15,8 @@ At each temperature (0 is greedy):
   speed   batch 1, in turns, on the same weights in float32: `ar`, `verify` as it adapts itself, and transformers'
           `generate` without and with prompt_lookup_num_tokens; seconds without compilation
 
-All texts are sampled, none is teacher-forced. Without --source transformers is left out.
+All texts are sampled, none is teacher-forced. Without --source transformers is left out. A temperature that the JSON of
+the results holds is not measured again.
 """
 
 import json
@@ -177,13 +178,19 @@ def main() -> None:
     temperatures = [float(t) for t in args.temperatures.split(",")]
   except ValueError:
     raise UserError(f"--temperatures={args.temperatures}: is not a list of numbers, as 0,0.7,1") from None
+  names = ("every", "texts", "tokens", "draft", "batch", "seed")
+  recorded = common.RecordedRuns(
+    "verify_speed",
+    common.results_folder(args.output),
+    {name: args[name].value for name in names} | {"kinds": [common.shortened(kind) for kind in args.kind]},
+  )
   run = run_lib.load_run(args.workdir).in_conversation()
   reference = Reference(args.source, run, args.tokens) if args.source else None
-  result = {"draft": args.draft, "passes": [], "speed": []}
   for temperature in temperatures:
-    result["passes"] += measure_passes(run, kinds, temperature, args)
-    result["speed"] += measure_speed(run, reference, kinds, temperature, args)
-  common.write_result("verify_speed", result, common.results_folder(args.output))
+    if not recorded.find(temperature=temperature):
+      passes = measure_passes(run, kinds, temperature, args)
+      speed = measure_speed(run, reference, kinds, temperature, args)
+      recorded.add({"temperature": temperature, "passes": passes, "speed": speed})
 
 
 if __name__ == "__main__":

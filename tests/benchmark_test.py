@@ -31,7 +31,7 @@ from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
 from evo_jax.errors import UserError
-from evo_jax.evaluation import continuations, prefix_trees
+from evo_jax.evaluation import batches, continuations
 from evo_jax.evaluation.continuations import ContinuationScorer, parts
 from evo_jax.evaluation.prefix_trees import PrefixTreeScorer
 from evo_jax.flow.bound import window_logits
@@ -245,7 +245,7 @@ def tree_pairs():
 @pytest.mark.parametrize("share", [True, False])
 def test_trees_give_each_pair_what_it_has_alone(engine, share):
   pairs = tree_pairs()
-  with mock.patch.object(prefix_trees, "_QUERIES", (48, 48)):
+  with mock.patch.object(batches, "_QUERIES", (48, 48)):
     found = tree_scorer(share=share)(pairs)
   for (context, continuation), bound in zip(pairs, found):
     score = engine.submit_score(context[1:], continuation, begin=context[0]).result()

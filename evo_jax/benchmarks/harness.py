@@ -242,7 +242,7 @@ class Asker:
 
   def likelihoods(self, path: str, draws: int, scorer: BatchScorer, window: int = 0) -> Likelihoods:
     if path == "ar":
-      return Likelihoods(scorer, self.encoder, self._keep("likelihoods", {"path": path}))
+      return Likelihoods(scorer, self.encoder, self._keep("likelihoods", {"path": path, "limit": scorer.limit}))
     asked = {"path": path, "draws": draws, "seed": self._seed, "window": window}
     if functions.is_own(path):
       asked["file"] = functions.digest(path)

@@ -1,5 +1,6 @@
 """Scores of continuations given their contexts, in batches over a mesh: what all scorers share."""
 
+import abc
 from collections.abc import Iterator, Sequence
 import dataclasses
 import time
@@ -11,6 +12,8 @@ import numpy as np
 from evo_jax.errors import UserError
 from evo_jax.parallel import distributed, sharding
 from evo_jax.run import Run
+
+_QUERIES = (128, 512)  # whose attention scores are in memory at a time, from and to; a quarter of the slots between
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -32,7 +35,7 @@ class Bound:
     return -self.nats
 
 
-class BatchScorer:
+class BatchScorer(abc.ABC):
   """Pairs of a context and its continuation, both as ids, a context with its first token at position 0.
 
   In a run of several processes each makes it; number 0 calls it and then `close`, the others call `follow`.
@@ -43,9 +46,20 @@ class BatchScorer:
   limit: int
 
   def __init__(self, run: Run):
-    self._run, self._mesh = run, run.mesh
-    self._compiled: dict[tuple, Any] = {}
+    self._mesh, self._compiled = run.mesh, {}
     self.compile_seconds = 0.0
+    self._on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+    if self._on_cpu:  # which takes as long to slice a layer out of the stack as to read dozens of slots
+      run = dataclasses.replace(run, params=run.unstacked_params(self._mesh))
+    self._run = run
+
+  def _network(self, params: Any, slots: int, **config: Any) -> Any:
+    """The network that reads clean streams of so many slots. config: fields of its configuration that differ."""
+    block = min(max(slots // 4, _QUERIES[0]), _QUERIES[1])
+    changed = dataclasses.replace(self._run.model.config, attention_block=block, **config)
+    layout = sharding.Layout.of(self._mesh)
+    model = self._run.model.clone(config=changed, layout=layout, stacked=not self._on_cpu)
+    return model.bind({"params": params})
 
   def __call__(self, pairs: Sequence[Pair]) -> list[Bound]:
     """The bounds of continuations given their contexts. Raises UserError as `batches`."""
@@ -55,10 +69,10 @@ class BatchScorer:
         found[number] = bound
     return found
 
+  @abc.abstractmethod
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
     """The same as it comes: numbers of some pairs and their bounds. Raises UserError for a pair that is empty, or
     longer than `limit`."""
-    raise NotImplementedError
 
   def _check(self, pairs: Sequence[Pair]) -> None:
     for context, continuation in pairs:
@@ -86,8 +100,9 @@ class BatchScorer:
     if jax.process_count() > 1:
       distributed.broadcast(batch)
 
+  @abc.abstractmethod
   def _run_batch(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    raise NotImplementedError
+    """The results of a batch's arrays, in all processes."""
 
   def _run_program(self, program: Any, batch: tuple[np.ndarray, ...], *args: Any) -> tuple[np.ndarray, ...]:
     """program(params, statistics, *batch, *args) on the host, compiled once for each shapes of the batch, whose arrays

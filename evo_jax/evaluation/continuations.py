@@ -101,7 +101,7 @@ class ContinuationScorer(BatchScorer):
     if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
     shards = sharding.batch_shards(self._mesh)
-    if self._mesh.devices.flat[0].platform == "cpu":
+    if self._on_cpu:
       rows = min(rows, _ROWS_ON_CPU * shards)
     self.rows = -(-rows // shards) * shards
     policies.check_policy(path, self.size, run.model.rows, config)
@@ -111,15 +111,16 @@ class ContinuationScorer(BatchScorer):
     self._program = self._make_program(seed, draws)
 
   def _make_program(self, seed: int, draws: int):
-    config, isolated = self._run.config, dataclasses.replace(self._run.model.config, isolate_documents=True)
-    model = self._run.model.clone(config=isolated, layout=sharding.Layout.of(self._mesh))
+    loss = self._run.config.loss
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))
     def program(params, statistics, text, segments, anchor, tokens, count, digest, policy):
-      net, conditioned = model.bind({"params": params}), config.loss.self_conditioning > 0
+      net = self._network(params, text.shape[1], isolate_documents=True)
       keys = jax.vmap(jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number)))(digest)
       windows = TextWindows(anchor, tokens, count, keys)
-      return windows_nll(net, statistics, text, segments, windows, policy, draws, conditioned, config.loss.chunk)
+      return windows_nll(
+        net, statistics, text, segments, windows, policy, draws, loss.self_conditioning > 0, loss.chunk
+      )
 
     return program
 

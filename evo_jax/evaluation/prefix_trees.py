@@ -8,7 +8,6 @@ Letters in names: B packs of a pass, S slots of a pack.
 """
 
 from collections.abc import Iterator, Sequence
-import dataclasses
 import itertools
 
 import jax
@@ -22,7 +21,6 @@ from evo_jax.run import Run
 
 _SLOTS = 512  # of a pack, where no pair is longer: enough for products at full speed
 _STEP = 64  # predictions of a pack whose logits are in memory at a time; packs have a multiple of it
-_QUERIES = (128, 512)  # whose attention scores are in memory at a time, from and to; a quarter of a pack between
 
 
 class PrefixTreeScorer(BatchScorer):
@@ -43,21 +41,12 @@ class PrefixTreeScorer(BatchScorer):
       raise UserError("a model of diffusion alone has no likelihoods by autoregression")
     self.limit = min(context or run.config.model.position_limit, run.config.model.position_limit) + 1
     shards = sharding.batch_shards(self._mesh)
-    on_cpu = self._mesh.devices.flat[0].platform == "cpu"
-    self.rows, self._share = shards if on_cpu else -(-rows // shards) * shards, share
-    self._program = self._make_program(unstacked=on_cpu)
-    if on_cpu:  # which takes as long to slice a layer out of the stack as to read an eighth of its slots
-      self._run = dataclasses.replace(run, params=run.unstacked_params(self._mesh))
+    self.rows, self._share = shards if self._on_cpu else -(-rows // shards) * shards, share
+    self._program = self._make_program()
 
-  def _make_program(self, unstacked: bool):
-    config, layout = self._run.model.config, sharding.Layout.of(self._mesh)
-    replicated = sharding.replicated(self._mesh)
-
+  def _make_program(self):
     def program(params, statistics, tokens_BxS, position_BxS, visible_BxSxS, source_BxS, target_BxS, steps):
-      S = tokens_BxS.shape[1]
-      block = min(max(S // 4, _QUERIES[0]), _QUERIES[1])
-      of_block = dataclasses.replace(config, attention_block=block)
-      net = self._run.model.clone(config=of_block, layout=layout, stacked=not unstacked).bind({"params": params})
+      net = self._network(params, tokens_BxS.shape[1])
       hidden_BxSxD = net.trees(tokens_BxS, position_BxS, visible_BxSxS)
 
       def predict(step, found):
@@ -71,7 +60,7 @@ class PrefixTreeScorer(BatchScorer):
       nothing = jnp.zeros(tokens_BxS.shape), jnp.zeros(tokens_BxS.shape, bool)
       return jax.lax.fori_loop(0, jnp.max(steps), predict, nothing)
 
-    return jax.jit(program, out_shardings=replicated)
+    return jax.jit(program, out_shardings=sharding.replicated(self._mesh))
 
   def batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Bound]]]:
     """Those of large packs come first."""
