@@ -5,7 +5,8 @@
 
 The run's weights are exported, and `hf` reads them in float32. Both are asked the same requests, by the harness:
 
-  likelihoods  the largest difference, also per token, the differing choices, and the metrics of both
+  likelihoods  the largest difference, also per token, how many differ by more than 1e-3 nats and by more than 1e-5 per
+               token, the differing choices, and the metrics of both
   texts        greedy; of each pair that differs, the first token that does, and the logits' distance there: between the
                two tokens, as log-probabilities in nats
   speed        items per second of each task, without loading and compilation: `hf` (in batches of --hf_batch), this
@@ -38,6 +39,7 @@ from experiments import common
 
 LIKELIHOODS = "mmlu,hellaswag,arc_easy,arc_challenge,winogrande,piqa,sciq,lambada_openai,truthfulqa_mc2"
 TEXTS = "gsm8k"
+_TOLERANCES = 1e-3, 1e-5  # nats of a log-likelihood, or per token of a long one
 
 
 def main() -> None:
@@ -189,7 +191,8 @@ def make_written(harness, run: run_lib.Run, args: flags.FlagValues, mode: str, s
 
 
 def compare_likelihoods(theirs: dict[str, Any], ours: dict[str, Any], encoder) -> dict[str, Any]:
-  """By task, the largest differences, how many choices differ, and the metrics of both."""
+  """By task, the largest differences, how many are beyond `_TOLERANCES`, how many choices differ, and the metrics of
+  both."""
   found = {}
   tokens = lambda sample: np.array([max(len(encoder.pair(*pair).continuation), 1) for pair in sample["arguments"]])
   for name in theirs:
@@ -203,6 +206,7 @@ def compare_likelihoods(theirs: dict[str, Any], ours: dict[str, Any], encoder) -
       "items": len(pairs),
       "largest": float(max(d.max() for d in apart)),
       "largest_per_token": float(max((d / n).max() for d, n in zip(apart, lengths))),
+      "beyond": sum(int(((d > _TOLERANCES[0]) & (d / n > _TOLERANCES[1])).sum()) for d, n in zip(apart, lengths)),
       "other_choices": sum(int(a.argmax() != b.argmax()) for a, b, _ in pairs),
       "metrics": {"hf": theirs[name]["metrics"], "evo_jax": ours[name]["metrics"]},
     }
@@ -255,12 +259,13 @@ def speeds(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def format_result(result: dict[str, Any]) -> str:
   """The comparison as text."""
-  heads = f"{'task':<18}{'items':>6}{'largest difference':>20}{'per token':>11}{'other choices':>15}"
+  heads = f"{'task':<18}{'items':>6}{'largest difference':>20}{'per token':>11}{'beyond':>8}{'other choices':>15}"
   lines = [f"{heads}  accuracy of hf and evo_jax"]
   for name, row in result["likelihoods"].items():
     both = [row["metrics"][who].get("acc,none", float("nan")) for who in ("hf", "evo_jax")]
     lines.append(
-      f"{name:<18}{row['items']:>6}{row['largest']:>20.2e}{row['largest_per_token']:>11.2e}{row['other_choices']:>15}"
+      f"{name:<18}{row['items']:>6}{row['largest']:>20.2e}{row['largest_per_token']:>11.2e}"
+      f"{row['beyond']:>8}{row['other_choices']:>15}"
       f"  {both[0]:.4f} {both[1]:.4f}"
     )
   for name, row in result["texts"].items():
