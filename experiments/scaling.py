@@ -23,7 +23,8 @@ so the exponents hold for this range alone. Whether there is more to see says th
 coefficient of log bits in log x, which an offset makes positive. Errors are by bootstrap over held-out sequences, or
 items, which all runs share, and over seeds.
 
-What a stopped run has done is kept; the same command goes on. --scale=small: shapes for a smoke test.
+What a stopped run has done is kept, and a run that the JSON of the results holds is not repeated; the same command goes
+on. --scale=small: shapes for a smoke test.
 """
 
 import json
@@ -447,31 +448,33 @@ def draw(found: dict[str, list[Curve]], fitted: list[dict[str, Any]], file: Path
 def main() -> None:
   args = flags.FLAGS
   scale = SCALES[args.scale]
-  names = common.select(args.only, scale["sizes"])
+  sizes = common.select(args.only, scale["sizes"])
   tasks = args.tasks.split(",")
   for task in tasks:
     if task not in TASKS:
       raise UserError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
   common.pyplot()  # a missing matplotlib is an error now, not after the measurements
   items = read_items(args.items, tasks, scale["items"]) if args.items else []
+  settings = scale | {
+    "sizes": {name: size._asdict() for name, size in scale["sizes"].items()},
+    "methods": METHODS,
+    "text": ", ".join(Path(part).name for part in args.data.split(",")) if args.data else "standard library",
+    "tasks": tasks if items else [],
+  }
+  folder, name = common.results_folder(args.output), f"scaling_{args.scale}"
+  recorded = common.RecordedRuns(name, folder, settings)
   points = [
-    run_point(name, method, seed, scale, items, args)
-    for name in names
+    recorded.find(size=size, method=method, seed=seed)
+    or recorded.add(run_point(size, method, seed, scale, items, args))
+    for size in sizes
     for seed in range(args.seeds)
     for method in METHODS
   ]
   found = curves(points)
   fitted = fits(found)
   report(points, fitted)
-  folder = common.results_folder(args.output)
-  origin = {
-    "scale": args.scale,
-    "settings": scale | {"sizes": {name: size._asdict() for name, size in scale["sizes"].items()}},
-    "text": ", ".join(Path(part).name for part in args.data.split(",")) if args.data else "standard library",
-    "items": tasks if items else [],
-  }
-  common.write_result(f"scaling_{args.scale}", origin | {"fits": fitted, "points": points}, folder)
-  draw(found, fitted, folder / f"scaling_{args.scale}.png")
+  recorded.write(fits=fitted)
+  draw(found, fitted, folder / f"{name}.png")
 
 
 if __name__ == "__main__":
