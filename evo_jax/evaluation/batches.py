@@ -35,6 +35,11 @@ class Bound:
     return -self.nats
 
 
+def is_on_cpu(run: Run) -> bool:
+  """Whether a model's parameters lie on CPUs."""
+  return run.mesh.devices.flat[0].platform == "cpu"
+
+
 class BatchScorer(abc.ABC):
   """Pairs of a context and its continuation, both as ids, a context with its first token at position 0.
 
@@ -45,20 +50,18 @@ class BatchScorer(abc.ABC):
 
   limit: int
 
-  def __init__(self, run: Run):
-    self._mesh, self._compiled = run.mesh, {}
+  def __init__(self, run: Run, stacked: bool = True):
+    """stacked: whether layers stay stacked; else there is a copy of the parameters with layers by themselves."""
+    self._mesh, self._compiled, self._stacked = run.mesh, {}, stacked
     self.compile_seconds = 0.0
-    self._on_cpu = self._mesh.devices.flat[0].platform == "cpu"
-    if self._on_cpu:  # which takes as long to slice a layer out of the stack as to read dozens of slots
-      run = dataclasses.replace(run, params=run.unstacked_params(self._mesh))
-    self._run = run
+    self._run = run if stacked else dataclasses.replace(run, params=run.unstacked_params(self._mesh))
 
   def _network(self, params: Any, slots: int, **config: Any) -> Any:
     """The network that reads clean streams of so many slots. config: fields of its configuration that differ."""
     block = min(max(slots // 4, _QUERIES[0]), _QUERIES[1])
     changed = dataclasses.replace(self._run.model.config, attention_block=block, **config)
     layout = sharding.Layout.of(self._mesh)
-    model = self._run.model.clone(config=changed, layout=layout, stacked=not self._on_cpu)
+    model = self._run.model.clone(config=changed, layout=layout, stacked=self._stacked)
     return model.bind({"params": params})
 
   def __call__(self, pairs: Sequence[Pair]) -> list[Bound]:

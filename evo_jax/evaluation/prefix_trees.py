@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.evaluation.batches import BatchScorer, Bound, Pair
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
@@ -36,12 +36,13 @@ class PrefixTreeScorer(BatchScorer):
 
     Raises UserError for a model that has no autoregression.
     """
-    super().__init__(run)
+    on_cpu = is_on_cpu(run)  # which takes as long to slice a layer out of the stack as to read dozens of slots
+    super().__init__(run, stacked=not on_cpu)
     if run.config.diffusion_alone:
       raise UserError("a model of diffusion alone has no likelihoods by autoregression")
     self.limit = min(context or run.config.model.position_limit, run.config.model.position_limit) + 1
     shards = sharding.batch_shards(self._mesh)
-    self.rows, self._share = shards if self._on_cpu else -(-rows // shards) * shards, share
+    self.rows, self._share = shards if on_cpu else -(-rows // shards) * shards, share
     self._program = self._make_program()
 
   def _make_program(self):
