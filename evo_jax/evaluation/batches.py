@@ -40,6 +40,11 @@ def is_on_cpu(run: Run) -> bool:
   return run.mesh.devices.flat[0].platform == "cpu"
 
 
+def power_of_two(count: int) -> int:
+  """The smallest power of 2 that is no less."""
+  return 1 << (count - 1).bit_length()
+
+
 class BatchScorer(abc.ABC):
   """Pairs of a context and its continuation, both as ids, a context with its first token at position 0.
 

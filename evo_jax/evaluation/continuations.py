@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu, power_of_two
 from evo_jax.evaluation.paths import check_path
 from evo_jax.flow import policies
 from evo_jax.flow.bound import TextWindows, needs_own_text, windows_nll
@@ -143,8 +143,8 @@ class ContinuationScorer(BatchScorer):
   def _batches_of_rows(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[list[_Reading]], int]]:
     """Rows whose windows, filled up to a power of 2, and lengths are similar, large ones first; and that power."""
     readings = self._share([reading for number, pair in enumerate(pairs) for reading in self._readings(number, pair)])
-    rows = self._rows(sorted(readings, key=lambda reading: (-_power(len(reading.windows)), -len(reading.text))))
-    count = lambda row: _power(sum(len(reading.windows) for reading in row))
+    rows = self._rows(sorted(readings, key=lambda reading: (-power_of_two(len(reading.windows)), -len(reading.text))))
+    count = lambda row: power_of_two(sum(len(reading.windows) for reading in row))
     for windows, same in itertools.groupby(sorted(rows, key=count, reverse=True), count):
       while some := list(itertools.islice(same, self._rows_of(windows))):
         yield some, windows
@@ -223,11 +223,6 @@ class ContinuationScorer(BatchScorer):
 
   def _run_batch(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     return self._run_program(self._program, batch, self._policy)
-
-
-def _power(count: int) -> int:
-  """The smallest power of 2 that is no less."""
-  return 1 << (count - 1).bit_length()
 
 
 def _by_pair(rows: list[list[_Reading]], results: tuple[np.ndarray, ...]) -> Iterator[tuple[int, list[np.ndarray]]]:

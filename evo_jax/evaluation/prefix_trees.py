@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu, power_of_two
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
@@ -104,7 +104,7 @@ class PrefixTreeScorer(BatchScorer):
   def _size(self, slots: int) -> int:
     """Slots of the smallest pack that has so many: a power of 2, or three quarters of one, so that few programs are
     compiled; no more than the longest pair needs."""
-    power = 1 << max(slots - 1, _STEP - 1).bit_length()
+    power = power_of_two(max(slots, _STEP))
     between = power * 3 // 4
     size = between if slots <= between and between % _STEP == 0 else power
     return min(size, -(-(self.limit - 1) // _STEP) * _STEP)
