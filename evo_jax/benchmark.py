@@ -32,7 +32,7 @@ from evo_jax.benchmarks.pairs import BEGINS
 from evo_jax.benchmarks.sandbox import Sandbox
 from evo_jax.benchmarks.table import format_table, make_rows
 from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling, check_sampling
-from evo_jax.errors import UserError
+from evo_jax.errors import UserError, check_seed
 from evo_jax.parallel import distributed
 from evo_jax.run import load_run
 
@@ -205,8 +205,7 @@ def check_flags(args: flags.FlagValues) -> None:
       raise UserError(f"--{name}={getattr(args, name)}: is not positive")
   if args.shots is not None and args.shots < 0:
     raise UserError(f"--shots={args.shots}: is negative")
-  if not 0 <= args.seed < 2**32:
-    raise UserError(f"--seed={args.seed}: is not in [0, 2^32)")
+  check_seed(args.seed, "--seed")
   gaps(args)
   if args.system_instruction and not args.apply_chat_template:
     raise UserError("--system_instruction: is of a conversation, which --apply_chat_template makes of a prompt")

@@ -33,7 +33,7 @@ from evo_jax.decoding.engine import Engine, Handle
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.settings import MODES, Sampling
 from evo_jax.decoding.setup import make_schedule
-from evo_jax.errors import UserError
+from evo_jax.errors import UserError, check_seed
 from evo_jax.run import Run, load_run
 
 _PAGE = 32  # tokens of a page: of a prompt that goes on, less than so many are read again
@@ -42,8 +42,8 @@ _PASSES = 2  # between two looks: text comes as soon as it is written
 
 def main() -> None:
   args = flags.FLAGS
-  if args.seed is not None and not 0 <= args.seed < 2**32:
-    raise UserError(f"--seed={args.seed}: is not in [0, 2^32)")
+  if args.seed is not None:
+    check_seed(args.seed, "--seed")
   names = {field.name for field in dataclasses.fields(Sampling)}
   sampling = Sampling(**{name: getattr(args, name) for name in names if name in args})
   run = load_run(args.workdir, args.step, cli.make_mesh())

@@ -53,7 +53,7 @@ from evo_jax.batch import Batch
 from evo_jax.data import batches as batches_lib
 from evo_jax.data import corpora as corpora_lib
 from evo_jax.data import formats, tokenizers
-from evo_jax.errors import UserError
+from evo_jax.errors import UserError, check_seed
 from evo_jax.evaluation import comparison, progression
 from evo_jax.evaluation import paths as paths_lib
 from evo_jax.flow import bound, schedules
@@ -108,6 +108,7 @@ def check_flags(args: flags.FlagValues) -> None:
   for name in ("sequences", "window", "length"):
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
+  check_seed(args.seed, "--seed")
   for name in ("json", "csv"):
     if getattr(args, name):
       cli.check_output(name, getattr(args, name))

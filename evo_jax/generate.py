@@ -45,7 +45,7 @@ from evo_jax.decoding.prompts import Prompt, readable
 from evo_jax.decoding.sampler import OnText, Sampler
 from evo_jax.decoding.settings import COUPLINGS, DEFAULT_PATH, DEFAULT_TOKENS, DRAFT_SOURCES, MODES, Sampling
 from evo_jax.decoding.trace import check_trace_file, write_trace
-from evo_jax.errors import UserError
+from evo_jax.errors import UserError, check_seed
 from evo_jax.run import Run, load_run
 
 _MOST_TEXTS = 1_000_000
@@ -170,8 +170,7 @@ def _check_flags(args: flags.FlagValues, sampling: Sampling) -> None:
   """Raises UserError for flags that are impossible, or do not go together."""
   if args.num < 1:
     raise UserError(f"--num={args.num}: is not positive")
-  if not 0 <= args.seed < 2**32:
-    raise UserError(f"--seed={args.seed}: is not in [0, 2^32)")
+  check_seed(args.seed, "--seed")
   if args.infill and (args.prompt or args.prompts):
     raise UserError("--infill: is a text of its own, and goes without --prompt and --prompts")
   if args.chat and not (args.prompt or args.prompts):

@@ -311,6 +311,7 @@ def test_a_budget_is_met_by_the_cheapest_pair_of_strategies():
     ("generate", ("--workdir=RUN", "--stop="), "--stop: is empty"),
     ("generate", ("--workdir=RUN", f"--num={2**63}"), "is more than 1000000 texts"),
     ("generate", ("--workdir=RUN", f"--seed={2**32}"), "--seed=4294967296: is not in [0, 2^32)"),
+    ("evaluate", ("--workdir=RUN", f"--seed={2**64}"), "--seed=18446744073709551616: is not in [0, 2^32)"),
     ("generate", ("--workdir=RUN", f"--step={2**63}"), "holds no checkpoint of step 9223372036854775808"),
     ("generate", ("--workdir=/no\nsuch",), r"--workdir=/no\nsuch: is no folder"),
     ("generate", ("--workdir=configs",), "config.json: cannot be read"),

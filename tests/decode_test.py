@@ -659,6 +659,12 @@ def test_a_model_that_diverged_is_refused(value):
     Sampler(dataclasses.replace(run(), params=params), Sampling(), one_device())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_fit_into_32_bits(seed):
+  with pytest.raises(UserError, match=rf"seed={seed}: is not in \[0, 2\^32\)"):
+    sampler(max_tokens=3, mode="ar")(["a"], seed=seed)
+
+
 def test_a_batch_that_memory_does_not_hold_is_refused(monkeypatch):
   def step(device, batch):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")

@@ -321,7 +321,7 @@ def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
   with engine:
     with pytest.raises(UserError, match="a text of 74 tokens needs room for 80; the cache has 64"):
       engine.submit("abc", Sampling(max_tokens=70))
-    with pytest.raises(UserError, match="seed=-3: is not from 0 to 4294967295"):
+    with pytest.raises(UserError, match=r"seed=-3: is not in \[0, 2\^32\)"):
       engine.submit("abc", Sampling(max_tokens=3), seed=-3)
     handles = [engine.submit("abc", Sampling(max_tokens=40, endless=True), number=i) for i in range(3)]
     assert len({handle.result().text for handle in handles}) == 3

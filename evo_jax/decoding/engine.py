@@ -37,7 +37,7 @@ from evo_jax.decoding.progress import Generation, Progress, TokenChoice
 from evo_jax.decoding.prompts import Prompt, Request, make_request
 from evo_jax.decoding.recorder import LiveTrace, TracedPass
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
-from evo_jax.errors import UserError
+from evo_jax.errors import UserError, check_seed
 from evo_jax.evaluation.continuations import Bound, ContinuationScorer, Pair, parts, total
 from evo_jax.flow.schedules import Path
 from evo_jax.parallel import distributed
@@ -378,9 +378,8 @@ class Engine:
     settings = Settings(sampling, infill)
     tokenizer = tokenizer or self.run.tokenizer
     self._programs.check(sampling, settings, end_ids, logit_bias, best)
-    for name, value in (("seed", seed), ("number", number)):
-      if not 0 <= value < 2**32:
-        raise UserError(f"{name}={value}: is not from 0 to {2**32 - 1}")
+    check_seed(seed)
+    check_seed(number, "number")
     if trace and not self.shape.traced:
       raise UserError("trace: the engine was made without traces")
     if isinstance(prompt, Request):

@@ -27,6 +27,7 @@ from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
 from evo_jax.decoding.state import DecodingState, prefill, row_key, with_latents
 from evo_jax.decoding.steps import RunningBatch
 from evo_jax.decoding.trace import Trace
+from evo_jax.errors import check_seed
 from evo_jax.run import Run
 
 OnText = Callable[[int, str], None]
@@ -71,7 +72,8 @@ class Sampler:
       on_text: is called with a text's number and a piece of it that is new and final, from left to right.
       traces: a list to which the first text's trace is added.
 
-    Raises UserError for a prompt that is too long or cannot be encoded, and for a batch that the memory does not hold.
+    Raises UserError for a prompt that is too long or cannot be encoded, for a seed that does not fit into 32 bits, and
+    for a batch that the memory does not hold.
     """
     run, size = self.run, self.sampling.batch_size
     requests = make_requests(prompts, num, infill, self.sampling, run.tokenizer, run.config.model.position_limit)
@@ -89,7 +91,7 @@ class Sampler:
     return generations
 
   def decode(self, requests: list[Request], seed: int = 0) -> list[Generation]:
-    """The texts of one batch. Raises UserError where the memory does not hold it."""
+    """The texts of one batch. Raises UserError for a bad seed, and where the memory does not hold the batch."""
     with jax.set_mesh(self._device.mesh), out_of_memory_as(f"--batch_size={self.sampling.batch_size}"):
       return self._generate(requests, seed, False, None, None)
 
@@ -97,6 +99,7 @@ class Sampler:
     self, requests: list[Request], seed: int, infill: bool, on_text: OnText | None, traces: list[Trace] | None
   ) -> list[Generation]:
     """One batch, from its prompts to its texts."""
+    check_seed(seed)
     start, compiled_before = time.perf_counter(), self.compile_seconds
     sampling, tokenizer = self.sampling, self.run.tokenizer
     batch = self._start(requests, seed, infill, traces is not None)
