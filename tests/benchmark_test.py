@@ -392,23 +392,33 @@ RESULTS = {
     "mmlu": {"alias": "mmlu", "acc,none": 0.25, "acc_stderr,none": 0.01},
     "mmlu_anatomy": {"sample_len": 3},
     "mmlu_law": {"sample_len": 5},
+    "bbh": {"exact_match,get-answer": 0.25, "exact_match_stderr,get-answer": "N/A"},
+    "bbh_navigate": {"sample_len": 1},
+    "bbh_snarks": {"sample_len": 3},
     "gsm8k": {"sample_len": 4, "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": "N/A"},
     "lambada_openai": {"sample_len": 9, "perplexity,none": 12.5, "perplexity_stderr,none": 1.5, "acc,none": 1.0},
   },
-  "n-shot": {"mmlu_anatomy": 5, "mmlu_law": 5, "gsm8k": 4, "lambada_openai": 0},
+  "n-shot": {"mmlu_anatomy": 5, "mmlu_law": 5, "bbh_navigate": 3, "bbh_snarks": 3, "gsm8k": 4, "lambada_openai": 0},
+  "samples": {
+    "bbh_navigate": [{"filter": "get-answer", "exact_match": 1.0}, {"filter": "other", "exact_match": 0.0}],
+    "bbh_snarks": [{"filter": "get-answer", "exact_match": 0.0}] * 3,
+    "gsm8k": [{"filter": "strict-match", "exact_match": 1.0}] * 2,
+  },
 }
 
 
 def test_a_row_says_what_it_is_of():
-  members = {"mmlu": ["mmlu_anatomy", "mmlu_law"], "gsm8k": ["gsm8k"], "lambada_openai": ["lambada_openai"]}
+  members = {"mmlu": ["mmlu_anatomy", "mmlu_law"], "bbh": ["bbh_navigate", "bbh_snarks"]}
+  members |= {"gsm8k": ["gsm8k"], "lambada_openai": ["lambada_openai"]}
   counts = {
     "mmlu_law": {"requests": 4, "cut": 2, "draws_variance": 4 * 0.25},
     "gsm8k": {"tokens": 40, "passes": 10},
   }
   rows = make_rows(RESULTS, members, counts, "streams:2", {"mmlu_law": "validation for test"})
-  mmlu, gsm8k, perplexity, _ = rows
+  mmlu, bbh, gsm8k, perplexity, _ = rows
   assert (mmlu["value"], mmlu["stderr"], mmlu["items"], mmlu["shots"], mmlu["cut"]) == (25.0, 1.0, 8, 5, 2)
   assert mmlu["draws_stderr"] == pytest.approx(0.5) and mmlu["published"]["Evo 8B"] == 78.6
+  assert bbh["value"] == 25.0 and bbh["stderr"] == pytest.approx(25.0)  # of 1, 0, 0, 0; the harness says nothing
   assert gsm8k["passes_per_token"] == 0.25 and gsm8k["stderr"] is None and gsm8k["filter"] == "strict-match"
   assert (perplexity["metric"], perplexity["value"], perplexity["stderr"]) == ("perplexity", 12.5, 1.5)
   text = format_table(rows, {"gpqa_main_n_shot": "no documents"})

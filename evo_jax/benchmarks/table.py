@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
+import numpy as np
+
 from evo_jax.benchmarks.published import FIGURES, SETTINGS
 
 _NOT_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")  # metrics that are no percentages
@@ -21,9 +23,10 @@ def make_rows(
   results: the harness's. members: by benchmark, its tasks. counts: by task, what was counted while it was asked. by:
   the setting: a path, or a mode. substituted: by task, the file that stands for another split.
 
-  A row has task, shots, by, metric, filter, value and stderr (in percent, but for perplexities; None where there is
-  none), items, cut (requests whose context was too long), passes_per_token (None of likelihoods), draws_stderr (nats:
-  of a likelihood, by the noise; None without), substituted, and published, by model in percent.
+  A row has task, shots, by, metric, filter, value and stderr (in percent, but for perplexities; the harness's error, or
+  over all items; None where there is neither), items, cut (requests whose context was too long), passes_per_token
+  (None of likelihoods), draws_stderr (nats: of a likelihood, by the noise; None without), substituted, and published,
+  by model in percent.
   """
   rows = []
   for name, tasks in members.items():
@@ -44,17 +47,31 @@ def make_rows(
         continue
       scale = 1.0 if metric in _NOT_SHARES else 100.0
       stderr = metrics.get(f"{metric}_stderr,{rule}")
+      if not isinstance(stderr, float) or not math.isfinite(stderr):
+        stderr = _stderr_over_items(results.get("samples", {}), tasks, metric, rule, value)
       rows.append(
         {
           **common,
           "metric": metric,
           "filter": "" if rule == "none" else rule,
           "value": scale * value,
-          "stderr": scale * stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
+          "stderr": None if stderr is None else scale * stderr,
           "published": {model: figures[name] for model, figures in FIGURES.items() if name in figures},
         }
       )
   return rows
+
+
+def _stderr_over_items(
+  samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[str], metric: str, rule: str, value: float
+) -> float | None:
+  """The standard error of a benchmark's mean over all its items, for which the harness has none where a subject has a
+  single item; None where the value is not that mean."""
+  items = [sample for task in tasks for sample in samples.get(task, ()) if sample["filter"] == rule]
+  values = [sample[metric] for sample in items if isinstance(sample.get(metric), (int, float))]
+  if len(values) < 2 or not math.isclose(np.mean(values), value, abs_tol=1e-9):
+    return None
+  return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def _total(counts: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:
