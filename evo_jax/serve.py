@@ -21,13 +21,12 @@ import jax
 
 from evo_jax import cli
 from evo_jax.decoding import steps
-from evo_jax.decoding.engine import Engine
+from evo_jax.decoding.engine import Engine, default_pass_rows
 from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling
 from evo_jax.errors import UserError
 from evo_jax.run import Run, fingerprint, load_run
 
 _KEY = "EVO_JAX_API_KEY"
-_FEW_ROWS = 4
 
 
 def main() -> None:
@@ -105,11 +104,10 @@ def _is_list_of_rows(values: list[str] | None) -> bool:
 
 
 def _pass_rows(args: flags.FlagValues, mesh: jax.sharding.Mesh) -> list[int]:
-  """Rows of smaller passes: where nothing else is said, a few on a CPU, which does not compute many at once."""
+  """Rows of smaller passes."""
   if args.pass_rows is not None:
     return [int(number) for number in args.pass_rows]
-  one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-  return [_FEW_ROWS] if one_cpu and args.rows >= 2 * _FEW_ROWS else []
+  return default_pass_rows(args.rows, mesh)
 
 
 def define_flags() -> None:
@@ -134,8 +132,8 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "pass_rows",
     None,
-    "Comma-separated rows of smaller passes, compiled besides, for when fewer texts are written. Default: 4 on a CPU "
-    "with 8 rows or more, else none.",
+    "Comma-separated rows of smaller passes, compiled besides, for when fewer texts are written. Default: 4 and 8 on "
+    "a CPU, as far as they are at most half of --rows; else none.",
   )
   flags.register_validator("pass_rows", _is_list_of_rows, "is no list of numbers from 2")
   flags.DEFINE_integer("cache_tokens", 0, "Tokens whose keys and values fit; 0: rows x context.", lower_bound=0)

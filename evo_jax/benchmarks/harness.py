@@ -40,7 +40,7 @@ from evo_jax.benchmarks.pairs import Encoder
 from evo_jax.benchmarks.sandbox import CodeEval, Sandbox
 from evo_jax.benchmarks.tasks import Benchmark
 from evo_jax.data import chat as chat_lib
-from evo_jax.decoding.engine import Engine
+from evo_jax.decoding.engine import Engine, default_pass_rows
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling, check_sampling
 from evo_jax.errors import UserError
 from evo_jax.evaluation.batches import BatchScorer
@@ -232,7 +232,13 @@ class Asker:
   def make_engine(self, rows: int, modes: Sequence[Sampling], infill: bool) -> Engine:
     modes = [dataclasses.replace(mode, max_tokens=None, greedy=False) for mode in modes] or ["ar"]
     return Engine(
-      self.run, rows, modes=modes, context=self.context, cache_tokens=max(rows * 1024, 2 * self.context), infill=infill
+      self.run,
+      rows,
+      modes=modes,
+      context=self.context,
+      cache_tokens=max(rows * 1024, 2 * self.context),
+      infill=infill,
+      pass_rows=default_pass_rows(rows, self.run.mesh),  # the last texts are often long ones
     )
 
   def scorer(self, path: str, draws: int, window: int = 0, rows: int = 4) -> BatchScorer:

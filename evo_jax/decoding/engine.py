@@ -47,6 +47,7 @@ WIDTH = 64  # positions of a page
 DEFAULT_CONTEXT = 2048
 _BOUNDS = 4  # windows of a continuation, whose bounds on a path are found at once
 _PARTS = (4, 1)  # of the context: texts that are scored on a path are filled up to the shortest that holds them
+_FEW_ROWS = (4, 8)  # of smaller passes
 _PIECES = 8  # of prompts, that are read between passes at most
 _OF_VERIFY = ("accepted", "rounds", "drafted_rounds", "draft_tokens", "draft_pending")  # fields of a snapshot
 _HEARTBEAT = 1.0  # seconds that the other processes of an idle engine wait for news
@@ -186,6 +187,13 @@ class _Job:
   def last(self) -> int:
     """So many positions are read: of a text that is written all but the last, which its first pass reads."""
     return len(self.tokens) - 1
+
+
+def default_pass_rows(rows: int, mesh: jax.sharding.Mesh) -> list[int]:
+  """Rows of smaller passes that are worth their compilation: on a CPU, which does not compute many at once, what is
+  at most half of `rows`; elsewhere none."""
+  one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  return [few for few in _FEW_ROWS if one_cpu and 2 * few <= rows]
 
 
 class Engine:

@@ -224,9 +224,10 @@ def flow_window(
   return policies.run_policy(schedule.policy, step, state, unfinished, first=1)
 
 
-def uncached_slots(window: int) -> int:
-  """Slots for uncached tokens in a pass of `adaptive`: as many as the prefix can grow by per pass, over long texts."""
-  return max(16, window // 4)
+def uncached_slots(window: int, infill: bool) -> int:
+  """Slots for uncached tokens in a pass of `adaptive`: as many as the prefix can grow by per pass, over long texts. It
+  grows by a window at most, and with `infill` by the known text behind a gap, too."""
+  return max(16 if infill else min(window, 16), window // 4)
 
 
 def adaptive_pass(
@@ -243,7 +244,7 @@ def adaptive_pass(
   `infill`: then the text behind the gap counts. Which other tokens jump or gather evidence is the policy's decision.
   """
   T, prior = schedule.size, statistics.log_unigram_V
-  uncached, slots = state.length - state.cached, uncached_slots(schedule.size)
+  uncached, slots = state.length - state.cached, uncached_slots(schedule.size, infill)
   count = jnp.where(state.done, 0, jnp.minimum(uncached, slots))
   anchor = jnp.minimum(state.length - 1, state.cached + count)
   if schedule.self_conditioning:  # the context logits of the pass before, shifted by what the window slides

@@ -42,4 +42,4 @@ def room_behind(sampling: Sampling, schedule: WindowSchedule | None) -> int:
   """Positions behind the longest text that the slots of a pass may reach."""
   if schedule is None:
     return sampling.draft_tokens + 1 if sampling.mode == "verify" else 1
-  return 2 * schedule.size + modes.uncached_slots(schedule.size)
+  return 2 * schedule.size + modes.uncached_slots(schedule.size, infill=True)
