@@ -1,7 +1,7 @@
 """Runs benchmarks by EleutherAI's lm-evaluation-harness: its tasks, prompts, metrics and few-shot rules.
 
   python -m evo_jax.benchmark --workdir=DIR --tasks=evo15 [--limit=N] [--data=DIR] [--json=FILE] [--mesh=data:1,fsdp:8]
-    [--path=ar,streams:4 --draws=8] [--mode=ar,verify,adaptive --threshold=0.1,0.2,0.4] [--run_code]
+    [--path=ar,streams:4 --draws=8] [--mode=ar,verify,adaptive --threshold=0.5,1,2] [--run_code]
 
 --tasks has suites (evo15: the fifteen benchmarks of the paper, with the shots of LLaDA's table; quick: four that say
 something in minutes; all) and any of the harness's tasks and groups. Likelihoods are by autoregression, or by the bound
