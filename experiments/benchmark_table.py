@@ -95,7 +95,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("texts", 40, "Items of a benchmark of texts.")
   flags.DEFINE_list("paths", ["left:2", "streams:2"], "Paths whose bounds are taken beside ar.")
   flags.DEFINE_integer("draws", 1, "Draws of a bound; on the default paths nothing is drawn.")
-  flags.DEFINE_list("thresholds", ["0.1", "0.25", "0.5"], "Thresholds of mode adaptive.")
+  flags.DEFINE_list("thresholds", ["1", "2", "3"], "Thresholds of mode adaptive, for large vocabularies.")
   flags.DEFINE_integer("rows", 8, "Texts that are written at once.")
   flags.DEFINE_integer("context", 2048, "Tokens of the longest text.")
   flags.DEFINE_bool("run_code", False, "Also benchmarks that execute what the model wrote, in a sandbox.")
