@@ -40,7 +40,7 @@ from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError, check_seed
 from evo_jax.evaluation.continuations import Bound, ContinuationScorer, Pair, parts, total
 from evo_jax.flow.schedules import Path
-from evo_jax.parallel import distributed
+from evo_jax.parallel import distributed, sharding
 from evo_jax.run import Run
 
 WIDTH = 64  # positions of a page
@@ -192,7 +192,7 @@ class _Job:
 def default_pass_rows(rows: int, mesh: jax.sharding.Mesh) -> list[int]:
   """Rows of smaller passes that are worth their compilation: on a CPU, which does not compute many at once, what is
   at most half of `rows`; elsewhere none."""
-  one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  one_cpu = mesh.size == 1 and sharding.Layout.of(mesh).platform == "cpu"
   return [few for few in _FEW_ROWS if one_cpu and 2 * few <= rows]
 
 

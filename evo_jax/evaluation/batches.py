@@ -35,11 +35,6 @@ class Bound:
     return -self.nats
 
 
-def is_on_cpu(run: Run) -> bool:
-  """Whether a model's parameters lie on CPUs."""
-  return run.mesh.devices.flat[0].platform == "cpu"
-
-
 def power_of_two(count: int) -> int:
   """The smallest power of 2 that is no less."""
   return 1 << (count - 1).bit_length()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu, power_of_two
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, power_of_two
 from evo_jax.evaluation.paths import check_path
 from evo_jax.flow import policies
 from evo_jax.flow.bound import TextWindows, needs_own_text, windows_nll
@@ -101,7 +101,7 @@ class ContinuationScorer(BatchScorer):
     if not 0 < self.size < self.limit:
       raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
     shards = sharding.batch_shards(self._mesh)
-    if is_on_cpu(run):
+    if sharding.Layout.of(self._mesh).platform == "cpu":
       rows = min(rows, _ROWS_ON_CPU * shards)
     self.rows = -(-rows // shards) * shards
     policies.check_policy(path, self.size, run.model.rows, config)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax.errors import UserError
-from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, is_on_cpu, power_of_two
+from evo_jax.evaluation.batches import BatchScorer, Bound, Pair, power_of_two
 from evo_jax.parallel import sharding
 from evo_jax.run import Run
 
@@ -36,7 +36,8 @@ class PrefixTreeScorer(BatchScorer):
 
     Raises UserError for a model that has no autoregression.
     """
-    on_cpu = is_on_cpu(run)  # which takes as long to slice a layer out of the stack as to read dozens of slots
+    # A CPU takes as long to slice a layer out of the stack as to read dozens of slots.
+    on_cpu = sharding.Layout.of(run.mesh).platform == "cpu"
     super().__init__(run, stacked=not on_cpu)
     if run.config.diffusion_alone:
       raise UserError("a model of diffusion alone has no likelihoods by autoregression")
