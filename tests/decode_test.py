@@ -372,11 +372,12 @@ class World:
   """Texts of which drafts are accepted with given probabilities, on a machine with given seconds.
 
   base, slot: seconds of a pass and of a slot of all texts. windows, text: probabilities that the next token of a draft
-  is accepted. matches: share of rounds in which a text's last four tokens occurred before.
+  is accepted. matches: share of rounds in which a text's last four tokens occurred before, once there are `first`.
   """
 
-  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1):
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1, first=0):
     self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
+    self.first = first
     self.random, self.tokens, self.seconds = np.random.default_rng(0), 0, 0.0
     self.pending = [(0, 0)] * texts
     self.records = [no_record(settings.MAX_DRAFT)] * texts
@@ -407,7 +408,7 @@ class World:
     offered, taken, matched = 0.99 * offered, 0.99 * taken, 0.95 * matched
     offered[source, : min(accepted + 1, length, T)] += 1
     taken[source, :accepted] += 1
-    match = MATCH * (self.random.random() < self.matches)
+    match = MATCH * (self.tokens >= self.first and self.random.random() < self.matches)
     matched[match] += 0.05
     self.records[i], self.tokens = (offered, taken, matched), self.tokens + accepted + 1
     window = accepted in (drafting.outcomes if drafted else drafting.outcomes and (0,))
@@ -441,6 +442,11 @@ def test_drafts_follow_measured_speed():
   assert speed > 1.3 and all(0 < len(d.outcomes) <= 3 for d in used)
   speed, used = World(16.5, 2.2, windows=0.05, text=0.95, matches=0.9).write()
   assert speed > 2 and not any(d.outcomes for d in used)
+  # A draft of four tokens takes two passes' time, and no text repeats itself at once.
+  speed, _ = World(24.0, 8.0, windows=0.05, text=0.9, matches=0.5, first=100).write()
+  assert speed > 1.4
+  speed, _ = World(24.0, 8.0, windows=0.05, text=0.2, matches=0.5, first=100).write(300)
+  assert speed > 0.95
   speed, used = World(16.5, 0.01, windows=0.8).write(2000)
   assert speed > 3.5 and np.mean([d.always and d.tokens >= 6 for d in used]) > 0.9
 

@@ -6,7 +6,7 @@ was not tried for long ends, with a hopeful prior, so that each is tried, briefl
 position no text depends on any of this.
 """
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 import dataclasses
 import statistics
@@ -16,10 +16,11 @@ import numpy as np
 from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
 
 _ROUNDS = 8  # between two looks of the host
-_PROBE_ROUNDS = 2  # where little is known of a source: a round with windows takes about two passes on a CPU
+_PROBE_ROUNDS = 2  # where little is known of windows: a round with them takes about two passes on a CPU
+_TIMED_ROUNDS = 2  # the first of a program, one a step: without and with a draft, so that both prices are known
 _LITTLE = 4.0  # windows' drafts that were judged
 _HOPE = 0.8  # acceptance of windows that were not tried, where what they cost is known: else they look cheap
-_TEXT_LENGTHS = (4, 2, 8, 16)  # T of drafts from the text alone; the first where nothing is known
+_TEXT_LENGTHS = (8, 16, 4, 2)  # T of drafts from the text alone; the first where nothing is known
 _WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _FEW_WINDOW_LENGTHS = (1, 3)  # of which one is nearly as good as the best of all, on a CPU and on accelerators
 _GAIN = 1.05  # that another compiled program must promise
@@ -85,7 +86,7 @@ class DraftPolicy:
       self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
     self._hopeful = few
     self._times = defaultdict(PassTimes)  # by rows of a batch
-    self._compiled: set[tuple[int, Drafting]] = set()
+    self._compiled = Counter[tuple[int, Drafting]]()  # steps of each
     self._compile_seconds = self._seconds = 0.0
     self._current: Drafting | None = None
     self.record = no_record(max_tokens)  # of one text: offered, taken, matched
@@ -97,15 +98,13 @@ class DraftPolicy:
 
   def assume_compiled(self, rows: int) -> None:
     """Says that the programs of all candidates are compiled for so many rows."""
-    self._compiled |= {(rows, drafting) for drafting in self.candidates}
+    self._compiled.update({(rows, drafting): _TIMED_ROUNDS for drafting in self.candidates})
 
   def choose(self, rows: int, active: int) -> tuple[Drafting, int, float]:
     """The next step of a batch of so many rows, of which `active` are written: drafting, rounds, `least_accepted`."""
     if not self.adapts:
       return self._drafting, _ROUNDS, 0.0
-    survive = survival(*self.record[:2], self.max_tokens)
-    if self._hopeful:
-      survive[0] = survival(*(counts[0] for counts in self.record[:2]), self.max_tokens, _HOPE)
+    survive = survival(*self.record[:2], self.max_tokens, *([_HOPE] if self._hopeful else []))
     best, best_rate = None, 0.0
     for drafting in self._candidates:
       if patience := self._patience(drafting, rows):
@@ -113,8 +112,7 @@ class DraftPolicy:
         if forecast.rate * patience > best_rate:
           best, best_rate = forecast, forecast.rate * patience
     self._current = best.drafting
-    known = self.record[0][0, 0] >= _LITTLE if best.drafting.outcomes else (rows, best.drafting) in self._compiled
-    return best.drafting, _ROUNDS if known else _PROBE_ROUNDS, best.least_accepted
+    return best.drafting, self._rounds(best.drafting, rows), best.least_accepted
 
   def add_step(
     self,
@@ -127,13 +125,19 @@ class DraftPolicy:
   ) -> None:
     """What a step showed. rounds: without and with a draft; record: the means over the batch's texts."""
     self.record = record
-    self._compiled.add((rows, drafting))
+    self._compiled[rows, drafting] += 1
     self._compile_seconds += compile_seconds
     self._seconds += seconds
     plain, drafted = map(int, rounds)
     if plain + drafted:
       slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
       self._times[rows].add(drafting, plain + drafted, slots, seconds)
+
+  def _rounds(self, drafting: Drafting, rows: int) -> int:
+    """Rounds of a step: few, where little is known yet."""
+    if drafting.outcomes:
+      return _ROUNDS if self.record[0][0, 0] >= _LITTLE else _PROBE_ROUNDS
+    return _ROUNDS if self._compiled[rows, drafting] >= _TIMED_ROUNDS else 1
 
   def _patience(self, drafting: Drafting, rows: int) -> float:
     """What a rate is multiplied by: changes must be worth it, and compilation must not take longer than decoding.

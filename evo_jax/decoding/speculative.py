@@ -46,7 +46,11 @@ from evo_jax.decoding.state import (
 from evo_jax.flow import interface, latents
 from evo_jax.flow.statistics import Statistics
 
-_PRIOR = 0.5  # acceptance of a source that was not tried, which counts as much as one draft
+# Acceptance of a draft's first token, by source (see `Draft`), before it was tried; counts as much as one draft. Of the
+# text's drafts it is what texts of people and of models have in common (experiments/lookup_acceptance.py), rather less
+# than models' greedy ones, since a draft costs the most where it fails.
+_PRIORS = (0.5, 0.2, 0.4, 0.55, 0.7)
+_RISE, _HIGHEST = 0.4, 0.95  # the text's: with each accepted token, so much of the way to the highest
 _KEEP = 0.99  # of the counts of drafts, by round: a source that is not used is tried again after some hundred rounds
 _KEEP_MATCHES = 0.95
 _FEW_ROWS = 2  # rows of the vocabulary's product that cost less than a second reading of its table
@@ -121,17 +125,21 @@ def no_record(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return counts, counts, np.zeros(1 + MATCH, np.float32)
 
 
-def survival(offered: jax.Array, taken: jax.Array, tokens: int, prior: float = _PRIOR) -> jax.Array:
-  """(..., T): probabilities that the first 1, 2, ... tokens of a draft are all accepted, by counts (..., >= T).
+def survival(offered: jax.Array, taken: jax.Array, tokens: int, windows: float = _PRIORS[0]) -> jax.Array:
+  """(..., 1 + MATCH, T): probabilities that the first 1, 2, ... tokens of a source's draft are all accepted, by counts
+  (..., 1 + MATCH, >= T).
 
-  Of what was counted little, a token is expected to be accepted as often as the one before it, and the first as often
-  as `prior` says. Arrays are numpy's or JAX's.
+  Of what was counted little, the first token is expected to be accepted as often as a prior says, `windows` of windows;
+  a later one as often as the one before it, and in drafts from the text more often, since a repetition that goes on
+  becomes more certain. Arrays are numpy's or JAX's.
   """
   xp = jnp if isinstance(taken, jax.Array) else np
-  acceptance, products = prior, []
+  acceptance, products = xp.array([windows, *_PRIORS[1:]], np.float32), []
+  rise = np.array([0.0, *[_RISE] * MATCH], np.float32)
   for i in range(tokens):
     acceptance = (taken[..., i] + acceptance) / (offered[..., i] + 1.0)
     products.append(acceptance * products[-1] if products else acceptance)
+    acceptance = acceptance + rise * xp.maximum(_HIGHEST - acceptance, 0.0)
   return xp.stack(products, axis=-1)
 
 
