@@ -20,6 +20,7 @@ from evo_jax.decoding.settings import Sampling
 from evo_jax.evaluation.batches import BatchScorer, Bound
 
 _IN_FLIGHT = 256  # requests that an engine has at once
+_CHARACTERS = 4  # of a prompt, that are read in the time of a written token, about; only the time left depends on it
 GAPS = (8, 16, 32)  # tokens of a gap whose text is written, of which the most probable is taken
 
 
@@ -67,15 +68,15 @@ class Likelihoods:
   def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
     """Of continuations given their contexts."""
     compute = lambda numbers: self._compute([fitted(self._encoder.pair(*pairs[i]), self.limit) for i in numbers])
-    return self._all([("pair", *pair) for pair in pairs], compute)
+    return self._all([("pair", *pair) for pair in pairs], compute, [sum(map(len, pair)) for pair in pairs])
 
   def rolling(self, texts: Sequence[str]) -> list[Likelihood]:
     """Of whole texts, each token behind as many as the model can read."""
     compute = lambda numbers: self._compute([(self._encoder.rolling(texts[i], self.limit), False) for i in numbers])
-    return self._all([("rolling", text) for text in texts], compute)
+    return self._all([("rolling", text) for text in texts], compute, list(map(len, texts)))
 
-  def _all(self, requests: Sequence[tuple], compute: Callable) -> list[Likelihood]:
-    values = complete(self._kept, requests, compute, "likelihoods")
+  def _all(self, requests: Sequence[tuple], compute: Callable, sizes: Sequence[int]) -> list[Likelihood]:
+    values = complete(self._kept, requests, compute, "likelihoods", sizes)
     return [Likelihood(**value) for value in values]
 
   def _compute(self, asked: list[tuple[list[Pair], bool]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -114,7 +115,8 @@ class Texts:
   def __call__(self, questions: Sequence[Question]) -> list[Answer]:
     requests = [("text", dataclasses.asdict(question), self._gaps) for question in questions]
     compute = lambda numbers: self._compute([questions[i] for i in numbers])
-    return [Answer(**value) for value in complete(self._kept, requests, compute, "texts")]
+    sizes = [len(question.context) + _CHARACTERS * question.sampling.max_tokens for question in questions]
+    return [Answer(**value) for value in complete(self._kept, requests, compute, "texts", sizes)]
 
   def _compute(self, questions: list[Question]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbers and answers as they come, those to the longest prompts first."""
@@ -194,9 +196,10 @@ def complete(
   requests: Sequence[Hashable],
   compute: Callable[[list[int]], Iterator[tuple[int, Any]]],
   what: str,
+  sizes: Sequence[int],
 ) -> list[Any]:
   """The values of all requests. compute: gives those of some numbers, as they come; it is asked for what is not kept,
-  of equal requests once, and what it gives is kept at once."""
+  of equal requests once, and what it gives is kept at once. sizes: what requests take, for the time left."""
   keys = [digest(request) for request in requests]
   first: dict[str, int] = {}
   for number, key in enumerate(keys):
@@ -205,30 +208,34 @@ def complete(
   missing = list(first.values())
   if missing:
     total = len({*keys})
-    with Progress(total, total - len(missing), what) as progress:
+    with Progress(total, total - len(missing), what, sum(sizes[number] for number in missing)) as progress:
       for place, value in compute(missing):
         kept.add(keys[missing[place]], value)
-        progress.advance()
+        progress.advance(sizes[missing[place]])
   return [kept[key] for key in keys]
 
 
 class Progress:
-  """How far some requests are, with the time left: in a terminal a bar, else a line a minute."""
+  """How far some requests are, with the time left: in a terminal a bar, else a line a minute.
 
-  def __init__(self, total: int, done: int, what: str):
+  total, done: numbers of requests. work: the sizes of those that are left, in all; time goes with them, since the
+  longest come first.
+  """
+
+  def __init__(self, total: int, done: int, what: str, work: int):
     self._console = Console(stderr=True)
-    self._total, self._done, self._what, self._begun = total, done, what, done
+    self._total, self._done, self._what = total, done, what
+    self._work, self._worked = max(work, 1), 0
     self._started = self._said = time.monotonic()
     self._bar = None
     if self._console.is_terminal:
       columns = (
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.fields[done]:,} of {task.fields[total_requests]:,} {task.description}"),
         rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
       )
       self._bar = rich_progress.Progress(*columns, console=self._console, transient=True)
-      self._task = self._bar.add_task(what, total=total, completed=done)
+      self._task = self._bar.add_task(what, total=self._work, done=done, total_requests=total)
 
   def __enter__(self) -> "Progress":
     if self._bar:
@@ -239,15 +246,17 @@ class Progress:
     if self._bar:
       self._bar.stop()
 
-  def advance(self) -> None:
+  def advance(self, size: int) -> None:
+    """One request more is done."""
     self._done += 1
+    self._worked += size
     if self._bar:
-      self._bar.advance(self._task)
+      self._bar.update(self._task, advance=size, done=self._done)
       return
     now = time.monotonic()
     if now - self._said > 60:
       self._said = now
-      left = (self._total - self._done) * (now - self._started) / (self._done - self._begun)
+      left = (self._work - self._worked) * (now - self._started) / max(self._worked, 1)
       line = f"evo_jax: {self._done:,} of {self._total:,} {self._what}, {left / 60:,.0f} minutes left"
       self._console.file.write(line + "\n")
       self._console.file.flush()
