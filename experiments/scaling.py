@@ -430,8 +430,9 @@ def draw(found: dict[str, list[Curve]], fitted: list[dict[str, Any]], file: Path
       axis.plot(x.ravel(), curve.y.ravel(), "o", ms=4, color=colors[curve.label], alpha=0.6)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(plt.MaxNLocator(7))  # the range is less than a decade
+    axis.yaxis.set_minor_locator(plt.NullLocator())
     axis.yaxis.set_major_formatter("{x:.2f}")
-    axis.yaxis.set_minor_formatter("{x:.2f}")
     if against == "parameters":
       sizes = {row[0]["parameters"]: row[0]["size"] for row in found[measure][0].points}
       axis.set_xticks([*sizes], [*sizes.values()])
@@ -440,7 +441,8 @@ def draw(found: dict[str, list[Curve]], fitted: list[dict[str, Any]], file: Path
     what = {"text": "held-out text", "items": "right answers, given the question"}[measure]
     axis.set_ylabel(f"bits per byte, {what}")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8, title="exponent", title_fontsize=8)
+    above = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axis.legend(fontsize=8, title="exponent", title_fontsize=8, **above)
   figure.tight_layout()
   figure.savefig(file, dpi=130)
 
