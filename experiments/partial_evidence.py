@@ -4,7 +4,7 @@ also gather Gaussian evidence, on one frozen model.
   pip install -e '.[plot]'
   python -m evo_jax.convert --source=MODEL.gguf --workdir=DIR
   python -m experiments.partial_evidence --model=DIR --text='text/*.jsonl' --valid='held_out/*.jsonl' [--minutes=40]
-      [--seeds=2] [--only=KIND,...] [--workdir=runs/partial_evidence] [--small]
+      [--seeds=2] [--dtype=bfloat16] [--only=KIND,...] [--workdir=runs/partial_evidence] [--small]
 
 Each of `KINDS` trains windows of the imported model, which stays as it is, for equally many steps of equally many
 windows and tokens: as many as its slowest kind makes in --minutes. Runs that were stopped go on, measurements are
@@ -151,8 +151,8 @@ def main() -> None:
   scale = SCALES["small" if args.small else "full"]
   check_text(configure(names[0], 0, 1, scale, args), args.valid)
   folder = common.results_folder(args.output)
-  text = {name: common.shortened(args[name].value) for name in ("text", "valid")}
-  recorded = common.RecordedRuns("partial_evidence", folder, {"scale": scale, "base": BASE, **text})
+  given = {name: common.shortened(args[name].value) for name in ("text", "valid", "dtype")}
+  recorded = common.RecordedRuns("partial_evidence", folder, {"scale": scale, "base": BASE, **given})
   steps = read_steps(scale, recorded.runs, args)
   runs = [
     recorded.find(name=name, seed=seed, changes=KINDS[name], steps=steps)
@@ -175,6 +175,7 @@ def configure(name: str, seed: int, steps: int, scale: dict[str, Any], args: fla
   no_paths = {f"paths.{path}": 0.0 for path in config_lib.TRAIN_PATHS}
   text = {"data.path": args.text, "data.valid": args.valid}
   run = {"train.steps": steps, "train.seed": seed, "data.seed": seed}
+  run |= {"model.dtype": args.dtype} if args.dtype else {}
   return common.configure(values, BASE, no_paths, KINDS[name], scale["changes"], text, run)
 
 
@@ -507,6 +508,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("valid", "", "Held-out text, as config.data.valid.")
   flags.DEFINE_float("minutes", 0.0, "Of the training of the slowest kind of windows; 0: 40.", lower_bound=0.0)
   flags.DEFINE_integer("seeds", 2, "Seeds 0, 1, ... of each kind.", lower_bound=1)
+  flags.DEFINE_enum("dtype", "", ["", *config_lib.DTYPES], "Of computation; default: the model's.")
   flags.DEFINE_string("only", "", "Comma-separated kinds of windows; default: all.")
   flags.DEFINE_bool("small", False, "Small shapes and little training: a smoke test.")
   flags.DEFINE_string("workdir", "runs/partial_evidence", "Folder of the runs.")

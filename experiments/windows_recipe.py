@@ -3,7 +3,7 @@
   python -m evo_jax.convert --source=MODEL.gguf --workdir=DIR
   python -m evo_jax.generate --workdir=DIR --chat --prompts=chats.jsonl --output=own
   python -m experiments.windows_recipe --model=DIR --own='own/*.jsonl' --given='chats/*.jsonl'
-      --kind=instructions:talk.jsonl [--minutes=20] [--only=NAME,...] [--workdir=runs/windows_recipe]
+      --kind=instructions:talk.jsonl [--minutes=20] [--dtype=bfloat16] [--only=NAME,...] [--workdir=runs/windows_recipe]
 
 --own is text that the model wrote, --given text of others. Every setting trains for --minutes on this machine, from the
 imported weights: a short run first measures its seconds per step. Measured are the KL divergence from autoregression,
@@ -61,7 +61,7 @@ def main() -> None:
     if not args[name].value:
       raise UserError(f"--{name} is needed")
   kinds = dict(read_kind(spec, args.every, args.texts) for spec in args.kind)
-  settings = {name: args[name].value for name in ("minutes", "every", "texts", "tokens", "draft", "seed")}
+  settings = {name: args[name].value for name in ("minutes", "every", "texts", "tokens", "draft", "seed", "dtype")}
   sources = {"own": common.shortened(args.own), "kinds": [common.shortened(kind) for kind in args.kind]}
   recorded = common.RecordedRuns("windows_recipe", common.results_folder(args.output), settings | sources)
   results = [
@@ -78,6 +78,7 @@ def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) 
   if not path:
     raise UserError(f"--given: {name} needs it")
   changes = SETTINGS[name] | {"data.path": path, "data.tokenizer_path": str(Path(args.model) / "tokenizer")}
+  changes |= {"model.dtype": args.dtype} if args.dtype else {}
   timed = folder.with_name(f"{name}.json")  # a run that was stopped goes on for as many steps as it was given
   if not timed.exists():
     config = configure(changes | {"train.log_every": 2}, _TIMED_STEPS)
@@ -139,6 +140,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("draft", 7, "Drafted tokens a round.", lower_bound=1)
   flags.DEFINE_float("minutes", 20.0, "Of each setting's training.")
   flags.DEFINE_integer("seed", 0, "Seed of parameters and random draws.")
+  flags.DEFINE_enum("dtype", "", ["", *config_lib.DTYPES], "Of computation; default: the configuration's.")
   flags.DEFINE_string("only", "", "Comma-separated settings; default: all.")
   flags.DEFINE_string("workdir", "runs/windows_recipe", "Folder of the runs.")
   flags.DEFINE_string("output", "", "Folder for the JSON; default: experiments/results.")
