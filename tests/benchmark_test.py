@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import sys
+import time
 from unittest import mock
 
 from conftest import assert_refused, call, run
@@ -23,7 +24,7 @@ import pytest
 
 from evo_jax import config as config_lib
 from evo_jax.benchmarks import published, tasks
-from evo_jax.benchmarks.answers import Likelihoods, Question, Texts, complete
+from evo_jax.benchmarks.answers import Likelihoods, Progress, Question, Texts, complete
 from evo_jax.benchmarks.kept import KeptAnswers
 from evo_jax.benchmarks.pairs import Encoder, Pair, fitted, fitted_prompt, windows
 from evo_jax.benchmarks.table import format_table, make_rows
@@ -198,10 +199,10 @@ def test_a_killed_evaluation_goes_on_and_other_settings_are_not_mixed_up(tmp_pat
       asked.append(number)
       yield place, number * 10
 
-  requests = [("pair", f"{i % 4}") for i in range(6)]
+  requests, sizes = [("pair", f"{i % 4}") for i in range(6)], [1] * 6
   kept = KeptAnswers(str(tmp_path), "answers", {"seed": 0})
   with pytest.raises(KeyboardInterrupt):
-    complete(kept, requests, lambda numbers: compute(numbers, 2), "answers")
+    complete(kept, requests, lambda numbers: compute(numbers, 2), "answers", sizes)
   with pytest.raises(UserError, match="another process is writing there"):
     KeptAnswers(str(tmp_path), "answers", {"seed": 0})
   kept.close()
@@ -209,14 +210,26 @@ def test_a_killed_evaluation_goes_on_and_other_settings_are_not_mixed_up(tmp_pat
   with file.open("ab") as end:
     end.write(b'{"key": "half a li')  # as a killed process leaves it
   kept = KeptAnswers(str(tmp_path), "answers", {"seed": 0})
-  assert complete(kept, requests, compute, "answers") == [0, 10, 20, 30, 0, 10] and asked == [0, 1, 2, 3]
+  assert complete(kept, requests, compute, "answers", sizes) == [0, 10, 20, 30, 0, 10] and asked == [0, 1, 2, 3]
   kept.close()
-  assert complete(KeptAnswers(str(tmp_path), "answers", {"seed": 0}), requests, None, "answers")[3] == 30
+  assert complete(KeptAnswers(str(tmp_path), "answers", {"seed": 0}), requests, None, "answers", sizes)[3] == 30
   other = KeptAnswers(str(tmp_path), "answers", {"seed": 1})
-  assert complete(other, requests[:1], compute, "answers") == [0] and len(asked) == 5
+  assert complete(other, requests[:1], compute, "answers", sizes) == [0] and len(asked) == 5
   file.write_bytes(file.read_bytes().replace(b'"value"', b'"valve"'))
   with pytest.raises(UserError, match="is damaged"):
     KeptAnswers(str(tmp_path), "answers", {"seed": 0}).close()
+
+
+def test_the_time_left_follows_what_requests_take(monkeypatch, capsys):
+  """The longest come first: half of the work may be a tenth of the requests."""
+  now = 0.0
+  monkeypatch.setattr(time, "monotonic", lambda: now)
+  with Progress(12, 2, "texts", work=100) as progress:
+    now = 120.0
+    progress.advance(50)
+    now = 130.0
+    progress.advance(10)
+  assert capsys.readouterr().err == "evo_jax: 3 of 12 texts, 2 minutes left\n"  # at most one a minute
 
 
 # Bounds of continuations.

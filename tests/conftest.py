@@ -9,6 +9,7 @@ import os
 import pathlib
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,12 @@ def train_flags(workdir, data, **changes) -> list[str]:
   """Flags of evo_jax.main for the small configuration on `data`."""
   fields = {**SMALL, "data.path": str(data), **{k.replace("__", "."): v for k, v in changes.items()}}
   return ["--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+def pytest_configure(config):
+  """A shell that starts the tests in the background has them ignore SIGINT, as would the commands that they start."""
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
