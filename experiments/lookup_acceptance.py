@@ -8,7 +8,7 @@ or of texts in FIELD, of which all tokens but the first --given are. No model ru
 `ar` writes with the seed, so that what drafts are worth can be read off a text that is written already. For each
 position the draft is `evo_jax.decoding.lookup`'s. Printed are, by the length n of the match, the share of positions,
 how often the first, second, ... token is accepted where those before it are, and the accepted tokens of a draft of
---draft. `_PRIORS` in evo_jax/decoding/speculative.py come from here.
+--draft. `PRIORS` in evo_jax/decoding/speculative.py come from here.
 """
 
 import glob

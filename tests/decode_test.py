@@ -373,11 +373,12 @@ class World:
 
   base, slot: seconds of a pass and of a slot of all texts. windows, text: probabilities that the next token of a draft
   is accepted. matches: share of rounds in which a text's last four tokens occurred before, once there are `first`.
+  load: seconds more of a program's first rounds without and with a draft, as of its compilation: they do not count.
   """
 
-  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1, first=0):
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1, first=0, load=0.0):
     self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
-    self.first = first
+    self.first, self.load, self.loaded = first, load, set()
     self.random, self.tokens, self.seconds = np.random.default_rng(0), 0, 0.0
     self.pending = [(0, 0)] * texts
     self.records = [no_record(settings.MAX_DRAFT)] * texts
@@ -386,7 +387,7 @@ class World:
     """A step as the policy wants it; the policy hears of it. Returns the drafting."""
     texts = len(self.pending)
     drafting, rounds, least = policy.choose(texts, texts)
-    counts, seconds, T = [0, 0], 0.0, drafting.tokens
+    counts, seconds, loads, T = [0, 0], 0.0, 0.0, drafting.tokens
     for _ in range(rounds):
       drafted = any(length for length, _ in self.pending) or drafting.always
       found = [self.round(i, drafting, drafted) for i in range(texts)]
@@ -396,8 +397,12 @@ class World:
         self.pending[i] = (T, MATCH) if joint and gain else (T * window, 0)
       counts[drafted] += 1
       seconds += self.base + self.slot * drafting.rows(drafted)
+      loads += self.load * ((drafting, drafted) not in self.loaded)
+      self.loaded.add((drafting, drafted))
     self.seconds += seconds
-    policy.add_step(drafting, texts, counts, seconds, 0.0, tuple(np.mean(a, axis=0) for a in zip(*self.records)))
+    policy.add_step(
+      drafting, texts, counts, seconds + loads, 0.0, tuple(np.mean(a, axis=0) for a in zip(*self.records))
+    )
     return drafting
 
   def round(self, i, drafting, drafted):
@@ -421,7 +426,7 @@ class World:
     draftings were timed before, as an engine does."""
     drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
     policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True, few=timed), []
-    for each in policy.candidates if timed else ():
+    for each in 2 * policy.candidates if timed else ():
       drafted = each.always
       seconds = self.base + self.slot * each.rows(drafted)
       policy.add_step(each, len(self.pending), (1 - drafted, int(drafted)), seconds, 0.0, policy.record)
@@ -442,8 +447,8 @@ def test_drafts_follow_measured_speed():
   assert speed > 1.3 and all(0 < len(d.outcomes) <= 3 for d in used)
   speed, used = World(16.5, 2.2, windows=0.05, text=0.95, matches=0.9).write()
   assert speed > 2 and not any(d.outcomes for d in used)
-  # A draft of four tokens takes two passes' time, and no text repeats itself at once.
-  speed, _ = World(24.0, 8.0, windows=0.05, text=0.9, matches=0.5, first=100).write()
+  # A draft of four tokens takes two passes' time, no text repeats itself at once, and new programs are slow at first.
+  speed, _ = World(24.0, 8.0, windows=0.05, text=0.9, matches=0.5, first=100, load=300.0).write()
   assert speed > 1.4
   speed, _ = World(24.0, 8.0, windows=0.05, text=0.2, matches=0.5, first=100).write(300)
   assert speed > 0.95

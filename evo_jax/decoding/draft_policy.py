@@ -13,14 +13,16 @@ import statistics
 
 import numpy as np
 
-from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
+from evo_jax.decoding.speculative import PRIORS, Drafting, every_outcome, no_record, survival
 
 _ROUNDS = 8  # between two looks of the host
 _PROBE_ROUNDS = 2  # where little is known of windows: a round with them takes about two passes on a CPU
-_TIMED_ROUNDS = 2  # the first of a program, one a step: without and with a draft, so that both prices are known
+_TIMED_ROUNDS = 4  # the first of a program, one a step, so that rounds without and with a draft have their own prices
 _LITTLE = 4.0  # windows' drafts that were judged
 _HOPE = 0.8  # acceptance of windows that were not tried, where what they cost is known: else they look cheap
-_TEXT_LENGTHS = (8, 16, 4, 2)  # T of drafts from the text alone; the first where nothing is known
+# T of drafts from the text alone, the first where nothing is known: of many texts each draft costs all of them.
+_TEXT_LENGTHS = (8, 16, 4, 2)
+_TEXT_LENGTHS_OF_MANY = (4, 2, 8, 16)
 _WINDOW_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _FEW_WINDOW_LENGTHS = (1, 3)  # of which one is nearly as good as the best of all, on a CPU and on accelerators
 _GAIN = 1.05  # that another compiled program must promise
@@ -38,16 +40,31 @@ class PassTimes:
     self._factors = defaultdict(lambda: deque(maxlen=7))
     self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
 
-  def add(self, program: Drafting, passes: int, slots: int, seconds: float) -> None:
-    """A step of `passes` passes over `slots` slots altogether."""
+  def add(self, program: Drafting, passes: int, slots: int, seconds: float, warm: bool = True) -> None:
+    """A step of `passes` passes over `slots` slots altogether.
+
+    warm: whether the program had run such passes before. The first ones may take several times as long as those that
+    follow, so they count only where they took less than expected.
+    """
+    if not warm and seconds >= self.expected(passes, slots):
+      return
     self._steps.append((passes, slots, seconds))
     self._last[program] = self._steps[-1]
     self._base, self._slot = self._fit()
-    self._factors[program].append(seconds / (passes * self._base + slots * self._slot))
+    self._factors[program].append(seconds / self.expected(passes, slots))
+
+  @property
+  def measured(self) -> bool:
+    """Whether anything was."""
+    return bool(self._steps)
+
+  def expected(self, passes: int, slots: int) -> float:
+    """Of so many passes over `slots` slots altogether, whatever the program; 0 before anything was measured."""
+    return passes * self._base + slots * self._slot if self.measured else 0.0
 
   def seconds(self, program: Drafting, slots: int) -> float:
     """Of a pass over so many slots."""
-    factor = statistics.median([*self._factors[program], 1.0]) if program in self._factors else 1.0
+    factor = statistics.median(self._factors[program]) if program in self._factors else 1.0
     return (self._base + slots * self._slot) * factor
 
   def _fit(self) -> tuple[float, float]:
@@ -81,12 +98,15 @@ class DraftPolicy:
     among few, whose programs can all be compiled and timed beforehand."""
     self._drafting, self.adapts, self.max_tokens = drafting, adapts, max_tokens
     if few:
-      self._candidates = list(_few_candidates(drafting, _FEW_WINDOW_LENGTHS if from_windows else ()))
+      one = many = list(_few_candidates(drafting, _FEW_WINDOW_LENGTHS if from_windows else ()))
     else:
-      self._candidates = list(_candidates(drafting, _WINDOW_LENGTHS if from_windows else ()))
-    self._hopeful = few
+      windows = _WINDOW_LENGTHS if from_windows else ()
+      one, many = (list(_candidates(drafting, n, windows)) for n in (_TEXT_LENGTHS, _TEXT_LENGTHS_OF_MANY))
+    self._candidates, self._candidates_of_many = one, many
+    self._windows = _HOPE if few else PRIORS[0]  # their acceptance, before they were tried
     self._times = defaultdict(PassTimes)  # by rows of a batch
     self._compiled = Counter[tuple[int, Drafting]]()  # steps of each
+    self._ran: set[tuple[int, Drafting, bool]] = set()  # and whether a round had a draft
     self._compile_seconds = self._seconds = 0.0
     self._current: Drafting | None = None
     self.record = no_record(max_tokens)  # of one text: offered, taken, matched
@@ -104,9 +124,9 @@ class DraftPolicy:
     """The next step of a batch of so many rows, of which `active` are written: drafting, rounds, `least_accepted`."""
     if not self.adapts:
       return self._drafting, _ROUNDS, 0.0
-    survive = survival(*self.record[:2], self.max_tokens, *([_HOPE] if self._hopeful else []))
+    survive = survival(*self.record[:2], self.max_tokens, self._windows)
     best, best_rate = None, 0.0
-    for drafting in self._candidates:
+    for drafting in self._candidates if rows == 1 else self._candidates_of_many:
       if patience := self._patience(drafting, rows):
         forecast = self._forecast(drafting, self._times[rows], survive[:, : drafting.tokens], max(active, 1))
         if forecast.rate * patience > best_rate:
@@ -130,8 +150,19 @@ class DraftPolicy:
     self._seconds += seconds
     plain, drafted = map(int, rounds)
     if plain + drafted:
+      kinds = [kind for kind, count in ((False, plain), (True, drafted)) if count]
       slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
-      self._times[rows].add(drafting, plain + drafted, slots, seconds)
+      warm = self._are_warm(drafting, rows, kinds, compile_seconds)
+      self._times[rows].add(drafting, plain + drafted, slots, seconds, warm)
+
+  def _are_warm(self, drafting: Drafting, rows: int, kinds: list[bool], compile_seconds: float) -> bool:
+    """Whether this program has run rounds of all these kinds before."""
+    if compile_seconds:  # for other lengths of texts it is another program
+      self._ran -= {(rows, drafting, False), (rows, drafting, True)}
+    ran = {(rows, drafting, kind) for kind in kinds}
+    is_warm = ran <= self._ran
+    self._ran |= ran
+    return is_warm
 
   def _rounds(self, drafting: Drafting, rows: int) -> int:
     """Rounds of a step: few, where little is known yet."""
@@ -142,11 +173,11 @@ class DraftPolicy:
   def _patience(self, drafting: Drafting, rows: int) -> float:
     """What a rate is multiplied by: changes must be worth it, and compilation must not take longer than decoding.
 
-    The first program without windows, which is `ar` where the text drafts nothing, comes before all others; it, and
-    the first one with windows, are compiled whatever that takes.
+    The first program without windows, which is `ar` where the text drafts nothing, comes before all others, until its
+    speed is known; it, and the first one with windows, are compiled whatever that takes.
     """
     kinds = {bool(d.outcomes) for n, d in self._compiled if n == rows}
-    if drafting.outcomes and False not in kinds:
+    if drafting.outcomes and not self._times[rows].measured:
       return 0.0
     if drafting == self._current or (bool(drafting.outcomes) not in kinds and not drafting.outcomes):
       return 1.0
@@ -198,9 +229,9 @@ def _rounds_by_text(by_text: float, expected: float, least: float, active: int) 
   return float(binomial.sum()), float(binomial @ k) / active
 
 
-def _candidates(given: Drafting, window_lengths: tuple[int, ...]) -> Iterator[Drafting]:
+def _candidates(given: Drafting, text_lengths: tuple[int, ...], window_lengths: tuple[int, ...]) -> Iterator[Drafting]:
   """All draftings that may be chosen, first those without windows."""
-  for tokens in _TEXT_LENGTHS if given.from_text else _TEXT_LENGTHS[:1]:
+  for tokens in text_lengths if given.from_text else text_lengths[:1]:
     yield dataclasses.replace(given, tokens=tokens, outcomes=())
   for tokens in window_lengths:
     for outcomes in dict.fromkeys([(0,), (tokens,), (0, tokens), every_outcome(tokens)]):

@@ -49,7 +49,7 @@ from evo_jax.flow.statistics import Statistics
 # Acceptance of a draft's first token, by source (see `Draft`), before it was tried; counts as much as one draft. Of the
 # text's drafts it is what texts of people and of models have in common (experiments/lookup_acceptance.py), rather less
 # than models' greedy ones, since a draft costs the most where it fails.
-_PRIORS = (0.5, 0.2, 0.4, 0.55, 0.7)
+PRIORS = (0.5, 0.2, 0.4, 0.55, 0.7)
 _RISE, _HIGHEST = 0.4, 0.95  # the text's: with each accepted token, so much of the way to the highest
 _KEEP = 0.99  # of the counts of drafts, by round: a source that is not used is tried again after some hundred rounds
 _KEEP_MATCHES = 0.95
@@ -125,7 +125,7 @@ def no_record(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return counts, counts, np.zeros(1 + MATCH, np.float32)
 
 
-def survival(offered: jax.Array, taken: jax.Array, tokens: int, windows: float = _PRIORS[0]) -> jax.Array:
+def survival(offered: jax.Array, taken: jax.Array, tokens: int, windows: float = PRIORS[0]) -> jax.Array:
   """(..., 1 + MATCH, T): probabilities that the first 1, 2, ... tokens of a source's draft are all accepted, by counts
   (..., 1 + MATCH, >= T).
 
@@ -134,7 +134,7 @@ def survival(offered: jax.Array, taken: jax.Array, tokens: int, windows: float =
   becomes more certain. Arrays are numpy's or JAX's.
   """
   xp = jnp if isinstance(taken, jax.Array) else np
-  acceptance, products = xp.array([windows, *_PRIORS[1:]], np.float32), []
+  acceptance, products = xp.array([windows, *PRIORS[1:]], np.float32), []
   rise = np.array([0.0, *[_RISE] * MATCH], np.float32)
   for i in range(tokens):
     acceptance = (taken[..., i] + acceptance) / (offered[..., i] + 1.0)
