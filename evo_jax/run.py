@@ -6,6 +6,7 @@ import hashlib
 import math
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,14 +88,13 @@ def _bit_sum(x: jax.Array) -> jax.Array:
   return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
-def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
-  """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
+def load_tokenizer(workdir: str) -> tokenizers.Tokenizer:
+  """The tokenizer of a run, whose parameters are not read. Raises UserError where `workdir` holds no readable run."""
+  return _read_workdir(workdir)[2]
 
-  mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
-  default: all devices of all processes, each with a copy. exact: frozen parameters in float32, which holds what they
-  were saved in, whatever dtype the run used them in. Raises UserError where `workdir` holds no such checkpoint, it
-  cannot be read, or its shapes do not divide the mesh.
-  """
+
+def _read_workdir(workdir: str) -> tuple[epath.Path, config_lib.Config, tokenizers.Tokenizer]:
+  """A run's folder, configuration and tokenizer."""
   folder = checkpoint.resolve_workdir(workdir)
   if not workdir or not folder.is_dir():
     raise UserError(f"--workdir={workdir}: is no folder")
@@ -103,6 +103,18 @@ def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | No
   tokenizer = tokenizers.load_tokenizer(config.data.tokenizer, str(folder / "tokenizer"))
   if tokenizer.identity != saved["tokenizer"]:
     raise UserError(f"{folder}: tokenizer {tokenizer.identity} is not the checkpoint's, {saved['tokenizer']}")
+  return folder, config, tokenizer
+
+
+def load_run(workdir: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, exact: bool = False) -> Run:
+  """Loads the last readable checkpoint, or that of `step`, without the optimizer's state.
+
+  mesh: parameters are restored straight into their shards over it, whatever mesh the checkpoint was written from;
+  default: all devices of all processes, each with a copy. exact: frozen parameters in float32, which holds what they
+  were saved in, whatever dtype the run used them in. Raises UserError where `workdir` holds no such checkpoint, it
+  cannot be read, or its shapes do not divide the mesh.
+  """
+  folder, config, tokenizer = _read_workdir(workdir)
   mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
   model = state_lib.make_model(config, tokenizer, mesh)
   params_item = "ema" if config.optim.ema else "params"

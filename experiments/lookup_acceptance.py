@@ -78,7 +78,7 @@ def main() -> None:
   for name in ("workdir", "kind"):
     if not args[name].value:
       raise UserError(f"--{name} is needed")
-  tokenizer = run_lib.load_run(args.workdir).tokenizer
+  tokenizer = run_lib.load_tokenizer(args.workdir)
   kinds = dict(read_texts(spec, tokenizer, args.given, args.texts) for spec in args.kind)
   result = []
   for kind, texts in kinds.items():

@@ -40,7 +40,7 @@ class PassTimes:
     self._factors = defaultdict(lambda: deque(maxlen=7))
     self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
 
-  def add(self, program: Drafting, passes: int, slots: int, seconds: float, warm: bool = True) -> None:
+  def add(self, program: Drafting, passes: int, slots: int, seconds: float, warm: bool) -> None:
     """A step of `passes` passes over `slots` slots altogether.
 
     warm: whether the program had run such passes before. The first ones may take several times as long as those that
@@ -150,16 +150,15 @@ class DraftPolicy:
     self._seconds += seconds
     plain, drafted = map(int, rounds)
     if plain + drafted:
-      kinds = [kind for kind, count in ((False, plain), (True, drafted)) if count]
       slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
-      warm = self._are_warm(drafting, rows, kinds, compile_seconds)
+      warm = self._is_warm(drafting, rows, (plain, drafted), compile_seconds)
       self._times[rows].add(drafting, plain + drafted, slots, seconds, warm)
 
-  def _are_warm(self, drafting: Drafting, rows: int, kinds: list[bool], compile_seconds: float) -> bool:
-    """Whether this program has run rounds of all these kinds before."""
+  def _is_warm(self, drafting: Drafting, rows: int, rounds: tuple[int, int], compile_seconds: float) -> bool:
+    """Whether this program had run such rounds before."""
     if compile_seconds:  # for other lengths of texts it is another program
       self._ran -= {(rows, drafting, False), (rows, drafting, True)}
-    ran = {(rows, drafting, kind) for kind in kinds}
+    ran = {(rows, drafting, kind) for kind in (False, True) if rounds[kind]}
     is_warm = ran <= self._ran
     self._ran |= ran
     return is_warm
