@@ -143,14 +143,20 @@ class Reference:
 def measure_speed(
   run: run_lib.Run, reference: Reference | None, kinds: dict[str, list[str]], temperature: float, args: flags.FlagValues
 ) -> list[dict[str, Any]]:
-  """Tokens per second at batch 1, by kind, in turns; first each writes a text of each kind to compile and warm up."""
+  """Tokens per second at batch 1, by kind, in turns. To warm up, this project's modes write all texts of the kind
+  before, since prompts of other lengths are other programs, and transformers the first."""
   shape = lambda fields: sampling(temperature, args.tokens, batch_size=1, **fields)
   samplers = {name: Sampler(run, shape(fields)) for name, fields in SPEED.items()}
   rows = []
   for kind, prompts in kinds.items():
     written = {name: [] for name in SPEED}
     timed = {name: [] for name in (*SPEED, *(REFERENCE if reference else ()))}  # (tokens, seconds) of each text
-    for i, prompt in enumerate(prompts[:1] + prompts):
+    for prompt in prompts:
+      for sampler in samplers.values():
+        sampler([prompt], seed=args.seed)
+    for name in REFERENCE if reference else ():
+      reference(prompts[0], temperature, args.seed, **REFERENCE[name])
+    for i, prompt in enumerate(prompts):
       for name in timed:
         if name in SPEED:
           generation = samplers[name]([prompt], seed=args.seed)[0]
@@ -158,10 +164,10 @@ def measure_speed(
           timed[name].append((len(generation.tokens), generation.seconds))
         else:
           timed[name].append(reference(prompt, temperature, args.seed + i, **REFERENCE[name]))
-    rate = {name: sum(t for t, _ in texts[1:]) / sum(s for _, s in texts[1:]) for name, texts in timed.items()}
-    equal = sum(a.tokens == b.tokens for a, b in zip(written["ar"][1:], written["verify"][1:]))
+    rate = {name: sum(t for t, _ in texts) / sum(s for _, s in texts) for name, texts in timed.items()}
+    equal = sum(a.tokens == b.tokens for a, b in zip(written["ar"], written["verify"]))
     row = {"kind": kind, "temperature": temperature, "tokens_per_second": rate, "equal_texts": equal}
-    row |= {"verify": count(written["verify"][1:]), "texts": {name: texts[1:] for name, texts in timed.items()}}
+    row |= {"verify": count(written["verify"]), "texts": timed}
     rates = ", ".join(f"{name} {value:.1f}" for name, value in rate.items())
     print(f"{kind:<16}{temperature:>5g}  tokens per second: {rates}; {equal} of {len(prompts)} texts equal", flush=True)
     rows.append(row)

@@ -19,7 +19,7 @@ from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import draw_tokens, make_processor, token_noise
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
-from evo_jax.decoding.speculative import Drafting, every_outcome, no_record, survival
+from evo_jax.decoding.speculative import UNLIMITED, Drafting, every_outcome, no_record, survival
 from evo_jax.decoding.state import MATCH, prefill, with_latents
 from evo_jax.errors import UserError
 from evo_jax.flow import latents, policies
@@ -268,7 +268,7 @@ class Alternating(DraftPolicy):
 
   def choose(self, rows, active):
     self.step = getattr(self, "step", -1) + 1
-    return *self.PLANS[self.step % len(self.PLANS)], 0.0
+    return *self.PLANS[self.step % len(self.PLANS)], UNLIMITED
 
 
 def test_texts_do_not_depend_on_how_they_are_drafted():
@@ -373,12 +373,11 @@ class World:
 
   base, slot: seconds of a pass and of a slot of all texts. windows, text: probabilities that the next token of a draft
   is accepted. matches: share of rounds in which a text's last four tokens occurred before, once there are `first`.
-  load: seconds more of a program's first rounds without and with a draft, as of its compilation: they do not count.
   """
 
-  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1, first=0, load=0.0):
+  def __init__(self, base, slot, windows, text=0.0, matches=0.0, texts=1, first=0):
     self.base, self.slot, self.matches, self.acceptance = base, slot, matches, (windows, text)
-    self.first, self.load, self.loaded = first, load, set()
+    self.first = first
     self.random, self.tokens, self.seconds = np.random.default_rng(0), 0, 0.0
     self.pending = [(0, 0)] * texts
     self.records = [no_record(settings.MAX_DRAFT)] * texts
@@ -386,23 +385,23 @@ class World:
   def step(self, policy):
     """A step as the policy wants it; the policy hears of it. Returns the drafting."""
     texts = len(self.pending)
-    drafting, rounds, least = policy.choose(texts, texts)
-    counts, seconds, loads, T = [0, 0], 0.0, 0.0, drafting.tokens
+    drafting, rounds, budget = policy.choose(texts, texts)
+    counts, seconds, T = [0, 0], 0.0, drafting.tokens
     for _ in range(rounds):
       drafted = any(length for length, _ in self.pending) or drafting.always
+      before = self.tokens
       found = [self.round(i, drafting, drafted) for i in range(texts)]
+      budget = budget.after(drafted, (self.tokens - before) / texts)
       promised = sum(gain for window, gain in found if not window)
-      joint = any(window for window, _ in found) or promised > least * texts
+      pays = promised > budget.least_accepted * texts and budget.credit > 0.0
+      joint = any(window for window, _ in found) or pays
       for i, (window, gain) in enumerate(found):
         self.pending[i] = (T, MATCH) if joint and gain else (T * window, 0)
       counts[drafted] += 1
       seconds += self.base + self.slot * drafting.rows(drafted)
-      loads += self.load * ((drafting, drafted) not in self.loaded)
-      self.loaded.add((drafting, drafted))
     self.seconds += seconds
-    policy.add_step(
-      drafting, texts, counts, seconds + loads, 0.0, tuple(np.mean(a, axis=0) for a in zip(*self.records))
-    )
+    record = tuple(np.mean(a, axis=0) for a in zip(*self.records))
+    policy.add_step(drafting, texts, counts, seconds, 0.0, record, float(budget.credit))
     return drafting
 
   def round(self, i, drafting, drafted):
@@ -426,10 +425,10 @@ class World:
     draftings were timed before, as an engine does."""
     drafting = Drafting(settings.MAX_DRAFT, every_outcome(settings.MAX_DRAFT), True, reads_anchor=True)
     policy, used = DraftPolicy(drafting, True, settings.MAX_DRAFT, True, few=timed), []
-    for each in 2 * policy.candidates if timed else ():
-      drafted = each.always
-      seconds = self.base + self.slot * each.rows(drafted)
-      policy.add_step(each, len(self.pending), (1 - drafted, int(drafted)), seconds, 0.0, policy.record)
+    for each in policy.candidates if timed else ():
+      for drafted in (each.always, True):
+        seconds = self.base + self.slot * each.rows(drafted)
+        policy.add_time(each, len(self.pending), (1 - drafted, int(drafted)), seconds)
     while self.tokens < tokens * len(self.pending):
       used.append(self.step(policy))
     return self.tokens / self.seconds * (self.base + self.slot) / len(self.pending), used[len(used) // 2 :]
@@ -447,8 +446,8 @@ def test_drafts_follow_measured_speed():
   assert speed > 1.3 and all(0 < len(d.outcomes) <= 3 for d in used)
   speed, used = World(16.5, 2.2, windows=0.05, text=0.95, matches=0.9).write()
   assert speed > 2 and not any(d.outcomes for d in used)
-  # A draft of four tokens takes two passes' time, no text repeats itself at once, and new programs are slow at first.
-  speed, _ = World(24.0, 8.0, windows=0.05, text=0.9, matches=0.5, first=100, load=300.0).write()
+  # A draft of four tokens takes two passes' time, and no text repeats itself at once.
+  speed, _ = World(24.0, 8.0, windows=0.05, text=0.9, matches=0.5, first=100).write()
   assert speed > 1.4
   speed, _ = World(24.0, 8.0, windows=0.05, text=0.2, matches=0.5, first=100).write(300)
   assert speed > 0.95
@@ -494,7 +493,8 @@ def test_caches_hold_the_clean_streams_keys_and_values():
       step = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor)
     if mode == "verify":
       state = state.replace(draft=speculative.start_draft(net, statistics, 3, 3, "gumbel", no_record(3)))
-      step = lambda state: speculative.verify_round(net, state, processor, Drafting(3, every_outcome(3), True), True)
+      drafting = Drafting(3, every_outcome(3), True)
+      step = lambda state: speculative.verify_round(net, state, processor, drafting, True, UNLIMITED)[0]
     state = modes.run_passes(step, state, 40)
     return state, net.clean(state.tokens)[1]
 

@@ -31,7 +31,14 @@ def left(workdir, **changes):
   """A lease as a run of this process would leave it, with changes."""
   with lease_lib.held(epath.Path(workdir)):
     values = read(workdir)
-  (workdir / "lease.json").write_text(json.dumps(values | {"token": "another"} | changes) + "\n")
+  overwrite(workdir, values | {"token": "another"} | changes)
+
+
+def overwrite(folder, values):
+  """At once: who reads meanwhile finds the old lease or the new one, never an empty file."""
+  new = folder / "new"
+  new.write_text(json.dumps(values) + "\n")
+  new.replace(folder / "lease.json")
 
 
 def dead():
@@ -90,7 +97,7 @@ def test_another_machine_that_renews_is_not_disturbed(tmp_path, capsys):
   """Whatever its clock says: only changes count."""
   left(tmp_path, host="elsewhere", since="1970-01-01 00:00:00 UTC")
   foreign = read(tmp_path)
-  threading.Timer(0.2, lambda: (tmp_path / "lease.json").write_text(json.dumps(foreign | {"renewals": "2"}))).start()
+  threading.Timer(0.2, overwrite, (tmp_path, foreign | {"renewals": "2"})).start()
   with pytest.raises(UserError, match=r"is in use by process \d+ on elsewhere \(since 1970"):
     takes(tmp_path)
   assert "0.4 s will show" in capsys.readouterr().out and read(tmp_path)["token"] == "another"
@@ -139,7 +146,7 @@ def test_a_run_whose_lease_was_taken_over_stops(tmp_path, monkeypatch, asleep):
     lease.check()
     time.sleep(0.1)
     lease.check()
-    (tmp_path / "lease.json").write_text(json.dumps(read(tmp_path) | {"token": "another", "host": "elsewhere"}))
+    overwrite(tmp_path, read(tmp_path) | {"token": "another", "host": "elsewhere"})
     time.sleep(0.3)
     with pytest.raises(UserError, match="was taken over by process .* on elsewhere .*; this run stops"):
       lease.check()
@@ -182,7 +189,7 @@ def test_a_command_that_loses_its_lease_writes_nothing_more(text, tmp_path):
       time.sleep(0.005)
     other = read(workdir) | {"token": "another", "host": "elsewhere"}
     while not ended.wait(0.02):  # renews it: the run may be in the middle of a renewal of its own
-      (workdir / "lease.json").write_text(json.dumps(other))
+      overwrite(workdir, other)
 
   thread = threading.Thread(target=take_over)
   thread.start()

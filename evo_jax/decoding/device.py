@@ -53,14 +53,23 @@ class DeviceModel:
     The name must tell programs apart that differ in what they close over. Decoding states among the arguments are
     donated; those among the results are sharded by rows, all else is replicated.
     """
-    signature = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
-    key = (name, jax.tree.structure(args), signature)
+    key = _key(name, args)
     args = (self._params, self._statistics, *args)
     if key not in self._compiled:
-      start = time.perf_counter()
-      self._compiled[key] = self._compile(program, args)
-      self.compile_seconds += time.perf_counter() - start
+      with self.preparing():
+        self._compiled[key] = self._compile(program, args)
     return self._compiled[key](*args)
+
+  def has(self, name: tuple, *args: Any) -> bool:
+    """Whether `run` would find the program compiled."""
+    return _key(name, args) in self._compiled
+
+  @contextlib.contextmanager
+  def preparing(self) -> Iterator[None]:
+    """Counts the block's seconds among those of compilation."""
+    start, before = time.perf_counter(), self.compile_seconds
+    yield
+    self.compile_seconds = before + time.perf_counter() - start
 
   def _compile(self, program: Callable, args: tuple) -> Callable:
     def with_model(params, statistics, *args):
@@ -89,6 +98,10 @@ class DeviceModel:
   def agree(self, values: Any) -> Any:
     """Process 0's numbers, in all processes, which must run the same programs."""
     return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
+
+
+def _key(name: tuple, args: tuple) -> tuple:
+  return name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
 
 
 @jax.jit

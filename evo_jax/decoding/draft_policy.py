@@ -13,7 +13,7 @@ import statistics
 
 import numpy as np
 
-from evo_jax.decoding.speculative import PRIORS, Drafting, every_outcome, no_record, survival
+from evo_jax.decoding.speculative import PRIORS, UNLIMITED, Budget, Drafting, every_outcome, no_record, survival
 
 _ROUNDS = 8  # between two looks of the host
 _PROBE_ROUNDS = 2  # where little is known of windows: a round with them takes about two passes on a CPU
@@ -29,6 +29,7 @@ _GAIN = 1.05  # that another compiled program must promise
 _GAIN_TO_COMPILE = 1.15
 _SLOT_SHARE = 0.1  # of a pass's seconds that a slot more of each row takes, where nothing was measured: a CPU's share
 _STEPS = 32  # steps whose seconds are remembered
+_CREDIT = 2.0  # passes that drafts may cost before they have given anything
 
 
 class PassTimes:
@@ -40,27 +41,17 @@ class PassTimes:
     self._factors = defaultdict(lambda: deque(maxlen=7))
     self._base, self._slot = 1.0, _SLOT_SHARE  # an arbitrary unit before anything was measured
 
-  def add(self, program: Drafting, passes: int, slots: int, seconds: float, warm: bool) -> None:
-    """A step of `passes` passes over `slots` slots altogether.
-
-    warm: whether the program had run such passes before. The first ones may take several times as long as those that
-    follow, so they count only where they took less than expected.
-    """
-    if not warm and seconds >= self.expected(passes, slots):
-      return
+  def add(self, program: Drafting, passes: int, slots: int, seconds: float) -> None:
+    """A step of `passes` passes over `slots` slots altogether."""
     self._steps.append((passes, slots, seconds))
     self._last[program] = self._steps[-1]
     self._base, self._slot = self._fit()
-    self._factors[program].append(seconds / self.expected(passes, slots))
+    self._factors[program].append(seconds / (passes * self._base + slots * self._slot))
 
   @property
   def measured(self) -> bool:
     """Whether anything was."""
     return bool(self._steps)
-
-  def expected(self, passes: int, slots: int) -> float:
-    """Of so many passes over `slots` slots altogether, whatever the program; 0 before anything was measured."""
-    return passes * self._base + slots * self._slot if self.measured else 0.0
 
   def seconds(self, program: Drafting, slots: int) -> float:
     """Of a pass over so many slots."""
@@ -79,11 +70,11 @@ class PassTimes:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """What a drafting promises. rate: tokens a second of one text. least_accepted: see `speculative.verify_rounds`."""
+  """What a drafting promises. rate: tokens a second of one text. costs: of rounds, see `speculative.Budget`."""
 
   drafting: Drafting
   rate: float
-  least_accepted: float
+  costs: tuple[float, float]
 
 
 class DraftPolicy:
@@ -106,9 +97,9 @@ class DraftPolicy:
     self._windows = _HOPE if few else PRIORS[0]  # their acceptance, before they were tried
     self._times = defaultdict(PassTimes)  # by rows of a batch
     self._compiled = Counter[tuple[int, Drafting]]()  # steps of each
-    self._ran: set[tuple[int, Drafting, bool]] = set()  # and whether a round had a draft
     self._compile_seconds = self._seconds = 0.0
     self._current: Drafting | None = None
+    self._credit = _CREDIT
     self.record = no_record(max_tokens)  # of one text: offered, taken, matched
 
   @property
@@ -120,10 +111,10 @@ class DraftPolicy:
     """Says that the programs of all candidates are compiled for so many rows."""
     self._compiled.update({(rows, drafting): _TIMED_ROUNDS for drafting in self.candidates})
 
-  def choose(self, rows: int, active: int) -> tuple[Drafting, int, float]:
-    """The next step of a batch of so many rows, of which `active` are written: drafting, rounds, `least_accepted`."""
+  def choose(self, rows: int, active: int) -> tuple[Drafting, int, Budget]:
+    """The next step of a batch of so many rows, of which `active` are written: drafting, rounds, budget."""
     if not self.adapts:
-      return self._drafting, _ROUNDS, 0.0
+      return self._drafting, _ROUNDS, UNLIMITED
     survive = survival(*self.record[:2], self.max_tokens, self._windows)
     best, best_rate = None, 0.0
     for drafting in self._candidates if rows == 1 else self._candidates_of_many:
@@ -132,7 +123,7 @@ class DraftPolicy:
         if forecast.rate * patience > best_rate:
           best, best_rate = forecast, forecast.rate * patience
     self._current = best.drafting
-    return best.drafting, self._rounds(best.drafting, rows), best.least_accepted
+    return best.drafting, self._rounds(best.drafting, rows), Budget.of(best.costs, self._credit)
 
   def add_step(
     self,
@@ -142,26 +133,22 @@ class DraftPolicy:
     seconds: float,
     compile_seconds: float,
     record: tuple[np.ndarray, np.ndarray, np.ndarray],
+    credit: float,
   ) -> None:
-    """What a step showed. rounds: without and with a draft; record: the means over the batch's texts."""
-    self.record = record
-    self._compiled[rows, drafting] += 1
+    """What a step showed. rounds: without and with a draft. record: the means over the batch's texts. credit: what is
+    left of the budget's."""
+    self.record, self._credit = record, credit
     self._compile_seconds += compile_seconds
     self._seconds += seconds
+    self.add_time(drafting, rows, rounds, seconds)
+
+  def add_time(self, drafting: Drafting, rows: int, rounds: tuple[int, int], seconds: float) -> None:
+    """What a step took."""
+    self._compiled[rows, drafting] += 1
     plain, drafted = map(int, rounds)
     if plain + drafted:
       slots = plain * drafting.rows(False) + drafted * drafting.rows(True)
-      warm = self._is_warm(drafting, rows, (plain, drafted), compile_seconds)
-      self._times[rows].add(drafting, plain + drafted, slots, seconds, warm)
-
-  def _is_warm(self, drafting: Drafting, rows: int, rounds: tuple[int, int], compile_seconds: float) -> bool:
-    """Whether this program had run such rounds before."""
-    if compile_seconds:  # for other lengths of texts it is another program
-      self._ran -= {(rows, drafting, False), (rows, drafting, True)}
-    ran = {(rows, drafting, kind) for kind in (False, True) if rounds[kind]}
-    is_warm = ran <= self._ran
-    self._ran |= ran
-    return is_warm
+      self._times[rows].add(drafting, plain + drafted, slots, seconds)
 
   def _rounds(self, drafting: Drafting, rows: int) -> int:
     """Rounds of a step: few, where little is known yet."""
@@ -176,7 +163,7 @@ class DraftPolicy:
     speed is known; it, and the first one with windows, are compiled whatever that takes.
     """
     kinds = {bool(d.outcomes) for n, d in self._compiled if n == rows}
-    if drafting.outcomes and not self._times[rows].measured:
+    if drafting.outcomes and (self._credit <= 0.0 or not self._times[rows].measured):
       return 0.0
     if drafting == self._current or (bool(drafting.outcomes) not in kinds and not drafting.outcomes):
       return 1.0
@@ -194,6 +181,7 @@ class DraftPolicy:
     survive_xT: (1 + MATCH, T), see `survival`.
     """
     plain, drafted = (times.seconds(drafting, drafting.rows(kind)) for kind in (False, True))
+    autoregression = times.seconds(self._candidates[0] if drafting.outcomes else drafting, 1)
     least = drafted / plain - 1.0
     expected = survive_xT.sum(axis=1)
     worth = expected[0] if drafting.outcomes else least if active == 1 else 0.0
@@ -213,7 +201,7 @@ class DraftPolicy:
       share_drafted, rows_drafted = _rounds_by_text(by_text, float(reach.sum()), least, active)
     tokens = 1.0 + rows_drafted * float(reach.sum())
     seconds = share_drafted * drafted + (1.0 - share_drafted) * plain
-    return Forecast(drafting, tokens / seconds, least)
+    return Forecast(drafting, tokens / seconds, (plain / autoregression, drafted / autoregression))
 
 
 def _rounds_by_text(by_text: float, expected: float, least: float, active: int) -> tuple[float, float]:

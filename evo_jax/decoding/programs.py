@@ -26,6 +26,7 @@ from evo_jax.decoding.progress import Snapshot
 from evo_jax.decoding.prompts import Request, padded
 from evo_jax.decoding.settings import Sampling, check_sampling, shared_threshold
 from evo_jax.decoding.setup import make_drafting, make_schedule, room_behind
+from evo_jax.decoding.speculative import UNLIMITED
 from evo_jax.errors import UserError
 from evo_jax.run import Run
 
@@ -197,20 +198,22 @@ class Programs:
     B, shape = self._shape.rows, self._shape
     table = np.full((B, shape.columns), SCRATCH, np.int32)
 
-    def begin(net, statistics, state):
-      return state.replace(done=jnp.zeros(B, bool), max_length=jnp.full(B, shape.capacity, jnp.int32))
+    def begin(net, statistics, state, pending):
+      state = state.replace(done=jnp.zeros(B, bool), max_length=jnp.full(B, shape.capacity, jnp.int32))
+      return state.replace(draft=state.draft.replace(pending=jnp.full(B, pending)))
 
     for (each, policy), index in itertools.product(self._drafts.items(), self._indices()):
       size = self._size(index)
-      for drafting in policy.candidates if policy.adapts else ():
-        for _ in range(2):  # the first round of a program takes longer than those that follow
-          self._state = self._device.run(("begin",), begin, self._state)
+      for drafting, pending in itertools.product(policy.candidates if policy.adapts else (), (0, 1)):
+        for timed in (False, True):  # the first round of a program takes longer than those that follow
+          self._state = self._device.run(("begin",), begin, self._state, np.int32(pending))
           self.wait()
           start = time.perf_counter()
-          counts = self._pass(each, self._schedules[each], np.arange(B) < size, table, 1, index, drafting, np.inf)
-          counts = self._device.to_host(counts)
+          found = self._pass(each, self._schedules[each], np.arange(B) < size, table, 1, index, drafting)
+          counts, _ = self._device.to_host(found)
           seconds = self._device.agree(time.perf_counter() - start)
-          policy.add_step(drafting, size, counts, float(seconds), 0.0, policy.record)
+          if timed:
+            policy.add_time(drafting, size, counts, float(seconds))
     self._state = None  # frees it before there is another
     self._state = self._empty()
 
@@ -286,10 +289,10 @@ class Programs:
       if policy.adapts:
         self.wait()  # for prompts that are still read: their time is not the rounds'
       size = self._size(index)
-      drafting, rounds, least = policy.choose(size, len(numbers))
+      drafting, rounds, budget = policy.choose(size, len(numbers))
       start, compiled_before = time.perf_counter(), self._device.compile_seconds
-      counts = self._pass(each, schedule, mine, table, min(rounds, passes), index, drafting, least)
-      steps.learn_from_rounds(self._device, policy, drafting, self._state, counts, mine, size, start, compiled_before)
+      found = self._pass(each, schedule, mine, table, min(rounds, passes), index, drafting, budget)
+      steps.learn_from_rounds(self._device, policy, drafting, self._state, found, mine, size, start, compiled_before)
 
   def _indices(self) -> Iterator[np.ndarray | None]:
     """The rows of a pass of each size; None: all."""
@@ -307,17 +310,18 @@ class Programs:
     others = (row for row in range(self._shape.rows) if row not in numbers)
     return np.array(sorted([*numbers, *itertools.islice(others, size - len(numbers))]), np.int32)
 
-  def _pass(self, each, schedule, mine, table, passes, index, drafting=None, least=0.0):
-    """Some passes of the rows `mine`, which are all among `index`; of mode verify, counts of rounds."""
+  def _pass(self, each, schedule, mine, table, passes, index, drafting=None, budget=UNLIMITED):
+    """Some passes of the rows `mine`, which are all among `index`; of mode verify, what `verify_rounds` gives beside
+    the state."""
     sampling, infill = each
     suppressed, ends = self._ruled_out[infill]
     values = self._values if index is None else {name: value[index] for name, value in self._values.items()}
     processor = LogitsProcessor(**values, suppressed=suppressed, ends=ends, vocab_size=self._run.tokenizer.vocab_size)
 
-    def program(net, statistics, state, mine, table, index, processor, schedule, passes, least):
+    def program(net, statistics, state, mine, table, index, processor, schedule, passes, budget):
       def step(state):
         if sampling.mode == "verify":
-          return speculative.verify_rounds(net, state, processor, drafting, passes, least)
+          return speculative.verify_rounds(net, state, processor, drafting, passes, budget)
         if sampling.mode == "flow":
           return (modes.flow_window(net, statistics, state, schedule, processor),)
         if sampling.mode == "adaptive":
@@ -328,9 +332,9 @@ class Programs:
 
       return rows_lib.take_passes(state, mine, table, index, step)
 
-    args = mine, table, index, processor, schedule, np.int32(passes), np.float32(least)
-    self._state, *counts = self._device.run(("passes", *each, drafting), program, self._state, *args)
-    return counts[0] if counts else None
+    args = mine, table, index, processor, schedule, np.int32(passes), budget
+    self._state, *found = self._device.run(("passes", *each, drafting), program, self._state, *args)
+    return found
 
   def wait(self) -> None:
     """Until all programs that were started are done."""

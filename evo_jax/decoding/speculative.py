@@ -22,6 +22,7 @@ Letters in names: R = T + 1 clean slots, N windows of a pass, T drafted tokens, 
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,8 @@ _RISE, _HIGHEST = 0.4, 0.95  # the text's: with each accepted token, so much of 
 _KEEP = 0.99  # of the counts of drafts, by round: a source that is not used is tried again after some hundred rounds
 _KEEP_MATCHES = 0.95
 _FEW_ROWS = 2  # rows of the vocabulary's product that cost less than a second reading of its table
+_ALLOWANCE = 0.03  # passes a round that drafts may cost more than they give
+_MOST_CREDIT = 4.0  # passes: what drafts gave long ago pays for no more failures than that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,34 @@ class Drafting:
     if drafted:
       return self.tokens + 1 + len(self.outcomes) * self.slots
     return 1 + bool(self.outcomes) * self.slots
+
+
+class Budget(NamedTuple):
+  """What drafts may cost, in passes of autoregression with as many rows.
+
+  costs: (2,) float32, of a round without and with a draft. credit: () float32, what drafts gave beyond their cost, with
+  an allowance; where it is used up the text drafts nothing, until rounds have saved enough for another try.
+  """
+
+  costs: jax.Array | np.ndarray
+  credit: jax.Array | np.ndarray
+
+  @classmethod
+  def of(cls, costs: tuple[float, float], credit: float) -> "Budget":
+    return cls(np.array(costs, np.float32), np.float32(credit))
+
+  @property
+  def least_accepted(self) -> jax.Array:
+    """Tokens that drafts must be expected to give, in the mean over rows, in a round that would have none otherwise."""
+    return self.costs[1] - self.costs[0]
+
+  def after(self, drafted: bool, tokens: jax.Array) -> "Budget":
+    """The budget after a round that wrote so many tokens, in the mean over rows."""
+    credit = self.credit + _ALLOWANCE + tokens - self.costs[int(drafted)]
+    return self._replace(credit=jnp.minimum(credit, _MOST_CREDIT))
+
+
+UNLIMITED = Budget.of((0.0, 0.0), _MOST_CREDIT)
 
 
 def every_outcome(tokens: int) -> tuple[int, ...]:
@@ -149,25 +180,25 @@ def verify_rounds(
   processor: LogitsProcessor,
   drafting: Drafting,
   rounds: jax.Array,
-  least_accepted: jax.Array,
-) -> tuple[DecodingState, jax.Array]:
-  """`rounds` rounds, fewer if all rows are done; and how many of them (2,) int32 had no draft, and had one.
+  budget: Budget,
+) -> tuple[DecodingState, jax.Array, Budget]:
+  """`rounds` rounds, fewer if all rows are done; how many of them (2,) int32 had no draft, and had one; and what is
+  left of the budget.
 
-  least_accepted: float32, tokens that drafts from the text must be expected to give, in the mean over the rows that are
-  not done, for a round that would be without a draft otherwise: all rows pay for the slots of one. Rounds of both kinds
-  are inner loops, since the branches of a conditional would copy the KV cache.
+  Rounds of both kinds are inner loops, since the branches of a conditional would copy the KV cache.
   """
 
   def loop(drafted, condition, carry):
     def step(carry):
-      state, count = carry
-      return verify_round(net, state, processor, drafting, drafted, least_accepted), count.at[int(drafted)].add(1)
+      state, count, budget = carry
+      state, budget = verify_round(net, state, processor, drafting, drafted, budget)
+      return state, count.at[int(drafted)].add(1), budget
 
     return jax.lax.while_loop(lambda carry: unfinished(carry) & condition(carry[0]), step, carry)
 
   unfinished = lambda carry: (jnp.sum(carry[1]) < rounds) & ~jnp.all(carry[0].done)
   pending = lambda state: jnp.any((state.draft.pending > 0) & ~state.done)
-  start = state, jnp.zeros(2, jnp.int32)
+  start = state, jnp.zeros(2, jnp.int32), jax.tree.map(jnp.asarray, budget)
   if drafting.always:
     return loop(True, lambda state: True, start)
   if not drafting.outcomes and not drafting.from_text:
@@ -182,11 +213,11 @@ def verify_round(
   processor: LogitsProcessor,
   drafting: Drafting,
   drafted: bool,
-  least_accepted: jax.Array | float = 0.0,
-) -> DecodingState:
+  budget: Budget,
+) -> tuple[DecodingState, Budget]:
   """One round: verifies the pending draft, commits what was accepted and the token behind it, drafts the next tokens.
 
-  drafted: whether any row has a pending draft. See `verify_rounds`.
+  drafted: whether any row has a pending draft.
   """
   if drafting.passes > 1:
     state = draft_tokens(net, state, processor, drafting)
@@ -208,6 +239,8 @@ def verify_round(
   index = jnp.arange(T + 1)
   known = (index <= accepted[:, None]) & (state.length[:, None] + index < state.max_length[:, None])
   record = _add_round(state, accepted, pending, verified_BxR, known)
+  active = jnp.sum(~state.done)
+  budget = budget.after(drafted, 1.0 + jnp.sum(record.accepted - state.draft.record.accepted) / jnp.maximum(active, 1))
   after = commit(
     after.replace(tokens=state.tokens, draft=state.draft.replace(record=record, pending=jnp.zeros_like(pending))),
     write_span(state.tokens, state.length, verified_BxR),
@@ -215,11 +248,11 @@ def verify_round(
   )
   after = after.replace(cached=after.length - 1)  # keys and values of rejected tokens are overwritten
   if drafting.passes > 1:
-    return after
+    return after, budget
   window = None
   if outcomes:
     window = _draw_window(net, after, processor, drafting, outcomes, accepted, hidden_BxNxTxD, logits_BxNxTxV, keys)
-  return _draft_next(after, drafting, window, least_accepted)
+  return _draft_next(after, drafting, window, budget), budget
 
 
 def window_slots(
@@ -395,9 +428,10 @@ def draw_rescored(
   return token.swapaxes(0, 1), scatter(candidate_BxTxC, log_p.swapaxes(0, 1))
 
 
-def _draft_next(state, drafting, window, least_accepted):
+def _draft_next(state, drafting, window, budget):
   """The state with the draft for its next round: the window's, or the text's where more of it are expected to be
-  accepted, or none. window: of `_draw_window`; None: there is none."""
+  accepted, or none. window: of `_draw_window`; None: there is none. A round that would have no draft has one where the
+  text's are worth the slots, which all rows pay for, and the budget allows it."""
   T, draft, record = drafting.tokens, state.draft, state.draft.record
   B, room = draft.tokens.shape
   none = jnp.zeros(B, bool), jnp.zeros((B, T), jnp.int32), None
@@ -409,7 +443,8 @@ def _draft_next(state, drafting, window, least_accepted):
     gain, active = gather(expected, match[:, None])[:, 0], ~state.done
     takes = (match > 0) & (gain > jnp.where(available, expected[:, 0], 0.0))
     promised = jnp.sum(gain, where=takes & active)
-    takes &= jnp.any(available & active) | (promised > least_accepted * jnp.sum(active))
+    pays = (promised > budget.least_accepted * jnp.sum(active)) & (budget.credit > 0.0)
+    takes &= jnp.any(available & active) | pays
     token = jnp.where(takes[:, None], from_text, token)
     source, pending = jnp.where(takes, match, 0), jnp.where(takes, T, pending)
     matched = (jnp.arange(1 + MATCH) == match[:, None]).astype(jnp.float32)

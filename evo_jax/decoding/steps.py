@@ -1,6 +1,6 @@
 """The host's steps: each takes a batch some passes on by a compiled program. One function for each mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import time
 from typing import Any
@@ -57,7 +57,7 @@ def ar_step(device: DeviceModel, batch: RunningBatch) -> None:
   def program(net, statistics, state, processor):
     return modes.run_passes(lambda state: modes.ar_pass(net, state, processor), state, passes)
 
-  batch.state = _run(device, batch, ("ar", passes), program)
+  batch.state = _run(device, batch, ("ar", passes), program, rehearsals=(_one_token,))
 
 
 def adaptive_step(device: DeviceModel, batch: RunningBatch) -> None:
@@ -68,21 +68,22 @@ def adaptive_step(device: DeviceModel, batch: RunningBatch) -> None:
     step = lambda state: modes.adaptive_pass(net, statistics, state, schedule, processor, infill)
     return modes.run_passes(step, state, passes)
 
-  batch.state = _run(device, batch, ("adaptive", passes, infill), program, batch.schedule)
+  batch.state = _run(device, batch, ("adaptive", passes, infill), program, batch.schedule, rehearsals=(_one_token,))
 
 
 def verify_step(device: DeviceModel, batch: RunningBatch) -> None:
   """Some rounds, drafted as the policy says, which learns from them."""
   policy, rows = batch.drafts, len(batch.stopped)
-  drafting, rounds, least = policy.choose(rows, rows - int(batch.stopped.sum()))
+  drafting, rounds, budget = policy.choose(rows, rows - int(batch.stopped.sum()))
   rounds = 1 if batch.traced else rounds
   start, compiled_before = time.perf_counter(), device.compile_seconds
 
-  def program(net, statistics, state, processor, rounds, least):
-    return speculative.verify_rounds(net, state, processor, drafting, rounds, least)
+  def program(net, statistics, state, processor, rounds, budget):
+    return speculative.verify_rounds(net, state, processor, drafting, rounds, budget)
 
-  batch.state, counts = _run(device, batch, ("verify", drafting), program, np.int32(rounds), np.float32(least))
-  learn_from_rounds(device, policy, drafting, batch.state, counts, np.ones(rows, bool), rows, start, compiled_before)
+  extra, rehearsals = (np.int32(rounds), budget), (_one_token, _one_draft)
+  batch.state, *found = _run(device, batch, ("verify", drafting), program, *extra, rehearsals=rehearsals)
+  learn_from_rounds(device, policy, drafting, batch.state, found, np.ones(rows, bool), rows, start, compiled_before)
 
 
 def learn_from_rounds(
@@ -90,23 +91,23 @@ def learn_from_rounds(
   policy: DraftPolicy,
   drafting: Drafting,
   state: DecodingState,
-  counts: jax.Array,
+  found: Sequence[Any],
   mine_B: np.ndarray,
   rows: int,
   start: float,
   compiled_before: float,
 ) -> None:
-  """Tells a policy that adapts what the rounds of the rows `mine` showed. counts: as of `verify_rounds`. rows: of the
-  passes. start, compiled_before: `time.perf_counter()` and the device's `compile_seconds` before them."""
+  """Tells a policy that adapts what the rounds of the rows `mine` showed. found: counts and budget of `verify_rounds`.
+  rows: of the passes. start, compiled_before: `time.perf_counter()` and the device's `compile_seconds` before them."""
   if not policy.adapts:
     return
   record = state.draft.record
-  *record, done, counts = device.to_host((record.offered, record.taken, record.matched, state.done, counts))
+  *record, done, (counts, budget) = device.to_host((record.offered, record.taken, record.matched, state.done, found))
   compiled = device.compile_seconds - compiled_before
   seconds, compiled = device.agree((time.perf_counter() - start - compiled, compiled))
   active = mine_B & ~done
   record = mean_record(*record, active if active.any() else mine_B)
-  policy.add_step(drafting, rows, counts, seconds, compiled, record)
+  policy.add_step(drafting, rows, counts, seconds, compiled, record, float(budget.credit))
 
 
 def flow_step(device: DeviceModel, batch: RunningBatch) -> None:
@@ -147,11 +148,45 @@ def _flow_pass(device: DeviceModel, batch: RunningBatch) -> None:
   batch.window = (schedule, index + 1) if device.to_host(unfinished) else None
 
 
-def _run(device: DeviceModel, batch: RunningBatch, name: tuple, program: Callable, *extra: Any) -> Any:
-  """program(net, statistics, state, processor, *extra) on the batch, where rows that the host has stopped are done."""
+def _one_token(state: DecodingState) -> DecodingState:
+  """The state with texts that end with their next token."""
+  return state.replace(max_length=state.length + 1)
+
+
+def _one_draft(state: DecodingState) -> DecodingState:
+  """The same with a draft for each text, whatever it says."""
+  return _one_token(state).replace(draft=state.draft.replace(pending=jnp.ones_like(state.draft.pending)))
+
+
+def _run(
+  device: DeviceModel,
+  batch: RunningBatch,
+  name: tuple,
+  program: Callable,
+  *extra: Any,
+  rehearsals: tuple[Callable[[DecodingState], DecodingState], ...] = (),
+) -> Any:
+  """program(net, statistics, state, processor, *extra) on the batch, where rows that the host has stopped are done.
+
+  rehearsals: states for short runs of a new program, from the batch's: a CPU's library prepares each product when it
+  runs first, which together takes as long as ten passes. That is compilation, and no text's seconds.
+  """
 
   def stopping(net, statistics, state, processor, stopped, *extra):
     state = state.replace(done=jnp.logical_or(state.done, stopped))
     return program(net, statistics, state, processor, *extra)
 
-  return device.run(name, stopping, batch.state, batch.processor, batch.stopped, *extra)
+  run = lambda state: device.run(name, stopping, state, batch.processor, batch.stopped, *extra)
+  if not device.has(name, batch.state, batch.processor, batch.stopped, *extra):
+    with device.preparing():
+      for rehearsal in rehearsals:
+        batch.state = _rehearse(run, batch.state, rehearsal)
+  return run(batch.state)
+
+
+def _rehearse(run: Callable, state: DecodingState, rehearsal: Callable) -> DecodingState:
+  """Runs a program for nothing; returns the state as it was, but for keys and values behind what is cached."""
+  kept = jax.tree.map(jnp.copy, state.replace(k=(), v=()))
+  after = run(rehearsal(state))
+  after = after if isinstance(after, DecodingState) else after[0]
+  return jax.block_until_ready(kept.replace(k=after.k, v=after.v))
