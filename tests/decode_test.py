@@ -19,7 +19,7 @@ from evo_jax.decoding.draft_policy import DraftPolicy
 from evo_jax.decoding.logits import draw_tokens, make_processor, token_noise
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
-from evo_jax.decoding.speculative import UNLIMITED, Drafting, every_outcome, no_record, survival
+from evo_jax.decoding.speculative import UNLIMITED, Budget, Drafting, every_outcome, no_record, survival
 from evo_jax.decoding.state import MATCH, prefill, with_latents
 from evo_jax.errors import UserError
 from evo_jax.flow import latents, policies
@@ -366,6 +366,34 @@ def prefilled(rows, net):
   known = jnp.broadcast_to(jnp.arange(32) < 1, tokens.shape)
   keys = jax.random.split(jax.random.key(7), rows)
   return prefill(net, tokens, known, 1, jnp.full(rows, 1), jnp.full(rows, 31), keys, (0,))
+
+
+class Given(DraftPolicy):
+  """A policy that drafts four tokens from the text, with a budget that is given, and keeps what is left of it."""
+
+  def __init__(self, credit):
+    super().__init__(Drafting(4, (), True), True, settings.MAX_DRAFT, False)
+    self.credit = credit
+
+  def choose(self, rows, active):
+    return Drafting(4, (), True), 4, Budget.of((1.0, 1.35), self.credit)
+
+  def add_step(self, *args):
+    super().add_step(*args)
+    self.credit = args[-1]
+
+
+def test_drafts_from_the_text_end_with_their_budget():
+  """Rounds earn an allowance, accepted tokens what they save; a draft that fails costs what it took."""
+  write = Sampler(run(), Sampling(mode="verify", max_tokens=24, endless=True), one_device())
+  drafted = dict.fromkeys((-100.0, 0.01, 4.0), 0)
+  for credit, seed in itertools.product(drafted, range(6)):
+    write._drafts = policy = Given(credit)
+    g = write(["aaaaaa"], seed=seed)[0]
+    drafted[credit] += g.drafted_rounds
+    gain = g.accepted + 0.03 * g.rounds - 0.35 * g.drafted_rounds
+    assert policy.credit == pytest.approx(credit + gain, abs=1e-3) if credit < 1.0 else policy.credit <= 4.0
+  assert drafted[-100.0] == 0 < drafted[0.01] < drafted[4.0]
 
 
 class World:
