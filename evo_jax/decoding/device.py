@@ -47,29 +47,21 @@ class DeviceModel:
     """A batch's rows must be a multiple of this."""
     return sharding.batch_shards(self.mesh)
 
-  def run(self, name: tuple, program: Callable, *args: Any) -> Any:
+  def run(self, name: tuple, program: Callable, *args: Any, rehearse: Callable | None = None) -> Any:
     """program(net, statistics, *args), compiled once for each name, and structure, shapes and dtypes of the arguments.
 
     The name must tell programs apart that differ in what they close over. Decoding states among the arguments are
-    donated; those among the results are sharded by rows, all else is replicated.
+    donated; those among the results are sharded by rows, all else is replicated. rehearse: called with the arguments of
+    a new program once it is compiled, as a part of that; may run it, and gives the arguments back.
     """
-    key = _key(name, args)
-    args = (self._params, self._statistics, *args)
+    signature = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+    key = (name, jax.tree.structure(args), signature)
     if key not in self._compiled:
-      with self.preparing():
-        self._compiled[key] = self._compile(program, args)
-    return self._compiled[key](*args)
-
-  def has(self, name: tuple, *args: Any) -> bool:
-    """Whether `run` would find the program compiled."""
-    return _key(name, args) in self._compiled
-
-  @contextlib.contextmanager
-  def preparing(self) -> Iterator[None]:
-    """Counts the block's seconds among those of compilation."""
-    start, before = time.perf_counter(), self.compile_seconds
-    yield
-    self.compile_seconds = before + time.perf_counter() - start
+      start = time.perf_counter()
+      self._compiled[key] = self._compile(program, (self._params, self._statistics, *args))
+      args = args if rehearse is None else rehearse(*args)
+      self.compile_seconds += time.perf_counter() - start
+    return self._compiled[key](self._params, self._statistics, *args)
 
   def _compile(self, program: Callable, args: tuple) -> Callable:
     def with_model(params, statistics, *args):
@@ -98,10 +90,6 @@ class DeviceModel:
   def agree(self, values: Any) -> Any:
     """Process 0's numbers, in all processes, which must run the same programs."""
     return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
-
-
-def _key(name: tuple, args: tuple) -> tuple:
-  return name, jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
 
 
 @jax.jit

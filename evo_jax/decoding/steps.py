@@ -176,17 +176,12 @@ def _run(
     state = state.replace(done=jnp.logical_or(state.done, stopped))
     return program(net, statistics, state, processor, *extra)
 
-  run = lambda state: device.run(name, stopping, state, batch.processor, batch.stopped, *extra)
-  if not device.has(name, batch.state, batch.processor, batch.stopped, *extra):
-    with device.preparing():
-      for rehearsal in rehearsals:
-        batch.state = _rehearse(run, batch.state, rehearsal)
-  return run(batch.state)
+  def rehearse(state, *others):
+    for rehearsal in rehearsals:
+      kept = jax.tree.map(jnp.copy, state.replace(k=(), v=()))
+      after = device.run(name, stopping, rehearsal(state), *others)
+      after = after if isinstance(after, DecodingState) else after[0]
+      state = jax.block_until_ready(kept.replace(k=after.k, v=after.v))  # new keys and values will be overwritten
+    return state, *others
 
-
-def _rehearse(run: Callable, state: DecodingState, rehearsal: Callable) -> DecodingState:
-  """Runs a program for nothing; returns the state as it was, but for keys and values behind what is cached."""
-  kept = jax.tree.map(jnp.copy, state.replace(k=(), v=()))
-  after = run(rehearsal(state))
-  after = after if isinstance(after, DecodingState) else after[0]
-  return jax.block_until_ready(kept.replace(k=after.k, v=after.v))
+  return device.run(name, stopping, batch.state, batch.processor, batch.stopped, *extra, rehearse=rehearse)
