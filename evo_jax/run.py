@@ -16,7 +16,7 @@ from evo_jax.data import conversations, tokenizers
 from evo_jax.data.chat import ChatTokenizer
 from evo_jax.errors import UserError
 from evo_jax.flow.statistics import Statistics
-from evo_jax.network.evo import Evo, unstack_layers
+from evo_jax.network.evo import Evo, narrow_matrices, unstack_layers
 from evo_jax.parallel import sharding
 from evo_jax.training import checkpoint, partition
 from evo_jax.training import state as state_lib
@@ -55,9 +55,11 @@ class Run:
     return dataclasses.replace(self, params=jax.device_put(self.params, shardings), statistics=statistics)
 
   def unstacked_params(self, mesh: jax.sharding.Mesh) -> Any:
-    """The parameters of `model.clone(stacked=False)`, laid out over a mesh by the rules of training."""
+    """The parameters of `model.clone(stacked=False)`, laid out over a mesh by the rules of training; matrices in the
+    dtype that they are multiplied in, where that is narrower: cast once, not in every pass."""
     shardings = self._shardings(mesh, self.model.clone(stacked=False))
-    return jax.jit(unstack_layers, out_shardings=shardings)(self.params)
+    prepare = lambda params: narrow_matrices(unstack_layers(params), self.config.model.dtype)
+    return jax.jit(prepare, out_shardings=shardings)(self.params)
 
   def _shardings(self, mesh: jax.sharding.Mesh, model: Evo) -> Any:
     init, tokens = model.clone(layout=sharding.Layout()).init, jax.ShapeDtypeStruct((1, 2), jnp.int32)

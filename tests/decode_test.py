@@ -546,6 +546,32 @@ def test_layers_apart_compute_what_stacked_layers_do():
   )
 
 
+def test_matrices_are_cast_once_and_compute_the_same():
+  """In bfloat16 a trained model's matrices are decoded in bfloat16; what the network reads in float32 stays."""
+  learned = dict(model__progression="learned", paths__learned=0.5, paths__diagonal=0.0)
+  r = run(model__dtype="bfloat16", model__window_rank=2, **learned)
+  cast, whole = r.unstacked_params(one_device()), evo.unstack_layers(r.params)
+  dtypes = {"/".join(key.key for key in path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(cast)}
+  halved = {name.split("/")[-1] for name, dtype in dtypes.items() if dtype == jnp.bfloat16}
+  assert {"embedding", "w_qkv", "w_o", "w_gate", "w_up", "w_down", "w_time", "window_qkv_a"} <= halved
+  kept = ("codes", "final_norm", "layer_0/mlp_norm", "clock_prior_in")
+  assert {dtypes[name] for name in kept} == {jnp.dtype("float32")}
+  assert all(bool(jnp.any(whole["layer_0"][name])) for name in ("w_time", "window_qkv_b"))
+
+  def compute(params):
+    net = r.model.clone(stacked=False).bind({"params": params})
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 1, 20)
+    hidden, cache = net.clean(tokens)
+    soft = net.embed_unknown(jnp.zeros(r.model.rows))
+    x = jnp.broadcast_to(soft, (2, 1, 5, soft.shape[-1])).astype(hidden.dtype)
+    slots = net.window(cache, WindowInputs(jnp.full((2, 1), 8), x, jnp.ones((2, 1, 5))))
+    return net.logits(hidden), net.logits(slots), net.clock_prior(hidden[:, 8:9], 4, jnp.full((2, 1), 4))
+
+  for got, wanted in zip(jax.tree.leaves(compute(cast)), jax.tree.leaves(compute(whole)), strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  assert evo.narrow_matrices({"embedding": cast["embedding"]}, "float32")["embedding"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("fields", (dict(mode="ar"), dict(mode="adaptive", threshold=1.0)), ids=name)
 def test_models_trained_with_rematerialization_decode(fields):
   """What the backward pass keeps in training changes no text."""

@@ -421,6 +421,18 @@ def unstack_layers(params: dict) -> dict:
   return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)}
 
 
+def narrow_matrices(unstacked: dict, dtype: str) -> dict:
+  """`unstack_layers`' parameters, with layers' matrices and the vocabulary's tables in the dtype of computation where
+  that is narrower. The network computes the same with them: it never reads them in another, unlike the codes and the
+  clock's heads."""
+
+  def narrow(path, x):
+    matrix = path[0].key in ("embedding", "head") or (path[0].key.startswith("layer_") and x.ndim > 1)
+    return x.astype(dtype) if matrix and jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+
+  return jax.tree_util.tree_map_with_path(narrow, unstacked)
+
+
 def is_of_windows(path: tuple[str, ...]) -> bool:
   """Whether a parameter, by its path, is windows' own: whatever it is, the clean stream computes the same."""
   return any(fnmatch.fnmatchcase(name, pattern) for name in path for pattern in _OF_WINDOWS)
