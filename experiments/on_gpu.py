@@ -70,7 +70,7 @@ BATCHES = {1: 8, 8: 16, 64: 64}  # texts by batch size
 GOLDEN = {"train.log_every": 1, "train.eval_every": 0, "eval.samples": 0, "eval.paths": ("ar", "diagonal:4")}
 # Batch sizes to try, the largest that fits is taken: two models, their gradients and their moments are in memory.
 THROUGHPUT = {"evo150m": (32, 16, 8), "evo1b": (8, 4, 2, 1)}
-WINDOWS = {"data.batch_size": 32, "model.dtype": "bfloat16", "eval.sequences": 8}
+WINDOWS = {"data.batch_size": 32, "model.dtype": "bfloat16", "model.remat": "none", "eval.sequences": 8}
 
 _ASKED = (
   "Write a short story about {}.",

@@ -31,7 +31,7 @@ from evo_jax.errors import UserError
 from evo_jax.network import evo as evo_lib
 from evo_jax.network.transformer import rms_norm
 from evo_jax.parallel import sharding
-from evo_jax.pretrained import architectures, exporter, importer, source, tokenizer_json
+from evo_jax.pretrained import architectures, evo_file, exporter, importer, source, tokenizer_json
 from evo_jax.pretrained.evo_file import EvoFile
 from evo_jax.run import Run, load_run
 
@@ -297,6 +297,16 @@ def test_several_processes_give_and_take_the_same(imported, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["out", "run"]
   opened, before = (source.open_source(str(folder)) for folder in (tmp_path / "out", original))
   assert all(np.array_equal(opened.read(name), before.read(name)) for name in before.names())
+
+
+def test_what_is_exported_says_nothing_of_the_text():
+  """Neither folders of this machine nor that it was conversations: the next text is another."""
+  data = dict(path="/here/*.jsonl", valid="/here/v", test="/here/t", tokenizer_path="/here", chat="answers")
+  values = {"data": data | {"tokenizer": "huggingface", "weights": (1.0,)}, "model": {"isolate_documents": True}}
+  header = evo_file.describe_config(config_lib.from_dict(values))["evo_config"]
+  assert "/here" not in header
+  saved = config_lib.from_dict(json.loads(header))
+  assert (saved.data.chat, saved.data.weights, saved.data.tokenizer) == ("", (), "huggingface")
 
 
 def test_training_goes_on_and_only_the_model_is_pinned(imported, text, tmp_path):

@@ -55,10 +55,14 @@ class EvoFile:
     return value.astype(want.dtype)
 
 
+# Of `config.data`, what belongs to the text that was trained on: another's is elsewhere, and of another kind.
+_OF_TEXT = ("path", "weights", "weight_changes", "valid", "test", "chat", "tokenizer_path")
+
+
 def describe_config(config: config_lib.Config) -> dict[str, str]:
-  """The header's entry, without the names of folders of this machine."""
+  """The header's entry, without what is said of the text: names of folders of this machine among it."""
   default = config_lib.Data()
-  data = dataclasses.replace(config.data, path=default.path, weights=default.weights, tokenizer_path="")
+  data = dataclasses.replace(config.data, **{field: getattr(default, field) for field in _OF_TEXT})
   return {"evo_config": json.dumps(config_lib.to_dict(dataclasses.replace(config, data=data)))}
 
 
