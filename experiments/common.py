@@ -127,7 +127,7 @@ class MeasuredRun:
         measured[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
         file.write_text(json.dumps({"step": self.config.train.steps} | measured))
         print(
-          f"{self.workdir.name}: {split} {path:<18}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
+          f"{self.workdir.name}: {split} {path:<20}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
           f"{entry['passes_per_token']:.4g} passes per token",
           flush=True,
         )
