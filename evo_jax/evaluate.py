@@ -100,7 +100,8 @@ def parse_paths(value: str) -> tuple[str, ...]:
 
 def default_paths(run: run_lib.Run) -> tuple[str, ...]:
   """The paths whose gap is of interest, as far as the model has them."""
-  return GAP_PATHS + (("learned:8",) if run.config.model.progression == "learned" else ())
+  names = GAP_PATHS + (("learned:8",) if run.config.model.progression == "learned" else ())
+  return tuple(name for name in names if name != "ar" or not run.config.diffusion_alone)
 
 
 def check_flags(args: flags.FlagValues) -> None:
@@ -108,6 +109,8 @@ def check_flags(args: flags.FlagValues) -> None:
   for name in ("sequences", "window", "length"):
     if getattr(args, name) < 0:
       raise UserError(f"--{name}={getattr(args, name)}: is negative")
+  if args.passes < 1:
+    raise UserError(f"--passes={args.passes}: is not positive")
   check_seed(args.seed, "--seed")
   for name in ("json", "csv"):
     if getattr(args, name):
@@ -139,12 +142,15 @@ def check_comparable(args: flags.FlagValues, paths: tuple[schedules.Path, ...]) 
     if length != first[1]:
       problem = f"its context of {length} tokens is not the {first[1]} of {args.workdir[0]}"
       raise UserError(f"--workdir={workdir}: {problem}; give a --length that both can read")
-    check_lengths(args, config.model, length, window)
+    check_lengths(args, config, length, window)
     for path in paths:
       paths_lib.check_path(path, config)
-  batches = [read_text(args, *read_run(workdir))[0] for workdir in args.workdir]
-  for workdir, batch in zip(args.workdir[1:], batches[1:]):
-    if not all(map(np.array_equal, batch, batches[0])):
+  texts = [
+    (batch.tokens, batch.counted, batch.answers)
+    for batch, _ in (read_text(args, *read_run(workdir)) for workdir in args.workdir)
+  ]
+  for workdir, text in zip(args.workdir[1:], texts[1:]):
+    if not all(map(np.array_equal, text, texts[0])):
       problem = f"its held-out text is not that of {args.workdir[0]}"
       raise UserError(f"--workdir={workdir}: {problem}; measure all runs on the same text by --data")
 
@@ -158,10 +164,14 @@ def read_run(workdir: str) -> tuple[config_lib.Config, tokenizers.Tokenizer]:
   return config, tokenizers.load_tokenizer(config.data.tokenizer, str(folder / "tokenizer"))
 
 
-def check_lengths(args: flags.FlagValues, model: config_lib.Model, length: int, window: int) -> None:
+def check_lengths(args: flags.FlagValues, config: config_lib.Config, length: int, window: int) -> None:
   """Raises UserError for sequences that the model cannot read, and for windows that do not divide them."""
-  if length > model.position_limit:
-    raise UserError(f"--length={length}: is more than the {model.position_limit} tokens that the model can read")
+  limit = config.model.position_limit
+  if length > limit:
+    raise UserError(f"--length={length}: is more than the {limit} tokens that the model can read")
+  if config.diffusion_alone and window != length:
+    problem = f"is not the sequence, {length} tokens, and a model of diffusion alone reads nothing before a window"
+    raise UserError(f"--window={window}: {problem}")
   if length % window and args.length:
     raise UserError(f"--length={length}: is no multiple of the window, {window} tokens")
   if length % window:
@@ -202,7 +212,7 @@ def load(args: flags.FlagValues, workdir: str, mesh: jax.sharding.Mesh) -> tuple
   """A run, the sequences to measure, what to call them, and the tokens of a window."""
   run = run_lib.load_run(workdir, args.step, mesh)
   window = args.window or run.config.window.size
-  check_lengths(args, run.config.model, args.length or run.config.model.context, window)
+  check_lengths(args, run.config, args.length or run.config.model.context, window)
   batch, source = read_text(args, run.config, run.tokenizer, workdir)
   return (run if batch.answers is None else isolating(run)), batch, source, window
 
@@ -252,9 +262,7 @@ def summarize(runs: Sequence[comparison.Measured], texts: Sequence[str]) -> tupl
 def show_progression(args: flags.FlagValues, workdir: str, mesh: jax.sharding.Mesh) -> tuple[list[dict[str, Any]], str]:
   """The inferred progression of the first sequence's tokens that count, and as text."""
   run, batch, _, window = load(args, workdir, mesh)
-  entries = progression.infer_progression(run, batch.tokens[0], window, args.passes)
-  if batch.mask is not None:
-    entries = [entry for entry, counts in zip(entries, batch.mask[0, 1:]) if counts]
+  entries = progression.infer_progression(run, batch.rows(slice(1)), window, args.passes)
   return entries, progression.format_progression(entries, run.tokenizer, window)
 
 

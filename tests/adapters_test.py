@@ -184,26 +184,28 @@ def test_slots_are_informed_by_what_is_known_alone():
 
 
 def test_the_clean_anchor_needs_no_slot():
-  """Behind it all slots are unknown: without the anchor's they give the same, by whatever is known beforehand."""
-  net, statistics, _ = build(**WEIGHTED)
+  """Behind it all slots are unknown: without the anchor's they give the same, by whatever is known beforehand, and
+  whether or not the first unknown token begins a document."""
+  net, statistics, _ = build(**WEIGHTED, model__isolate_documents=True)
 
   @jax.jit
-  def read(params):
+  def read(params, segments):
     net_ = net.clone().bind({"params": params})
     x = net_.embed_unknown(statistics.log_unigram_V)
-    cache = net_.clean(tokens()[:, :-1])[1]
+    cache = net_.clean(tokens()[:, :-1], segments)[1]
     x = jnp.broadcast_to(x, (2, 2, S, len(x)))
     anchors = windows_lib.gather_windows(net_.embed_tokens(tokens()), ANCHOR, 0)
     time = jnp.ones((2, 2, S))
     with_anchor = WindowInputs(ANCHOR, jnp.concatenate([anchors, x], 2), jnp.pad(time, ((0, 0), (0, 0), (1, 0))))
     return (
       net_.window(cache, with_anchor)[:, :, 1:],
-      net_.window(cache, WindowInputs(ANCHOR + 1, x, time)),
-      net_.window(cache, WindowInputs(ANCHOR + 1, x, time, all_unknown=True)),
+      net_.window(cache, WindowInputs(ANCHOR, x, time, skips_anchor=True)),
+      net_.window(cache, WindowInputs(ANCHOR, x, time, all_unknown=True, skips_anchor=True)),
     )
 
-  want, *others = read(net.variables["params"])
-  for other in others:
+  want, *others = read(net.variables["params"], jnp.zeros((2, L), int))
+  behind = jnp.arange(L) > ANCHOR[:, 1:]  # the second window's first token begins a document
+  for other in [*others, *read(net.variables["params"], behind.astype(int))]:
     np.testing.assert_allclose(other, want, atol=2e-5)
 
 
@@ -235,7 +237,7 @@ def test_distillation_and_the_head_by_hand():
     bound = net.clone().bind({"params": params})
     hidden, cache = bound.clean(tokens()[:, :-1])
     x = jnp.broadcast_to(bound.embed_unknown(statistics.log_unigram_V), (2, 2, 7, 32))
-    mine = bound.window(cache, WindowInputs(draw.anchor + 1, x, jnp.ones((2, 2, 7)), all_unknown=True))
+    mine = bound.window(cache, WindowInputs(draw.anchor, x, jnp.ones((2, 2, 7)), all_unknown=True, skips_anchor=True))
     context = jnp.take_along_axis(hidden[:, None], (draw.anchor[..., None] + jnp.arange(1, 8))[..., None], axis=2)
     every = jnp.broadcast_to(jnp.arange(V), (2, 2, 7, V))
     mine_and_clean = [bound.logits(h)[..., :V] for h in (mine, context)]

@@ -34,7 +34,7 @@ def close(function, reference, arrays, message=""):
 
 
 def by(kind):
-  return functools.partial(attention.attend, config_lib.Model(attention=kind), Layout())
+  return functools.partial(attention.attend, config_lib.Model(attention=kind), Layout(platform=jax.default_backend()))
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -87,6 +87,15 @@ def test_cudnn_attention_is_attend_on_the_clean_stream():
   for got, wanted in zip(form("cudnn", jnp.bfloat16), form("xla", jnp.float32)):
     wanted = np.asarray(wanted, np.float32)
     np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=0.02, atol=0.02 * np.abs(wanted).max())
+
+
+def test_a_model_of_cudnn_attention_is_read_where_there_is_no_gpu():
+  q, past = draw(0, 2, K, G, 1, L, E), (draw(1, 2, K, L, E), draw(2, 2, K, L, E))
+  visibility = Visibility(jnp.arange(L)[None, None] + 1)
+  if jax.default_backend() == "gpu":
+    pytest.skip("needs a machine without a GPU")
+  cudnn, xla = (by(kind)(q, past, visibility, causal=True) for kind in ("cudnn", "xla"))
+  np.testing.assert_array_equal(cudnn, xla)
 
 
 @pytest.mark.parametrize("causal", [False, True])

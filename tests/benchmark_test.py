@@ -293,7 +293,8 @@ def test_pairs_that_cannot_be_scored_are_refused():
 
 @pytest.mark.parametrize("path, step", [("staircase", 1), ("left:3", 3)])
 def test_the_bound_is_that_of_reading_the_windows_one_by_one(path, step):
-  """Token by token, with an unpadded clean stream: in windows of 8, each known or not, the rest never known."""
+  """Token by token, with an unpadded clean stream: in windows of 8, each known or not: those behind the end
+  come last on such paths, and change nothing."""
   r = model()
   pairs = random_pairs()[1:]
   for (context, continuation), bound in zip(pairs, scorer(path, draws=2)(pairs)):

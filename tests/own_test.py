@@ -310,10 +310,31 @@ def test_runs_that_cannot_be_compared_are_refused(trained, tmp_path, change, mes
   assert_refused(done, f"--workdir={other}: {message}")
 
 
+def test_a_model_of_diffusion_alone_reads_whole_sequences(trained, tmp_path):
+  values = json.loads((trained / "config.json").read_text())
+  values["config"]["loss"]["ar_weight"], values["config"]["window"]["size"] = 0.0, values["config"]["model"]["context"]
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  done = call("evo_jax.evaluate", f"--workdir={tmp_path}", f"--workdir={trained}", "--window=8", "--paths=random:4")
+  assert_refused(done, "--window=8: is not the sequence, 32 tokens, and a model of diffusion alone reads nothing before")
+
+
+def test_runs_of_one_text_are_compared_whether_or_not_they_isolate_documents(trained, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(trained, other)
+  values = json.loads((other / "config.json").read_text())
+  values["config"]["model"]["isolate_documents"] = True
+  (other / "config.json").write_text(json.dumps(values))
+  flags = (f"--workdir={trained}", f"--workdir={other}", "--paths=ar", "--sequences=8", f"--json={tmp_path / 'json'}")
+  done = call("evo_jax.evaluate", *flags)
+  assert done.returncode == 0, done.stderr
+  assert [d["path"] for d in json.loads((tmp_path / "json").read_text())["differences"]] == ["ar"]
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
     (("--workdir=a", "--workdir=a"), "--workdir=a: is given twice"),
+    (("--workdir=a", "--show_progression", "--passes=0"), "--passes=0: is not positive"),
     (("--workdir=a", "--workdir=b", "--show_progression"), "--workdir: does not go with --show_progression"),
     (("--workdir=a", "--csv=/no/such/file"), "--csv=/no/such/file: there is no folder"),
     (("--workdir=/no/such", "--price=FILE:wave"), "a price takes (step, log_before, log_after, expected_code)"),

@@ -40,6 +40,30 @@ def blunt(toy):
   return lambda latent, context=None: share * jax.nn.log_softmax(toy.field(latent), axis=-1)
 
 
+def test_a_text_that_ends_inside_a_window_costs_what_writing_it_costs(toy):
+  """All texts of one or two tokens that end in symbol 0, and all strings of which neither is 0 among the first two:
+  what a sampler may write. The costs, over all draws of the rest, are those of probabilities that add up to 1; if a
+  path saw where a text ends, they would add up to more."""
+  ended = [(0, 0, 0, 0), *((i, 0, 0, 0) for i in (1, 2))]
+  whole = [string for string in STRINGS.tolist() if 0 not in string[:2]]
+  texts = jnp.array(ended + whole)
+  inside = jnp.arange(LENGTH) < jnp.array([1, 2, 2] + [LENGTH] * len(whole))[:, None]
+
+  field = blunt(toy)
+
+  @jax.jit
+  def total(policy, key):
+    lead = (4000, *texts.shape)
+    nats, _ = bound_lib.path_nll(
+      field, toy.codes, toy.warp, jnp.broadcast_to(texts, lead), policy, key, inside=jnp.broadcast_to(inside, lead)
+    )
+    return jnp.exp(-nats.sum(-1)).sum(-1)
+
+  for path in ("left:1", "left:4", "streams:2", "certain:2", "spread:0.75", "diagonal:2"):
+    totals = np.asarray(total(policies.make_policy(path, LENGTH, 0.5), jax.random.key(0)))
+    assert totals.mean() == pytest.approx(1.0, abs=4 * totals.std() / np.sqrt(len(totals)) + 1e-5), path
+
+
 JUMPS = [
   "left:1",
   "left:2",

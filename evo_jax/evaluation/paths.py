@@ -69,7 +69,7 @@ class Evaluator:
     Tokens that the batch does not count are included. The noise is the same at every call.
     """
     policy = policies.make_policy(path, self.window, self.config.paths.rolling_width, self.max_passes)
-    tiles = None if batch.answers is None else tile_answers(batch.answers, self.window)
+    tiles = _tiles(batch, self.window)
     n, parts = len(batch.tokens), []
     for start in range(0, n, self._rows):
       rows = np.arange(start, start + self._rows)
@@ -101,7 +101,8 @@ class Evaluator:
     """As `__call__`, each object with the bits (n,) of the single sequences, for standard errors of differences."""
     self.check_paths(paths)
     lengths = self.lengths(batch)
-    tokens = batch.tokens[:, 1:].size if batch.answers is None else lengths.sum()
+    tiles = _tiles(batch, self.window)
+    tokens = batch.tokens[:, 1:].size if tiles is None else tiles.tokens_BxN.sum()
     table = []
     with jax.set_mesh(self.mesh):
       for path in paths:
@@ -129,6 +130,18 @@ class Evaluator:
     if batch.answers is None:
       return self.tokenizer.unit
     return "counted token" if batch.answers[:, 1:].all(axis=1).any() else "answer token"
+
+
+def _tiles(batch: Batch, size: int) -> Tiles | None:
+  """The windows of answers, or of texts that end before their sequences; None: windows tile the sequences."""
+  if batch.answers is not None:
+    return tile_answers(batch.answers, size)
+  if batch.counted is None or batch.counted[:, -1].all():
+    return None
+  counted = batch.counted[:, 1:]
+  ends = np.where(counted.any(axis=1), counted.shape[1] - np.argmax(counted[:, ::-1], axis=1), 0)
+  anchors = np.broadcast_to(np.arange(0, counted.shape[1], size, dtype=np.int32), (len(ends), counted.shape[1] // size))
+  return Tiles(anchors, np.clip(ends[:, None] - anchors, 0, size).astype(np.int32))
 
 
 def tile_answers(answers: np.ndarray, size: int) -> Tiles:

@@ -63,17 +63,21 @@ def infer_clock(
   anchor_BxN: jax.Array,
   passes_BxN: jax.Array,
   noise_BxNxW: jax.Array,
+  inside_BxNxW: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """A learned clock for windows, each (B, N, W): delays, drawn from the posterior; sharpnesses, from the prior; and
   KL(q || p) of the delays in nats.
 
   hidden_BxLxD, nats_BxL: the clean stream's hidden states and cross-entropies. The heads are trained on them and pass
-  no gradient to them.
+  no gradient to them. inside_BxNxW: bool, the tokens that there are; others have delays of the prior, and no KL; None:
+  all.
   """
   hidden_BxLxD, nats_BxL = jax.lax.stop_gradient((hidden_BxLxD, nats_BxL))
   anchor_hidden = jnp.take_along_axis(hidden_BxLxD, anchor_BxN[..., None], axis=1)
   mean, log_std, sharpness = net.clock_prior(anchor_hidden, token_BxNxW.shape[-1], passes_BxN)
   change = net.clock_posterior(hidden_BxLxD, nats_BxL, token_BxNxW, anchor_BxN, passes_BxN)
+  if inside_BxNxW is not None:
+    change = jax.tree.map(lambda x: jnp.where(inside_BxNxW, x, 0.0), change)
   posterior = mean + change[0], log_std + change[1]
   delay = posterior[0] + jnp.exp(posterior[1]) * noise_BxNxW
   return delay, sharpness, gaussian_kl(posterior, (mean, log_std))
@@ -201,8 +205,9 @@ def path_nll(
   step's NLL is made up for by the steps after it, and the sum scatters little. policy: makes the path from what each
   pass shows. prior_logits (V,): what the field gets as the context logits before the first pass; later the last pass's;
   None: the field is called with the latents alone. price: of a step, where it is not to be its NLL. inside (..., T)
-  bool: the tokens that there are; the others stay unknown, cost nothing, and are no candidates to the policy; None:
-  all.
+  bool: the tokens that there are; None: all. The others are drawn from their beliefs as the path goes on, as a sampler
+  does, and cost nothing: the total bounds -log of the probability that a sampler writes the tokens inside, whatever it
+  writes beside them, and nothing depends on how many there are.
   """
   end = _follow_path(field, codes_VxM, warp, token, policy, key, prior_logits, price, inside)
   return end.nats, end.passes
@@ -218,26 +223,34 @@ def _follow_path(
   where_inside = lambda x, other: x if inside is None else jnp.where(inside, x, other)
   unknown = lambda latent: where_inside(~latent.known, False)
 
+  def draw_outside(latent: latents_lib.Latent, log_belief: jax.Array, index: jax.Array) -> jax.Array:
+    """The tokens (..., T) towards which the step goes."""
+    if inside is None:
+      return token
+    gumbel = lambda key, shape: jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, index), 1), shape, dtype)
+    drawn = jnp.argmax(log_belief + _by_row(gumbel, key, log_belief.shape), axis=-1).astype(token.dtype)
+    return jnp.where(inside | latent.known, latent.token, drawn)
+
   def step(path: _PathState, index: jax.Array) -> _PathState:
     latent, solver = path.latent, path.solver
     normal = lambda key, shape: jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
     noise = _by_row(normal, key, latent.y.shape)
     context = field(latent) if path.context is None else field(latent, path.context)
     log_belief = latents_lib.log_belief(context, codes_VxM, latent.y)
-    time = where_inside(latent.time, 0.0)
-    observation = policies.Observation(index, time, log_belief, uncertainty, solver, codes_VxM, warp)
-    time_next = where_inside(jnp.broadcast_to(policy(observation), token.shape).astype(dtype), 1.0)
-    taken = Step.of(codes_VxM, warp, latent, token, time_next, noise, antithetic=False)
+    observation = policies.Observation(index, latent.time, log_belief, uncertainty, solver, codes_VxM, warp)
+    time_next = jnp.broadcast_to(policy(observation), token.shape).astype(dtype)
+    target = draw_outside(latent, log_belief, index)
+    taken = Step.of(codes_VxM, warp, latent, target, time_next, noise, antithetic=False)
     after, log_after = taken.after, latents_lib.log_belief(context, codes_VxM, taken.after.y)
     code = latents_lib.expected_code(log_belief, codes_VxM)
-    log_probs = latents_lib.pick(log_belief, token), latents_lib.pick(log_after, token)
+    log_probs = latents_lib.pick(log_belief, target), latents_lib.pick(log_after, target)
     nats = taken.nll(log_probs) if price is None else taken.nll(log_probs, code, price)
     precision = jnp.where(after.known, 0.0, precision_at(warp, after.time))
     solver = solver.after(after.y, precision, code)
     passes = path.passes + jnp.any(unknown(latent), axis=-1)
     greedy = path.greedy
     if greedy is not None:
-      greedy |= after.known & ~latent.known & (jnp.argmax(log_belief, axis=-1) == token)
+      greedy |= after.known & ~latent.known & (jnp.argmax(log_belief, axis=-1) == target)
     return _PathState(after, solver, None if path.context is None else context, path.nats + nats, passes, greedy)
 
   zeros = jnp.zeros((*token.shape, codes_VxM.shape[1]), dtype)
@@ -258,15 +271,17 @@ def _by_row(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> jax.Array
   return jax.vmap(lambda key: _by_row(draw, key, shape[1:]))(key) if key.ndim else draw(key, shape)
 
 
-def _draw_policy(net, policy, key, token, anchor_BxN, hidden, ar_nats) -> tuple[policies.Policy, jax.Array | float]:
+def _draw_policy(
+  net, policy, key, token, anchor_BxN, hidden, ar_nats, inside
+) -> tuple[policies.Policy, jax.Array | float]:
   """The policy with what is drawn once for each window, a random order or a learned clock's delays, and their KL in
-  nats; key: as of `_by_row`. hidden, ar_nats: the clean stream's, for a learned clock."""
+  nats; key: as of `_by_row`. hidden, ar_nats: the clean stream's, for a learned clock. inside: as of `path_nll`."""
   if isinstance(policy, policies.RandomOrder):
     return policy.replace(rank=_by_row(random_rank, key, token.shape)), 0.0
   if isinstance(policy, policies.LearnedClock):
     count = jnp.broadcast_to(policy.passes, anchor_BxN.shape)
     noise = _by_row(jax.random.normal, key, token.shape)
-    delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise)
+    delay, sharpness, kl = infer_clock(net, hidden, ar_nats, token, anchor_BxN, count, noise, inside)
     return policy.replace(delay=delay, sharpness=sharpness), kl
   return policy, 0.0
 
@@ -277,16 +292,14 @@ def erasure_nll(
   token: jax.Array,
   policy: policies.RandomOrder,
   key: jax.Array,
-  inside: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """A random order's NLL bound in nats for every token (..., T), and its passes (...): in mean that of `path_nll` under
   the same policy.
 
   Which tokens are known does not depend on what was read before, so each pass is evaluated by itself, on all tokens
-  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough. inside: as there.
+  that it might reveal, and of many passes a stratified sample of _ERASURE_PASSES is enough.
   """
   T = token.shape[-1]
-  inside = jnp.ones(token.shape, bool) if inside is None else inside
   count = jnp.minimum(policy.passes, _ERASURE_PASSES)
 
   def add_pass(i, total):
@@ -294,14 +307,14 @@ def erasure_nll(
     low, high = i * policy.passes // count, (i + 1) * policy.passes // count  # the stratum's passes
     index = jax.random.randint(pass_key, (), low, high)
     known, after = policy.known_after(index - 1, T), policy.known_after(index, T)
-    time = ((random_rank(rank_key, token.shape) >= known) | ~inside).astype(codes_VxM.dtype)
+    time = (random_rank(rank_key, token.shape) >= known).astype(codes_VxM.dtype)
     latent = latents_lib.Latent(jnp.zeros((*token.shape, codes_VxM.shape[1]), codes_VxM.dtype), time, token)
     nats = latents_lib.jump_nll(latents_lib.log_prob(field(latent), token))
     share = (after - known) / jnp.maximum(T - known, 1) * (high - low)  # of the unknown tokens that this pass reveals
-    return total + jnp.where(latent.known | ~inside, 0.0, nats * share)
+    return total + jnp.where(latent.known, 0.0, nats * share)
 
   total = jax.lax.fori_loop(0, count, add_pass, jnp.zeros(token.shape, codes_VxM.dtype))
-  return total, jnp.where(jnp.any(inside, axis=-1), policy.passes, 0)
+  return total, jnp.full(token.shape[:-1], policy.passes)
 
 
 def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -311,10 +324,11 @@ def random_rank(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @flax.struct.dataclass
 class Tiles:
-  """Windows of size W that cover answers, each from its first token on: each token of an answer is in one of them.
+  """Windows of size W that cover parts of sequences, as answers, each from its first token on: each token of a part is
+  in one of them.
 
   anchor_BxN: int32, positions of the tokens before the windows. tokens_BxN: int32, how many of its W tokens are of the
-  answer, from the first on; 0: it is no window.
+  part, from the first on; 0: it is no window.
   """
 
   anchor_BxN: jax.Array
@@ -341,15 +355,17 @@ def sequence_nll(
   learned clock are drawn from the posterior and add their KL. chunk: as loss.chunk, for the clean stream. price: as
   of `path_nll`; autoregression has none.
 
-  tiles: of conversations, the windows, in place of those that tile the sequence; they read what a model has read when
-  it answers, and the sums bound -log p of the answers given what is before each. What is in no tile has 0; of
-  autoregression, too, the passes are those of the tiles' tokens.
+  tiles: the windows, in place of those that tile the sequence, where only parts of it are measured: the answers of
+  conversations, or a text that is shorter than the sequence. They read what a model has read when it writes the parts,
+  and the sums bound -log p of the parts given what is before each, not given where they end. What is in no tile has 0;
+  of autoregression, too, the passes are those of the tiles' tokens.
   """
   tokens = batch.tokens
   chex.assert_rank(tokens, 2)
   B, L = tokens.shape[0], tokens.shape[1] - 1
   hidden, cache = None, None
-  if policy is None or tiles is not None or size < L:  # a window of the whole sequence has no past
+  has_past = tiles is not None or size < L  # a window of the whole sequence has none
+  if policy is None or has_past or isinstance(policy, policies.LearnedClock):
     hidden, cache = net.clean(tokens[:, :-1], None if batch.segments is None else batch.segments[:, :-1])
   if policy is None:
     passes = jnp.full(B, L) if tiles is None else jnp.sum(tiles.tokens_BxN, axis=1)
@@ -360,13 +376,13 @@ def sequence_nll(
     anchor_BxN, inside = tiles.anchor_BxN, jnp.arange(size) < tiles.tokens_BxN[..., None]
   slots = gather_windows(tokens, anchor_BxN, size)
   token, codes, prior = slots[..., 1:], net.codes(), statistics.log_unigram_V
-  field = _window_field(net, cache, anchor_BxN, slots[..., 0], codes, prior)
+  field = _window_field(net, cache if has_past else None, anchor_BxN, slots[..., 0], codes, prior)
   key, start_key = jax.random.split(key)
-  if isinstance(policy, policies.RandomOrder) and not self_conditioned and price is None:
-    nats, passes = erasure_nll(field, codes, token, policy, key, inside)
+  if isinstance(policy, policies.RandomOrder) and not self_conditioned and price is None and inside is None:
+    nats, passes = erasure_nll(field, codes, token, policy, key)
     return _in_sequence(nats, tiles, L), jnp.sum(passes, axis=1)
   ar_nats = token_nll(net, hidden, tokens, chunk) if isinstance(policy, policies.LearnedClock) else None
-  policy, kl = _draw_policy(net, policy, start_key, token, anchor_BxN, hidden, ar_nats)
+  policy, kl = _draw_policy(net, policy, start_key, token, anchor_BxN, hidden, ar_nats, inside)
   first_prior = prior if self_conditioned else None
   nats, passes = path_nll(field, codes, statistics.warp, token, policy, key, first_prior, price, inside)
   nats = nats + kl if inside is None else jnp.where(inside, nats + kl, 0.0)
@@ -397,8 +413,8 @@ class TextWindows:
 
   anchor_BxN: int32, positions of the known tokens before them; several may follow the same one. tokens_BxNxW: int32,
   what stands there. count_BxN: int32, how many of the W tokens there are, from the first on; 0: it is no window. Where
-  a text ends inside a window, the rest is never known, as of one that is still to be written: nothing is told of the
-  text's length. key_BxN: one key each, so that the noise of one does not depend on the others.
+  a text ends inside a window, the rest is as the model itself would write it: nothing is told of the text's length.
+  key_BxN: one key each, so that the noise of one does not depend on the others.
   """
 
   anchor_BxN: jax.Array
@@ -442,7 +458,7 @@ def windows_nll(
   def draw(number):
     key = fold_in(windows.key_BxN, number)
     key, start_key = fold_in(key, 0), fold_in(key, 1)
-    drawn, kl = _draw_policy(net, policy, start_key, token, anchor, hidden[:, :-1], ar_nats)
+    drawn, kl = _draw_policy(net, policy, start_key, token, anchor, hidden[:, :-1], ar_nats, inside)
     prior_logits = prior if self_conditioned else None
     end = _follow_path(field, codes, statistics.warp, token, drawn, key, prior_logits, inside=inside, finds_greedy=True)
     nats = jnp.sum(jnp.where(inside, end.nats + kl, 0.0), axis=2)

@@ -17,16 +17,22 @@ from evo_jax.flow import latents as latents_lib
 class WindowInputs:
   """The slots of windows as a network reads them: a clean anchor token and, after it, tokens at any t.
 
-  first_BxN: int32, the positions of the first slots, the anchors; a window sees clean positions before them. Where the
-  clean stream has the anchor, and the network's slots are informed by what is known alone, the first slot may be the
-  one behind the anchor. x_BxNxSxD: embedded slots. time_BxNxS: their progressions t; 0 for the anchor and other known
-  tokens. all_unknown: whether it is known beforehand that t is 1 everywhere.
+  anchor_BxN: int32, the positions of the anchors; a window sees clean positions before its first slot. x_BxNxSxD:
+  embedded slots. time_BxNxS: their progressions t; 0 for the anchor and other known tokens. all_unknown: whether it is
+  known beforehand that t is 1 everywhere. skips_anchor: whether the first slot is the one behind the anchor, which the
+  clean stream has; for networks whose slots are informed by what is known alone.
   """
 
-  first_BxN: jax.Array
+  anchor_BxN: jax.Array
   x_BxNxSxD: jax.Array
   time_BxNxS: jax.Array
   all_unknown: bool = flax.struct.field(pytree_node=False, default=False)
+  skips_anchor: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def first_BxN(self) -> jax.Array:
+    """int32, the positions of the first slots."""
+    return self.anchor_BxN + int(self.skips_anchor)
 
 
 @flax.struct.dataclass

@@ -223,7 +223,7 @@ class _Scene:
     if nats_BxL is not None:
       time, time_next, kl = _learned_times(net, draw, token[..., 1:], is_bound, hidden_BxLxD, nats_BxL)
       kl = kl[:, :bound]
-    if draw.token_weight is not None:  # behind an answer's end nothing is ever known
+    if draw.token_weight is not None:  # behind an answer's end nothing is known
       time, time_next = (jnp.where(draw.token_weight > 0.0, t, 1.0) for t in (time, time_next))
     latent = observe_at(codes, jax.lax.stop_gradient(statistics.warp), token[..., 1:], time, draw.noise)
     # Cross-entropy only wants codes far apart: by default its windows read them without training them.
@@ -286,20 +286,21 @@ def _embed_windows(net, scene, draw, slots, x_BxTxD, config, prior_logits, previ
   """The windows' slots, embedded, those of the slice `slots`. prior_logits, previous_hidden (B, N, W, D): as in
   `Evo.embed`."""
   latent = with_anchor(scene.latent, scene.token_BxNxS[..., 0])
-  first, all_unknown = draw.anchor + slots.start, draw.all_unknown and slots.start > 0
+  skips_anchor = slots.start > 0
+  all_unknown = draw.all_unknown and skips_anchor
   take = lambda tree: jax.tree.map(lambda x: x[:, :, slots], tree)
   latent = take(latent)
   if all_unknown and previous_hidden is None:
     x_D = net.embed_unknown(prior_logits, config.chunk)
     x = jnp.broadcast_to(x_D, (*latent.time.shape, len(x_D)))
-    return WindowInputs(first, x, latent.time, all_unknown)
+    return WindowInputs(draw.anchor, x, latent.time, all_unknown, skips_anchor)
   embeddings = take(gather_windows(x_BxTxD, draw.anchor, scene.latent.time.shape[-1]))
   if previous_hidden is not None:
     previous_hidden = jnp.pad(previous_hidden, ((0, 0), (0, 0), (1, 0), (0, 0)))  # the anchor's are not read
     previous_hidden = scene.split(take(previous_hidden))
   codes = scene.codes_VxM, scene.fixed_codes_VxM
   x = net.embed(scene.split(latent), codes, prior_logits, scene.split(embeddings), previous_hidden, config.chunk)
-  return WindowInputs(first, jnp.concatenate(x, axis=1), latent.time, all_unknown)
+  return WindowInputs(draw.anchor, jnp.concatenate(x, axis=1), latent.time, all_unknown, skips_anchor)
 
 
 def _contexts(hidden, slots, draw, hidden_BxLxD):

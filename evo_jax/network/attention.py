@@ -161,7 +161,7 @@ def attend(
       lambda *args: kernels.splash_causal(*args, interpret=interpret), (heads, heads, heads, rows), heads
     )
     return kernel(q[:, :, :, 0], *past, None if start is None else start[:, 0])[:, :, :, None]
-  if causal and kind == "cudnn" and start is None:
+  if causal and kind == "cudnn" and start is None and layout.platform == "gpu":
     kernel = layout.per_device(kernels.library_causal, (heads,) * 3, heads)
     return checkpoint_name(kernel(q[:, :, :, 0], *past)[:, :, :, None], "attention")
   if kind == "splash" and past is not None and own is not None and not visibility.masks_by_text:

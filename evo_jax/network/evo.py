@@ -219,10 +219,10 @@ class Evo(nn.Module):
 
   def _window_stream(self, windows: WindowInputs, has_past: bool, start_BxL: jax.Array | None) -> Stream:
     first_BxN, S = windows.first_BxN, windows.time_BxNxS.shape[2]
-    # An anchor that begins a document sees nothing before it.
+    # An anchor that begins a document sees nothing before it. What begins behind it is not known to the window.
     start = None
     if start_BxL is not None:
-      start = jnp.take_along_axis(start_BxL, first_BxN, axis=1, mode="clip")[..., None]  # a first slot may be the last
+      start = jnp.take_along_axis(start_BxL, windows.anchor_BxN, axis=1)[..., None]
     own, unknown = jnp.ones((S, S), bool), None
     if not windows.all_unknown:
       unknown = windows.time_BxNxS.reshape(len(first_BxN), -1) > 0.0
