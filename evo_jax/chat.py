@@ -29,11 +29,13 @@ from absl import flags
 
 from evo_jax import cli
 from evo_jax.data.chat import ChatTokenizer, Message
-from evo_jax.decoding.engine import Engine, Handle
+from evo_jax.decoding.device import out_of_memory_as
+from evo_jax.decoding.engine import DEFAULT_CONTEXT, Engine, Handle
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.settings import MODES, Sampling
 from evo_jax.decoding.setup import make_schedule
 from evo_jax.errors import UserError, check_seed
+from evo_jax.parallel import sharding
 from evo_jax.run import Run, load_run
 
 _PAGE = 32  # tokens of a page: of a prompt that goes on, less than so many are read again
@@ -77,14 +79,26 @@ class _Writer:
     sampling = dataclasses.replace(self.sampling, mode=mode)
     make_schedule(self._run, sampling)  # raises what the engine would, which then leaves the old one as it is
     if mode not in {each.mode for each in self._modes}:
-      if self._engine is not None:
-        self._engine.close()
-        self._engine = None  # frees its memory
-      self._modes.append(sampling)
-      self._engine = Engine(
-        self._run, 1, modes=self._modes, context=self._context, page=_PAGE, scores=False, passes=_PASSES
-      )
+      self._make_engine([*self._modes, sampling])
     self.sampling = sampling
+
+  def _make_engine(self, modes: list[Sampling]) -> None:
+    """An engine for these modes in place of the one that is there, which stays where that cannot be."""
+    if self._engine is not None:
+      self._engine.close()
+      self._engine = None  # frees its memory
+    rows = sharding.batch_shards(self._run.mesh)  # one is used; a mesh has no fewer
+    make = lambda modes: Engine(
+      self._run, rows, modes=modes, context=self._context, page=_PAGE, scores=False, passes=_PASSES
+    )
+    try:
+      with out_of_memory_as(f"--context={self._context or DEFAULT_CONTEXT}"):
+        self._engine = make(modes)
+    except UserError:
+      if self._modes:
+        self._engine = make(self._modes)
+      raise
+    self._modes = modes
 
   def begin(self, messages: list[Message]) -> Handle:
     """Begins an answer. Raises UserError where the conversation is too long, or the template refuses it."""
@@ -234,7 +248,9 @@ def define_flags() -> None:
   flags.DEFINE_float("threshold", default.threshold, "Mode adaptive: the higher, the fewer passes.")
   flags.DEFINE_integer("draft", default.draft, "Mode verify: drafted tokens per round; 0: by measured speed.")
   flags.DEFINE_integer("seed", None, "Seed of all draws; default: another one each time.")
-  flags.DEFINE_integer("context", 0, "Tokens of the longest conversation; 0: 2048, or what the model reads.")
+  flags.DEFINE_integer(
+    "context", 0, "Tokens of the longest conversation; 0: 2048, or what the model reads.", lower_bound=0
+  )
   cli.define_mesh()
 
 

@@ -287,8 +287,7 @@ def _define_sampling_flags(default: Sampling) -> None:
   threshold = "Mode adaptive: 0 is autoregression; the higher, the fewer passes."
   flags.DEFINE_float("threshold", default.threshold, threshold)
   window = (
-    "Tokens of a window; 0: as in training; in mode adaptive, where the threshold asks for few passes, up to four "
-    "times as many."
+    "Tokens of a window; 0: as in training; four times as many in mode adaptive at thresholds above 0.3 (spread)."
   )
   flags.DEFINE_integer("window", default.window, window)
   draft = (

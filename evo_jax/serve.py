@@ -21,8 +21,9 @@ import jax
 
 from evo_jax import cli
 from evo_jax.decoding import steps
+from evo_jax.decoding.device import out_of_memory_as
 from evo_jax.decoding.engine import Engine, default_pass_rows
-from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling
+from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling, of_all_thresholds
 from evo_jax.errors import UserError
 from evo_jax.run import Run, fingerprint, load_run
 
@@ -39,19 +40,8 @@ def main() -> None:
   mesh = cli.make_mesh()
   listening = server.open_socket(args.host, args.port) if jax.process_index() == 0 else None
   run = load_run(args.workdir, args.step, mesh)
-  modes, mark = {name: _sampling(name, args, run) for name in names}, fingerprint(run)
-  make_engine = lambda: Engine(
-    run,
-    args.rows,
-    modes=list(modes.values()),
-    context=args.context or None,
-    cache_tokens=args.cache_tokens or None,
-    infill=any(name in DEFAULT_PATH for name in names),
-    passes=args.passes,
-    pass_rows=_pass_rows(args, mesh),
-    traces=args.traces,
-    mesh=mesh,
-  )
+  modes, mark = {name: _sampling(name, args) for name in names}, fingerprint(run)
+  make_engine = lambda: _make_engine(args, run, mesh, list(modes.values()))
   if listening is None:
     for number in (signal.SIGINT, signal.SIGTERM):  # what runs is finished: process 0 says when all is over
       signal.signal(number, signal.SIG_IGN)
@@ -68,6 +58,23 @@ def main() -> None:
   say(f"{models[0]}: compiles, then serves at {where}")
   ready = lambda: say(f"ready at {where}: modes {', '.join(modes)}; {service.engine.memory}")
   server.run_server(service, listening, make_engine, ready)
+
+
+def _make_engine(args: flags.FlagValues, run: Run, mesh: jax.sharding.Mesh, modes: list[Sampling]) -> Engine:
+  sizes = ("rows", "context", "cache_tokens")
+  with out_of_memory_as(" ".join(f"--{name}={getattr(args, name)}" for name in sizes if getattr(args, name))):
+    return Engine(
+      run,
+      args.rows,
+      modes=[each for mode in modes for each in of_all_thresholds(mode)],
+      context=args.context or None,
+      cache_tokens=args.cache_tokens or None,
+      infill=any(mode.mode in DEFAULT_PATH for mode in modes),
+      passes=args.passes,
+      pass_rows=_pass_rows(args, mesh),
+      traces=args.traces,
+      mesh=mesh,
+    )
 
 
 def _serving():
@@ -88,15 +95,14 @@ def _modes(args: flags.FlagValues) -> list[str]:
   return names
 
 
-def _sampling(mode: str, args: flags.FlagValues, run: Run) -> Sampling:
-  """What a mode's program is made for; windows have one size, so that it is one program for all thresholds."""
-  if mode == "verify":
-    return Sampling(mode=mode, draft=args.draft)
-  if mode == "flow":
-    return Sampling(mode=mode, path=args.path, steps=args.steps, window=args.window)
-  return (
-    Sampling(mode=mode, window=args.window or run.config.window.size) if mode == "adaptive" else Sampling(mode=mode)
-  )
+def _sampling(mode: str, args: flags.FlagValues) -> Sampling:
+  """The parameters of requests that name a mode alone."""
+  own = {
+    "verify": {"draft": args.draft},
+    "flow": {"path": args.path, "steps": args.steps, "window": args.window},
+    "adaptive": {"window": args.window},
+  }
+  return Sampling(mode=mode, **own.get(mode, {}))
 
 
 def _is_list_of_rows(values: list[str] | None) -> bool:
@@ -126,7 +132,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("draft", default.draft, "Mode verify: drafted tokens per round; 0: by measured speed.")
   flags.DEFINE_string("path", default.path, "Mode flow: the path, as for generate.")
   flags.DEFINE_integer("steps", default.steps, "Mode flow: passes per window.", lower_bound=1)
-  flags.DEFINE_integer("window", 0, "Modes flow and adaptive: tokens of a window; 0: as in training.", lower_bound=0)
+  flags.DEFINE_integer("window", 0, "Modes flow and adaptive: tokens of a window; 0: as for generate.", lower_bound=0)
   flags.DEFINE_integer("rows", 8, "Texts that are written at once.", lower_bound=1)
   flags.DEFINE_integer("context", 0, "Tokens of the longest text; 0: 2048, or what the model reads.", lower_bound=0)
   flags.DEFINE_list(

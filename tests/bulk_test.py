@@ -6,8 +6,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 from conftest import ROOT, assert_refused, call, environment, need_devices
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from evo_jax.data.storage import Folder
 from evo_jax.decoding import bulk
 from evo_jax.decoding.sampler import Sampler
 from evo_jax.decoding.settings import Sampling
+from evo_jax.errors import UserError
 from evo_jax.parallel import sharding
+from evo_jax.training import lease as lease_lib
 
 PROMPTS = ["the", "a river runs", "", "the", "time is", "flow of a token", "at last", "a", "known", "the", "and a"]
 FLAGS = ("--num=2", "--max_tokens=8", "--batch_size=3", "--seed=5", "--temperature=1.5")
@@ -89,10 +93,18 @@ def test_it_goes_on_after_a_kill_and_after_ctrl_c(trained, questions, tmp_path, 
   assert len({line["text"] for line in written if line["prompt"] == "the"}) > 1  # each draws its own
 
 
-def test_what_is_complete_stays_and_other_texts_are_refused(trained, questions, tmp_path):
+def test_what_is_complete_stays_and_other_texts_are_refused(trained, questions, tmp_path, monkeypatch):
   output, flags = tmp_path / "o", (f"--workdir={trained}", f"--prompts={questions}", *FLAGS[1:])
   generate = lambda *more: call("evo_jax.generate", *flags, f"--output={output}", *more)
-  assert generate().returncode == 0
+  assert_refused(generate("--temperature=-1"), "--temperature=-1.0: is not positive")
+  assert not content(output)
+  with lease_lib.held(epath.Path(output), "output"):
+    assert_refused(generate(), "; stop that run, or use another --output")
+  monkeypatch.setattr(bulk, "_make_engine", mock.Mock(side_effect=UserError("--batch_size=64: too much")))
+  assert_refused(generate("--draft=2"), "--batch_size=64: too much")
+  monkeypatch.undo()
+  monkeypatch.setattr(bulk, "PART", 8)
+  assert generate().returncode == 0  # no text depends on what was asked for before
   before = {name: (output / name).stat().st_mtime_ns for name in content(output)}
   again = generate("--batch_size=7")
   assert again.returncode == 0 and again.stdout.startswith(f"{output}: has all 11 texts;") and not again.stderr

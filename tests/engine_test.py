@@ -186,6 +186,12 @@ def test_a_path_scores_by_its_bound(engine, path):
     engine.submit_score(context, "g", best=2, path=path)
 
 
+def test_ids_that_are_none_are_not_scored(engine):
+  for context, continuation in (([3], [25]), ([25], [3]), ([-1], [3])):
+    with pytest.raises(UserError, match="(25|-1) is no id"):
+      engine.score(context, continuation)
+
+
 def test_a_score_may_have_the_most_probable_tokens_and_another_begin_token(engine):
   r, tokens = model(), [5, 1, 2, 3, 4]
   log_p = jax.nn.log_softmax(r.model.apply({"params": r.params}, jnp.array([tokens[:-1]]))[0, :, :V])
@@ -256,6 +262,15 @@ def test_prompts_as_ids(engine):
       engine.submit(bad, MODES[3] if infill else None, infill=infill)
 
 
+@pytest.mark.parametrize("tokens", [12, 24])
+def test_a_short_texts_windows_are_those_of_a_long_one(engine, tokens):
+  sampling = Sampling(mode="adaptive", threshold=1.0, max_tokens=tokens, endless=True)
+  wanted = Sampler(model(), sampling, one_device())(["abc", ""], 1, 3)
+  assert [engine.submit(prompt, sampling, seed=3).result().tokens for prompt in ("abc", "")] == [
+    want.tokens for want in wanted
+  ]
+
+
 def test_thresholds_are_a_rows_own(engine):
   """One program has all of them; each text is what it is alone."""
   sampling = lambda threshold: dataclasses.replace(MODES[3], threshold=threshold, max_tokens=30, endless=True, window=0)
@@ -315,6 +330,14 @@ def test_coroutines_and_cancellation(engine):
   assert all(read == text and len(text) == 40 for read, text in found) and len({text for _, text in found}) == 8
 
 
+def test_who_closes_its_loop_ends_nothing_else(engine):
+  loop = asyncio.new_event_loop()
+  reader = aiter(engine.submit("abc", Sampling(max_tokens=80, endless=True)))
+  loop.run_until_complete(anext(reader))
+  loop.close()
+  assert len(engine.submit("abc", Sampling(max_tokens=80, endless=True)).result().text) == 80
+
+
 def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits():
   engine = Engine(model(), rows=2, page=16, cache_tokens=64, mesh=one_device())
   assert "64 tokens fit" in engine.memory and engine.memory.startswith("keys and values: 256 bytes a token")
@@ -367,6 +390,8 @@ def test_an_engine_over_a_mesh_writes_what_one_device_writes():
     handles = [engine.submit(prompt, sampling, seed=i) for i, (prompt, sampling) in enumerate(zip(prompts, asked))]
     score = engine.score("abcdefghijklmnopqrs" * 2, "cde")
     bound = engine.score("abcdefghijklmnopqrs" * 2, "cde", "left:3")
+    mixed = [engine.submit_score("ab", "cdefgh" * (2 + i), (None, 1, 5)[i % 3]) for i in range(12)]
+    assert [future.result().choices and len(future.result().choices[0].best) for future in mixed] == [None, 1, 5] * 4
     same = [engine.submit_score("ab", "abcdefghijklmnopqrs" * 2, path="left:3") for _ in range(4)]  # rows of one text
     assert [future.result().nats for future in same] == pytest.approx([same[0].result().nats] * 4, abs=1e-4)
     longest = [Sampler(r, dataclasses.replace(m, max_tokens=24, endless=True), one_device()) for m in modes]

@@ -315,7 +315,9 @@ def test_a_model_of_diffusion_alone_reads_whole_sequences(trained, tmp_path):
   values["config"]["loss"]["ar_weight"], values["config"]["window"]["size"] = 0.0, values["config"]["model"]["context"]
   (tmp_path / "config.json").write_text(json.dumps(values))
   done = call("evo_jax.evaluate", f"--workdir={tmp_path}", f"--workdir={trained}", "--window=8", "--paths=random:4")
-  assert_refused(done, "--window=8: is not the sequence, 32 tokens, and a model of diffusion alone reads nothing before")
+  assert_refused(
+    done, "--window=8: is not the sequence, 32 tokens, and a model of diffusion alone reads nothing before"
+  )
 
 
 def test_runs_of_one_text_are_compared_whether_or_not_they_isolate_documents(trained, tmp_path):

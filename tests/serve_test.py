@@ -14,7 +14,7 @@ import sys
 import time
 from unittest import mock
 
-from conftest import ROOT, assert_refused, call, environment
+from conftest import ROOT, assert_refused, call, environment, run
 from decode_test import one_device
 import httpx
 import jax
@@ -118,6 +118,8 @@ def test_texts_are_the_samplers(server, model):
   assert [c.text for c in careful.choices] == [w.text for w in want]
   jumps = complete(model="tiny", **asked, extra_body={"mode": "adaptive", "threshold": 3.0})
   assert jumps.usage.passes < 12 == careful.usage.passes / 3
+  adaptive = Sampling(mode="adaptive", threshold=3.0, max_tokens=12, temperature=0.8)
+  assert jumps.choices[0].text == Sampler(model, adaptive, one_device())(["the river"], 1, 5)[0].text
   listed = complete(model="tiny", **{**asked, "prompt": [ids, ids]})
   assert [c.text for c in listed.choices] == [w.text for w in want[:2]]
   greedy = [complete(model="tiny", prompt="a", max_tokens=9, temperature=0).choices[0].text for _ in range(2)]
@@ -269,10 +271,16 @@ BAD = [
   ({"trace": True}, "trace: goes with stream", "trace"),
   ({"stream": True, "stream_options": {"x": 1}}, "x: this field is not supported", "x"),
   ({"seed": 1.5}, "seed: 1.5 is not an integer", "seed"),
+  ({"temperature": 10**400}, "is not a finite number", "temperature"),
+  ({"stop": "\ud83d"}, "stop=\ufffd: is not valid UTF-8", "stop"),
+  ({"\ud800": 1}, "\ufffd: this field is not supported", "\ufffd"),
+  ({"logit_bias": {"9" * 5000: 1}}, "is no id", "logit_bias"),
+  ({"suffix": "x", "mode": "adaptive", "max_tokens": 10**30}, "is more than the context of 120", "max_tokens"),
 ]
 BAD_CHATS = [
   ({"messages": []}, "messages: is no list of messages", "messages"),
   ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: is not one of", "messages"),
+  ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role: is not one of", "messages"),
   ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a part that is no text", "messages"),
   ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name: this field", "messages"),
   ({"tools": [{"type": "function"}]}, "is not supported", "tools"),
@@ -451,6 +459,7 @@ def test_bad_flags_are_one_line(talker):
     ([f"--workdir={talker}", f"--port={port}"], f"--host=127.0.0.1 --port={port}: Address already in use"),
     ([f"--workdir={talker}", "--port=0", "--modes=ar,best"], "--modes=ar,best: 'best' is not one of ar, flow"),
     ([f"--workdir={talker}", "--host=192.0.2.1"], "--host=192.0.2.1 --port=8000: Cannot assign requested address"),
+    ([f"--workdir={talker}", f"--host={'a' * 80}.com"], ".com --port=8000: "),
   ):
     assert_refused(call("evo_jax.serve", *flags), message)
   taken.close()
@@ -506,6 +515,12 @@ def test_a_conversation_in_the_terminal(talker, tmp_path):
     "evo_jax: /save x.txt: is no name of a .jsonl file",
   ]
   assert_refused(call("evo_jax.chat", f"--workdir={talker}", "--seed=-1"), "--seed=-1: is not in [0, 2^32)")
+
+
+@pytest.mark.slow
+def test_a_conversation_on_several_devices(talker):
+  done = run("evo_jax.chat", f"--workdir={talker}", "--seed=3", "--max_tokens=9", devices=2, input="the river\n/free\n")
+  assert done.returncode == 0 and "last answer: 9 tokens in 9 passes" in done.stdout, done.stderr
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(talker, monkeypatch, capsys):

@@ -11,6 +11,7 @@ each special token in a message is one character that occurs nowhere else while 
 from collections.abc import Mapping, Sequence
 import datetime
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,8 @@ class ChatTokenizer:
   def __init__(self, tokenizer: Any, system: str = "", date: datetime.datetime | None = None):
     """system: the system message, of conversations without one; empty: none, or the template's own. date: as for
     `ChatTemplate`. Raises UserError as that does."""
+    if re.search("[\ud800-\udfff]", system):
+      raise UserError("the system message is not valid UTF-8")
     self._tokenizer, self._template, self._system = tokenizer, ChatTemplate(tokenizer, date), system
     self.begin_id = self._template.encode(self.messages("Hello"))[0]
 

@@ -6,8 +6,9 @@
   .work/                  of the part that is not complete yet, what is done, some texts a file
 
 Every file appears as a whole, so that a command that is started again goes on behind the last one that was written,
-whatever ended it, and the parts are those of a command that nothing ended, byte for byte. Memory holds one part. Of
-several processes number 0 reads and writes the folder.
+whatever ended it, and the parts are those of a command that nothing ended, byte for byte. A second command in the same
+folder is refused while the first one runs (`training.lease`). Memory holds one part. Of several processes number 0
+reads and writes the folder.
 
 A line has `messages`, or `prompt` and `text` (with the prompt in front), which any tokenizer can read. `tokens` are the
 ids that the model read and wrote, the first `prompt_tokens` of them given: readers of training text take them as they
@@ -18,12 +19,14 @@ it, from 0; `mode` the decoding mode; `ended` says whether the model ended the t
 import array
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -35,9 +38,11 @@ from evo_jax.decoding.engine import Engine
 from evo_jax.decoding.progress import Generation
 from evo_jax.decoding.prompts import Prompt, Request, make_request, readable
 from evo_jax.decoding.settings import Sampling
+from evo_jax.decoding.setup import make_schedule
 from evo_jax.errors import UserError
 from evo_jax.parallel import distributed, sharding
 from evo_jax.run import Run, fingerprint
+from evo_jax.training import lease as lease_lib
 
 PART = 4096  # texts of a file
 MANIFEST = "texts.json"
@@ -83,15 +88,27 @@ def write_texts(
 
   A text is that of `Sampler.__call__` for all prompts; an engine of `batch_size` rows writes it. flags: by name, what
   texts depend on beside the model and the prompts. progress: is told in process 0 after each file, with the number of
-  its texts. Raises UserError for a prompt that cannot be used, naming its place, before any text is written, and where
-  the folder holds other texts or cannot be written.
+  its texts. Raises UserError for a prompt that cannot be used, naming its place, and for parameters that the model does
+  not support, before anything is written, and where the folder holds other texts, is another command's, or cannot be
+  written.
   """
+  make_schedule(run, sampling)  # raises what the engine would
   survey = _survey(run, sampling, prompts)
   texts = len(survey.ranks) * num
   asked = flags | {"num": num, "seed": seed, "step": run.step, "model": fingerprint(run)}
   asked |= {"prompts": survey.fingerprint, "texts": texts, "version": _VERSION}
   folder = Folder(output)
-  complete, done = _begin(folder, json.loads(json.dumps(asked)))
+  with _holding(folder) as check:
+    return _write_texts(
+      run, sampling, prompts, survey, num, seed, folder, json.loads(json.dumps(asked)), progress, check
+    )
+
+
+def _write_texts(run, sampling, prompts, survey, num, seed, folder, asked, progress, check) -> Totals:
+  """As `write_texts`. asked: what is to be in the manifest. check: raises UserError where the folder is not this
+  command's any more."""
+  complete, done = _begin(folder, asked)
+  texts = asked["texts"]
   totals = Totals(min(complete * PART, texts) + int(done.sum()), texts)
   if complete * PART >= texts:
     return totals
@@ -105,6 +122,7 @@ def write_texts(
       requests = list(_requests(run, sampling, part, survey.ranks, num))
       work = _Part(folder, number)
       for texts_done in _generate(engine, sampling, requests, done, seed):
+        check()
         lines = {place: _line(run, sampling, part[place], requests[place], g) for place, g in texts_done.items()}
         work.add(lines)
         tokens, passes = (sum(n) for n in zip(*((len(g.tokens), g.passes) for g in texts_done.values())))
@@ -114,6 +132,19 @@ def write_texts(
       done = np.zeros(PART, bool)
   _clean(folder)
   return totals
+
+
+@contextlib.contextmanager
+def _holding(folder: Folder) -> Iterator[Callable[[], None]]:
+  """Holds the folder's lease, where its file system is one that work directories may be on."""
+  if not folder.local and not folder.path.startswith("gs://"):
+    yield lambda: None
+    return
+  path = epath.Path(folder.path)
+  if jax.process_index() == 0:
+    path.mkdir(parents=True, exist_ok=True)
+  with lease_lib.held(path, "output") as lease:
+    yield lease.check
 
 
 def _make_engine(run: Run, sampling: Sampling, survey: _Survey, texts: int) -> Engine:
@@ -251,7 +282,8 @@ class _Part:
 
   def finish(self) -> None:
     """Writes the part, all of whose texts are there."""
-    texts = dict(sorted((text["place"], text) for text in _read_work(self._folder, self._files)))
+    found = {text["place"]: text for text in _read_work(self._folder, self._files)}
+    texts = {place: found[place] for place in sorted(found)}
     self._folder.write_all(f"statistics/{self._name}.jsonl", _lines(text["statistics"] for text in texts.values()))
     self._folder.write_all(f"{self._name}.jsonl", _lines(text["line"] for text in texts.values()))
     for name in self._files:
@@ -302,14 +334,18 @@ def _check_manifest(folder: Folder, asked: dict[str, Any]) -> None:
   try:
     earlier = json.loads(folder.read(MANIFEST))
   except FileNotFoundError:
-    if others := [name for name in folder.names() if not name.startswith(".")]:
+    if others := [name for name in folder.names() if not name.startswith(".") and name != lease_lib.FILE]:
       raise UserError(f"--output={folder.path}: has {others[0]}, but no {MANIFEST}: give a new folder") from None
     folder.write_all(MANIFEST, json.dumps(asked, indent=1).encode() + b"\n")
     return
   except ValueError as error:
     raise UserError(f"--output={folder.path}: {MANIFEST} is damaged") from error
+  differs = [name for name, value in asked.items() if earlier.get(name) != value]
+  if differs and f"{0:05d}.jsonl" not in folder.names() and not folder.names(_WORK):  # no text would be lost
+    folder.write_all(MANIFEST, json.dumps(asked, indent=1).encode() + b"\n")
+    return
   for name, value in asked.items():
-    if earlier.get(name) != value:
+    if name in differs:
       flag = f"--{name}={earlier.get(name)}, not {value}"
       what = {"model": "another model", "prompts": "other prompts"}.get(name, flag)
       raise UserError(f"--output={folder.path}: was begun with {what}; give a new folder, or remove this one")

@@ -105,4 +105,4 @@ def out_of_memory_as(flag: str) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise UserError(f"{flag}: so many texts at once do not fit the device's memory; take fewer") from error
+    raise UserError(f"{flag}: does not fit the device's memory; take less") from error

@@ -34,7 +34,7 @@ from evo_jax.decoding.device import DeviceModel
 from evo_jax.decoding.page_pool import SCRATCH, PagePool, page_digests
 from evo_jax.decoding.programs import BEST, Programs, Settings
 from evo_jax.decoding.progress import Generation, Progress, TokenChoice
-from evo_jax.decoding.prompts import Prompt, Request, make_request
+from evo_jax.decoding.prompts import Prompt, Request, make_request, to_ids
 from evo_jax.decoding.recorder import LiveTrace, TracedPass
 from evo_jax.decoding.settings import DEFAULT_PATH, Sampling
 from evo_jax.errors import UserError, check_seed
@@ -151,7 +151,8 @@ class Handle:
       self._changed.notify_all()
       waiting = list(self._waiting)
     for loop, event in waiting:
-      loop.call_soon_threadsafe(event.set)
+      with contextlib.suppress(RuntimeError):  # who waited has closed the loop, and is not told
+        loop.call_soon_threadsafe(event.set)
 
 
 @dataclasses.dataclass
@@ -426,7 +427,8 @@ class Engine:
       begin: the token at position 0; default: the tokenizer's begin token.
       path: "ar", or one of `paths`.
 
-    Raises UserError for what is too long, or empty, and for a path that the engine was not made for.
+    Raises UserError for what is too long, or empty, or no text of the tokenizer's, and for a path that the engine was
+    not made for.
     """
     if path == "ar":
       self._check_scores()
@@ -438,9 +440,8 @@ class Engine:
     if best is not None and not 0 <= best <= BEST:
       raise UserError(f"best={best}: is not from 0 to {BEST}")
     tokenizer = self.run.tokenizer
-    ids = lambda text, tokenizer: tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
-    before = [tokenizer.begin_id if begin is None else begin, *ids(context, tokenizer)]
-    after = ids(continuation, continuing(tokenizer) if len(before) > 1 else tokenizer)
+    before = [tokenizer.begin_id if begin is None else begin, *to_ids(context, tokenizer, "the context")]
+    after = to_ids(continuation, continuing(tokenizer) if len(before) > 1 else tokenizer, "the continuation")
     if not after:
       raise UserError("the continuation to be scored is empty")
     tokens = np.array(before + after, np.int32)
@@ -653,7 +654,9 @@ class Engine:
 
   def _add_piece(self, job: _Job, size: int, found: list[np.ndarray] | None) -> None:
     if job.scored is not None and job.read + size >= job.scored:
-      job.found.append((job.read, *found))
+      log_p, token, best_log_p = found  # other shards' texts may want more of the most probable tokens
+      columns = job.best or 1
+      job.found.append((job.read, log_p, token[:, :columns], best_log_p[:, :columns]))
     number = job.read // self.shape.width
     if number < len(job.digests):
       self._pools[job.group].share(job.pages[number], job.digests[number])

@@ -67,19 +67,27 @@ class Sampling:
 def default_window(sampling: Sampling, config: config_lib.Config) -> int:
   """Tokens of a window where `Sampling.window` is 0: as in training.
 
-  `adaptive` takes up to four times as many, as far as texts fill them, where its threshold asks for few passes: then so
-  many tokens jump together that a window of the training size has no room for distance between them.
+  `adaptive` takes four times as many, as far as the model can read them, where its threshold asks for few passes: then
+  so many tokens jump together that a window of the training size has no room for distance between them.
   """
   size = config.window.size
   if sampling.mode != "adaptive" or sampling.path not in ("", "spread") or sampling.threshold <= _MANY_PASSES:
     return size
-  return min(max(sampling.max_tokens or DEFAULT_TOKENS, size), 4 * size, config.model.position_limit)
+  return min(4 * size, config.model.position_limit)
 
 
 def shared_threshold(sampling: Sampling) -> float:
   """A threshold of mode adaptive with the same default window: a program that has the one has the other."""
   wide = not sampling.window and sampling.path in ("", "spread") and sampling.threshold > _MANY_PASSES
   return 1.0 if wide else Sampling.threshold
+
+
+def of_all_thresholds(sampling: Sampling) -> list[Sampling]:
+  """The parameters, in mode adaptive with each threshold whose programs differ."""
+  if sampling.mode != "adaptive":
+    return [sampling]
+  values = {shared_threshold(dataclasses.replace(sampling, threshold=threshold)) for threshold in (0.0, 1.0)}
+  return [dataclasses.replace(sampling, threshold=value) for value in sorted(values)]
 
 
 def check_sampling(sampling: Sampling, config: config_lib.Config) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from evo_jax.decoding.prompts import readable
 from evo_jax.errors import UserError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -24,7 +25,8 @@ class ApiError(Exception):
 
   def body(self) -> dict[str, Any]:
     kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-    return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    param = self.param and readable(self.param)
+    return {"error": {"message": readable(self.message), "type": kind, "param": param, "code": self.code}}
 
   def response(self) -> JSONResponse:
     headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import math
 import secrets
+import sys
 from typing import Any
 
 from evo_jax.data.chat import Message
@@ -17,6 +18,7 @@ from evo_jax.serving.errors import ApiError
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; an answer in a conversation has what the context leaves
 _MOST_STOPS = 32
+_DIGITS = 10  # of an id, at most
 _LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")  # say who asks, and change no text
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Values that ask for nothing.
@@ -74,7 +76,7 @@ class _Fields:
     if value is default:
       return default
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not fits or (kind is float and not math.isfinite(value)):
+    if not fits or (kind is float and not abs(value) <= sys.float_info.max):  # an integer of any length may be given
       words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string", dict: "an object"}
       raise ApiError(400, f"{name}: {_short(value)} is not {words[kind]}", name)
     return value
@@ -224,7 +226,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 def _logit_bias(values: dict[str, Any]) -> dict[int, float]:
   biases = {}
   for token, bias in values.items():
-    if not token.isdecimal() or isinstance(bias, bool) or not isinstance(bias, (int, float)):
+    if not token.isdecimal() or len(token) > _DIGITS or isinstance(bias, bool) or not isinstance(bias, (int, float)):
       raise ApiError(400, f"logit_bias: {_short(token)}: {_short(bias)} is no id with a number", "logit_bias")
     if not -100 <= bias <= 100:
       raise ApiError(400, f"logit_bias: {bias} is not from -100 to 100", "logit_bias")
@@ -253,7 +255,8 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _message(message: Any, where: str) -> Message:
-  if not isinstance(message, dict) or message.get("role") not in _ROLES:
+  role = message.get("role") if isinstance(message, dict) else None
+  if not isinstance(role, str) or role not in _ROLES:
     raise ApiError(400, f"{where}.role: is not one of {', '.join(_ROLES)}", "messages")
   for name, value in message.items():
     if name not in ("role", "content") and value not in (None, []):  # clients send back what they got, with nulls
@@ -266,7 +269,7 @@ def _message(message: Any, where: str) -> Message:
     content = "".join(part["text"] for part in content)
   if not isinstance(content, str):
     raise ApiError(400, f"{where}.content: is no text", "messages")
-  return {"role": _ROLES[message["role"]], "content": content}
+  return {"role": _ROLES[role], "content": content}
 
 
 def _short(value: Any) -> str:

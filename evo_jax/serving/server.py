@@ -27,8 +27,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(address)
-  except OSError as error:
-    raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from error
+  except (OSError, UnicodeError) as error:  # a name that is none
+    raise UserError(f"--host={host} --port={port}: {getattr(error, 'strerror', '') or error}") from error
   return listening
 
 

@@ -193,7 +193,7 @@ class Work:
       self._prompt_tokens += len(ids) + (begins or asked.chat)
       echoed = ""
       if asked.echo:
-        echoed = prompt if isinstance(prompt, str) else self._service.read_text(ids)
+        echoed = prompts.readable(prompt) if isinstance(prompt, str) else self._service.read_text(ids)
       for i in range(asked.n):
         text = _Text(number * asked.n + i, ids, begins, echoed)
         self._texts.append(text)
@@ -208,6 +208,9 @@ class Work:
       return
     prompt, most = text.prompt, asked.max_tokens
     if asked.suffix is not None:
+      if most > engine.context:  # before a gap of that length is made
+        problem = f"{most} is more than the context of {engine.context}"
+        raise ApiError(400, f"max_tokens: {problem}", "max_tokens", "context_length_exceeded")
       prompt = [*prompt, *[None] * most, *prompts.to_ids(asked.suffix, continuing(tokenizer))]
     elif asked.chat and most is None:
       most = max(engine.context - len(prompt), 1)

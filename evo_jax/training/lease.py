@@ -1,4 +1,4 @@
-"""The lease of a work directory: at most one run writes there, whichever machine it is on.
+"""The lease of a folder, as a work directory: at most one run writes there, whichever machine it is on.
 
 `lease.json` names the run that holds the folder, and changes with every renewal. A run that finds another's lease asks
 the operating system whether that run is alive, where it can (same machine, same process ids); elsewhere it watches
@@ -32,12 +32,12 @@ POLL = 1.0  # seconds between two looks at another's lease
 
 
 @contextlib.contextmanager
-def held(folder: epath.Path) -> Iterator["Lease"]:
+def held(folder: epath.Path, flag: str = "workdir") -> Iterator["Lease"]:
   """Holds the lease of an existing folder while the block runs; of several processes number 0 does so for all.
 
-  Raises UserError where another run holds it, or the folder cannot be written.
+  flag: that names the folder. Raises UserError where another run holds it, or the folder cannot be written.
   """
-  lease = Lease(folder)
+  lease = Lease(folder, flag)
   try:
     while not _agreed(lease):
       time.sleep(POLL)
@@ -49,8 +49,8 @@ def held(folder: epath.Path) -> Iterator["Lease"]:
 class Lease:
   """The lease of one folder; held once `attempt` has returned True, until `release`."""
 
-  def __init__(self, folder: epath.Path):
-    self.folder = folder
+  def __init__(self, folder: epath.Path, flag: str = "workdir"):
+    self.folder, self._flag = folder, flag
     self._path = folder / FILE
     self._local = is_local(folder)
     self._me = _this_process() | {"folder": _identity(folder) if self._local else ""}
@@ -126,7 +126,7 @@ class Lease:
     return True, f"{self.folder}: is taken over from {name}, which gave no sign for {LEASE:g} s", False
 
   def _in_use(self, found: bytes | None) -> str:
-    return f"{self.folder}: is in use by {_name(found)}; stop that run, or use another --workdir"
+    return f"{self.folder}: is in use by {_name(found)}; stop that run, or use another --{self._flag}"
 
   def _renew_until_released(self) -> None:
     while not self._ends.wait(RENEWAL):
