@@ -1,6 +1,7 @@
 """What every command shares: --config, flags of meshes and processes, one clear line for what is bad, exit codes."""
 
 from collections.abc import Callable
+import contextlib
 import errno
 import io
 from itertools import islice
@@ -9,6 +10,9 @@ from pathlib import Path
 import re
 import signal
 import sys
+import threading
+import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 from etils import epath
@@ -20,6 +24,7 @@ from evo_jax.data import storage
 from evo_jax.errors import UserError
 from evo_jax.parallel import distributed, sharding
 
+_FAREWELL = 5.0  # seconds that a process that ends by an error waits for the others to end, too
 _SHIPPED = Path(__file__).parent / "configs"  # a link to the checkout's configs/, and a package of the wheel
 
 
@@ -179,8 +184,7 @@ def _main(main: Callable[[], None], argv: list[str]) -> None:
       raise
     # Mostly a process that is gone, for which others would wait without end, at their exit too.
     _complain(f"another process was lost ({str(error).splitlines()[0][:200]}); start the same command again")
-    sys.stderr.flush()
-    os._exit(1)
+    _exit_at_once()
   finally:
     storage.leaving.set()
 
@@ -192,11 +196,12 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv, known_only=False)
   except flags.Error as error:
-    raise UserError(str(error).splitlines()[0]) from error
+    raise UserError(" ".join(str(error).split())) from error
   except (AttributeError, KeyError) as error:  # ml_collections: --config.no.such.field
     raise UserError(_field_error(error, argv)) from error
-  except (TypeError, ValueError) as error:
-    raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
+  except Exception as error:  # whatever running a configuration file raises
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(f"bad flag or configuration file: {reason}") from error
 
 
 def _normalized(argv: list[str]) -> list[str]:
@@ -236,7 +241,34 @@ def _guard(body: Callable):
     return body()
   except UserError as error:
     _complain(str(error))
+    if _joined():
+      _leave_others()
     sys.exit(1)
+  except Exception:
+    if not _joined():
+      raise
+    traceback.print_exc()
+    _leave_others()
+
+
+def _leave_others() -> NoReturn:
+  """Ends this process, one of several: in order where all come to their ends; else without the others, who would stand
+  still in what they do together, and end when they miss this one."""
+
+  def shut_down():
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
+
+  thread = threading.Thread(target=shut_down, daemon=True)  # waits for the others, for minutes
+  thread.start()
+  thread.join(_FAREWELL)
+  _exit_at_once()
+
+
+def _exit_at_once() -> NoReturn:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
 
 
 def _complain(message: str) -> None:

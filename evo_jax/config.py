@@ -358,7 +358,11 @@ class Data(Section):
     self.require(not self.weights or _are_weights(self.weights), "weights", "must be positive, or some of them 0")
     changes = parse_weight_changes(self.weight_changes)
     steps = [step for step, _ in changes]
-    self.require(steps == sorted({0, *steps} - {0}), "weight_changes", "must have ascending steps above 0")
+    self.require(
+      steps == sorted({*steps} - {0}) and min(steps, default=1) > 0,
+      "weight_changes",
+      "must have ascending steps above 0",
+    )
     counts = {len(weights) for _, weights in changes} | ({len(self.weights)} if self.weights else set())
     self.require(len(counts) <= 1, "weight_changes", "must have one weight for each source, as data.weights has")
 

@@ -386,6 +386,7 @@ def test_weights_change_at_steps():
     (dict(weights=(1.0, -1.0)), "weights: .* must be positive"),
     (dict(weight_changes="soon"), "weight_changes: 'soon' is not STEP:WEIGHT,WEIGHT"),
     (dict(weight_changes="5:1,x"), "weight_changes: '5:1,x' is not STEP:WEIGHT,WEIGHT"),
+    (dict(weight_changes="-5:1"), "weight_changes: '-5:1' must have ascending steps above 0"),
     (dict(weight_changes="5:nan"), "weight_changes: '5:nan': weights must be positive"),
     (dict(weight_changes="5:0,0"), "weight_changes: '5:0,0': weights must be positive"),
     (dict(weight_changes="0:1,1"), "weight_changes: '0:1,1' must have ascending steps above 0"),

@@ -106,7 +106,7 @@ def test_another_machine_that_renews_is_not_disturbed(tmp_path, capsys):
 @pytest.mark.parametrize("local", [True, False], ids=["folder", "bucket"])
 @pytest.mark.parametrize("before", [{}, {"began": "1"}, {"host": "elsewhere"}], ids=["free", "dead", "stale"])
 def test_of_several_at_the_same_time_one_wins(tmp_path, monkeypatch, before, local):
-  monkeypatch.setattr(lease_lib, "is_local", lambda folder: local)
+  monkeypatch.setattr(lease_lib.files, "is_local", lambda folder: local)
   if not local:  # a busy machine may stop a thread between reading and writing for as long as others settle
     monkeypatch.setattr(lease_lib, "SETTLING", 0.5)
     monkeypatch.setattr(lease_lib, "LEASE", 1.0)

@@ -80,7 +80,7 @@ def test_topologies_and_meshes_are_read():
   assert topology.chip.peak == flops.peak_flops("TPU v5 lite") == 197e12
   assert chips.CHIPS["v5p"].peak == 459e12 and chips.CHIPS["v6e"].peak == 918e12
   assert sharding.parse_mesh("fsdp:4,tensor:2", config_lib.Mesh(-1, 8, 1)) == config_lib.Mesh(-1, 4, 2)
-  for text in ("v9:2x2", "v5e", "v5e:4", "v5e:4x", "x*v5e:4x4"):
+  for text in ("v9:2x2", "v5e", "v5e:4", "v5e:4x", "x*v5e:4x4", "v5e:0x4", "0*v5e:4x4"):
     with pytest.raises(UserError, match=r"--topology='.*': is not CHIP:AxB"):
       chips.parse_topology(text)
 

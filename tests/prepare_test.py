@@ -166,6 +166,36 @@ def test_it_goes_on_after_a_kill(tmp_path, corpus, small):
   assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 
+@pytest.mark.parametrize("change", ["order", "more"])
+def test_copies_are_looked_for_again_where_files_have_changed(tmp_path, small, monkeypatch, change):
+  """After an interruption behind the search."""
+  documents = [json.dumps({"text": f"document {i % 150} " * 12}) + "\n" for i in range(200)]
+  file, output = tmp_path / "in" / "b.jsonl", tmp_path / "o"
+  file.parent.mkdir()
+  file.write_text("".join(documents))
+  with monkeypatch.context() as patch:
+    patch.setattr(preparation, "_prepare_group", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+      prepare(output, file.parent / "*", deduplicate=True)
+  if change == "order":
+    file.write_text("".join(documents[::-1]))
+  else:
+    (file.parent / "a.jsonl").write_text("".join(documents[40:60]))
+  manifest = prepare(output, file.parent / "*", deduplicate=True)
+  again = prepare(tmp_path / "again", file.parent / "*", deduplicate=True)
+  assert manifest.fingerprint == again.fingerprint and manifest.sources[0].duplicates == 50 + 20 * (change == "more")
+
+
+def test_files_that_were_written_anew_are_told_of(tmp_path, capsys):
+  (tmp_path / "a.txt").write_text("the answer is 41, surely")
+  first = prepare(tmp_path / "o", tmp_path / "a.txt")
+  assert prepare(tmp_path / "o", tmp_path / "a.txt") == first and not capsys.readouterr().err
+  (tmp_path / "a.txt").write_text("the answer is 42, surely")
+  os.utime(tmp_path / "a.txt", ns=(1, 1))
+  prepare(tmp_path / "o", tmp_path / "a.txt")
+  assert "a.txt: files were written anew, of the same sizes, since" in capsys.readouterr().err
+
+
 def test_what_lies_in_the_output_is_no_input(tmp_path):
   (tmp_path / "a.txt").write_text("a" * 100)
   with pytest.raises(UserError, match="was begun"):

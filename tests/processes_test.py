@@ -178,6 +178,14 @@ def test_a_held_work_directory_refuses_all(text, tmp_path):
   assert f"{tmp_path}: process 0 may not write there" in ended[1][2]
 
 
+def test_an_error_of_one_process_ends_all():
+  """Soon, though the others stand still in what they do together."""
+  with processes(2, [], "tests.failing_process") as started:
+    ended = ends(started, timeout=BOUND)
+  assert ended[1][0] == 1 and ended[1][2].endswith("evo_jax: process 1: text.jsonl: is damaged\n")
+  assert ended[0][0] not in (0, None)
+
+
 @pytest.fixture(scope="module")
 def bereft(alone, text, tmp_path_factory):
   """One process began; two go on, of which number 0 is killed; two go on, of which number 1 is killed; four go on to

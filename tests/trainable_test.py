@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evo_jax import config as config_lib
 from evo_jax import run as run_lib
+from evo_jax.data import tokenizers
 from evo_jax.network import evo as evo_lib
 from evo_jax.training import metrics as metrics_lib
-from evo_jax.training import partition
+from evo_jax.training import optim, partition
+from evo_jax.training import state as state_lib
 
 TRAINED = {("blocks", "w_time"), ("blocks", "w_o"), ("codes",)}
 CHANGES = {
@@ -118,6 +121,22 @@ def test_a_checkpoint_of_trained_parameters_needs_the_first(frozen, text, tmp_pa
   assert_refused(train(run, text), line)
   (run / "elsewhere").rename(run / "checkpoints" / "0")
   assert run_lib.load_run(str(run)).step == 8
+
+
+@pytest.mark.parametrize("trainable", ["*", "codes"])
+def test_what_is_trained_is_float32(trainable):
+  """Also where patterns leave nothing that is frozen."""
+  config = small_config(train__trainable=trainable, model__param_dtype="bfloat16", optim__ema=0.9)
+  state = state_lib.init_state(state_lib.make_model(config, tokenizers.Bytes()), config)
+  assert {x.dtype.name for x in jax.tree.leaves((state.params, state.ema))} == {"float32"}
+  assert bool(state.frozen) == (trainable == "codes")
+
+
+@pytest.mark.parametrize("steps, warmup, share", [(1000, 100, 1.0), (120, 100, 0.2), (100, 10, 0.2), (10, 0, 1.0)])
+def test_the_learning_rate_ends_at_its_final_share(steps, warmup, share):
+  for schedule in ("wsd", "cosine"):
+    config = config_lib.Optim(learning_rate=1.0, warmup=warmup, schedule=schedule, decay_share=share, final=0.1)
+    assert float(optim.learning_rate_schedule(config, steps)(steps)) == pytest.approx(0.1)
 
 
 def test_windows_own_parameters_are_those_that_the_clean_stream_does_not_read():

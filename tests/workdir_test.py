@@ -9,6 +9,8 @@ import shutil
 
 from conftest import LONG, assert_refused, call, small_config, train_flags
 from etils import epath
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,6 +364,41 @@ def test_a_work_directory_that_cannot_be_is_named(tmp_path, name, problem):
   (tmp_path / "loop").symlink_to(tmp_path / "loop")
   with pytest.raises(UserError, match=f"^--workdir.*{problem}$"):
     checkpoint.make_workdir(name.format(tmp_path))
+
+
+class _Bucket(MemoryFileSystem):
+  """A bucket in memory: as in a real one, nothing can be appended."""
+
+  protocol, store, pseudo_dirs = "gcs", {}, [""]
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.replace("gs://", "memory://"))
+
+  def _open(self, path, mode="rb", **kwargs):
+    assert "a" not in mode
+    return super()._open(path, mode, **kwargs)
+
+
+def test_a_work_directory_in_a_bucket_has_files_and_a_log(monkeypatch):
+  fsspec.register_implementation("gcs", _Bucket, clobber=True)
+  monkeypatch.setattr(metrics_lib, "_REWRITTEN", 0.0)
+  folder = epath.Path("gs://bucket/run")
+  files.write_json(folder / "config.json", {"a": 1})
+  files.write_json(folder / "config.json", {"a": 2})
+  assert json.loads((folder / "config.json").read_text()) == {"a": 2}
+  log = metrics_lib.MetricsLog(folder, 0)
+  for step in (1, 2, 3):
+    log.write({"step": step})
+    assert [row["step"] for row in metrics_lib.read_metrics(folder / "metrics.jsonl")] == list(range(1, step + 1))
+  monkeypatch.setattr(metrics_lib, "_REWRITTEN", 60.0)
+  log = metrics_lib.MetricsLog(folder, 2)  # what is behind a checkpoint is written again
+  log.write({"step": 3, "again": 1})
+  log.flush()
+  log.write({"step": 4})
+  log.close()
+  rows = metrics_lib.read_metrics(folder / "metrics.jsonl")
+  assert rows == [{"step": 1}, {"step": 2}, {"step": 3, "again": 1}, {"step": 4}]
 
 
 def test_an_empty_work_directory_is_not_the_default(text):

@@ -154,8 +154,11 @@ class _Line:
     for chunk in self._chunks:
       end = next((end for end in (chunk.find(b"\n"), chunk.find(b"\r")) if end >= 0), -1)
       if end >= 0:
-        self.left = chunk[end:]
         yield chunk[:end]
+        rest = chunk[end:]
+        if rest == b"\r":  # the second of a pair may be the next chunk's first
+          rest += next(self._chunks, b"")
+        self.left = rest[2 if rest.startswith(b"\r\n") else 1 :]
         return
       yield chunk
 

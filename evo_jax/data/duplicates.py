@@ -2,9 +2,11 @@
 
 First each host writes the hashes of its groups' documents, sorted, in runs. Then each takes parts of all hashes (those
 whose first bits have some value) from all runs, and writes where the copies stand: all of each document but the first
-in file order. Behind each step hosts wait for each other, by looking for what the others write.
+in file order. Behind each step hosts wait for each other, by looking for what the others write. What is compared is
+named by all files as they were hashed: where one has changed since, or another was added, all is compared again.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -27,9 +29,11 @@ _PLACE = np.dtype([("group", "<u4"), ("place", "<u8")])
 
 
 class Copies(NamedTuple):
-  """Copies in a group. places: (n,), sorted: number of the item * 2^24 + number among its good documents."""
+  """Copies in a group. places: (n,), sorted: number of the item * 2^24 + number among its good documents. compared:
+  what they were found in, all files as they were; "": nothing was compared."""
 
   places: np.ndarray
+  compared: str = ""
 
   def of(self, item: int) -> frozenset[int]:
     """The numbers of those in an item."""
@@ -40,34 +44,55 @@ class Copies(NamedTuple):
 NONE = Copies(np.zeros(0, np.int64))
 
 
-def find(passes: Passes, folder: Folder, plan: Plan, mine: list[Group], hosts: int, host: int) -> None:
-  """Writes down where copies stand; returns when all hosts have. mine: the groups of this host."""
+def find(passes: Passes, folder: Folder, plan: Plan, mine: list[Group], hosts: int, host: int) -> str:
+  """Writes down where copies stand; returns what was compared (`Copies.compared`) when all hosts have. mine: the groups
+  of this host."""
   parts = 1 + plan.size // _PART
+  for group in mine:
+    if _is_stale(folder, group):
+      folder.remove(_marker(group))  # before others take it for what the files hold now
   passes.each(mine, lambda group: _hash_group(passes, folder, group, parts))
   _wait(folder, _HASHES, [_marker(group) for group in plan.groups], "groups of files")
+  compared = _compared(folder, plan)
   for part in range(host, parts, hosts):
-    if not folder.exists(_copies(part)):
-      _compare(folder, plan, part, parts)
-  _wait(folder, _COPIES, [_copies(part) for part in range(parts)], "parts of the comparison")
+    if not folder.exists(_copies(part, compared)):
+      _compare(folder, plan, part, parts, compared)
+  _wait(folder, _COPIES, [_copies(part, compared) for part in range(parts)], "parts of the comparison")
+  return compared
 
 
-def read(folder: Folder, group: Group) -> Copies:
-  """The copies in a group. Raises UserError where its files have changed since they were compared."""
-  if json.loads(folder.read(_marker(group)))["versions"] != group.versions():
-    raise UserError(f"{group.files[0]}: or a file after it has changed; remove {folder.shown(WORK)}")
+def read(folder: Folder, group: Group, compared: str) -> Copies:
+  """The copies in a group, as `find` found them. Raises UserError where its files have changed since they were
+  compared."""
+  if _is_stale(folder, group):
+    raise UserError(f"{group.files[0]}: or a file after it has changed; start the same command again")
   found = [np.zeros(0, np.int64)]
   for name in folder.names(_COPIES):
-    if name.rsplit("/", 1)[1].startswith("."):  # of an attempt that was killed
+    if not name.rsplit("/", 1)[1].startswith(f"{compared}-"):  # of other files, or an attempt that was killed
       continue
     count = int(_read(folder, name, "<u8", 0, 1)[0])
     start, stop = _read(folder, name, "<u8", 1 + group.number, 2)
     found.append(_read(folder, name, _PLACE, start, stop - start, 8 * (count + 2))["place"].astype(np.int64))
-  return Copies(np.sort(np.concatenate(found)))
+  return Copies(np.sort(np.concatenate(found)), compared)
+
+
+def _is_stale(folder: Folder, group: Group) -> bool:
+  """Whether a group was hashed before its files changed."""
+  try:
+    return json.loads(folder.read(_marker(group)))["versions"] != group.versions()
+  except FileNotFoundError:
+    return False
+
+
+def _compared(folder: Folder, plan: Plan) -> str:
+  """Names all files as they were hashed."""
+  markers = folder.read_all(sorted(_marker(group) for group in plan.groups))
+  return hashlib.sha256(b"\0".join(markers)).hexdigest()[:16]
 
 
 def _hash_group(passes: Passes, folder: Folder, group: Group, parts: int) -> None:
   versions, runs, waiting = group.versions(), 0, []
-  if folder.exists(_marker(group)) and json.loads(folder.read(_marker(group)))["versions"] == versions:
+  if folder.exists(_marker(group)):
     passes.skip(group)
     return
 
@@ -98,7 +123,7 @@ def _write_run(folder: Folder, group: Group, number: int, found: list[tuple[byte
   folder.write_all(_run(group, number), starts.astype("<u8").tobytes() + hashes.tobytes())
 
 
-def _compare(folder: Folder, plan: Plan, part: int, parts: int) -> None:
+def _compare(folder: Folder, plan: Plan, part: int, parts: int, compared: str) -> None:
   """Writes, of a part of all hashes, where copies stand in each group."""
   found = [np.zeros(0, _HASH)]
   for group in plan.groups:
@@ -115,7 +140,7 @@ def _compare(folder: Folder, plan: Plan, part: int, parts: int) -> None:
   copies["group"], copies["place"] = hashes["group"], hashes["place"]
   count = len(plan.groups)
   header = np.concatenate([[count], np.searchsorted(copies["group"], np.arange(count + 1))]).astype("<u8")
-  folder.write_all(_copies(part), header.tobytes() + copies.tobytes())
+  folder.write_all(_copies(part, compared), header.tobytes() + copies.tobytes())
 
 
 def _read(folder: Folder, name: str, dtype, start: int, count: int, offset: int = 0) -> np.ndarray:
@@ -146,5 +171,5 @@ def _run(group: Group, number: int) -> str:
   return f"{_HASHES}/{group.name}-{number:05d}"
 
 
-def _copies(part: int) -> str:
-  return f"{_COPIES}/{part:05d}"
+def _copies(part: int, compared: str) -> str:
+  return f"{_COPIES}/{compared}-{part:05d}"

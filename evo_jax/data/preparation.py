@@ -11,12 +11,13 @@ Held out for validation and testing are, of --input: documents by a hash of thei
 """
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
 import hashlib
 import json
 import re
+import sys
 import tempfile
 import threading
 from typing import Any
@@ -69,10 +70,9 @@ def prepare(
   mine = plan.share(hosts, host)
   passes = 2 if job.deduplicate else 1
   with passes_lib.Passes(encoder, workers, passes * sum(group.size for group in mine), progress) as run:
-    if job.deduplicate:
-      duplicates.find(run, folder, plan, mine, hosts, host)
+    compared = duplicates.find(run, folder, plan, mine, hosts, host) if job.deduplicate else ""
     tallies = Tallies(plan.names, job.max_skipped)
-    run.each(mine, lambda group: _prepare_group(run, folder, group, tallies, job.deduplicate))
+    run.each(mine, lambda group: _prepare_group(run, folder, group, tallies, compared))
   return _join(folder, plan, flags, encoder)
 
 
@@ -84,6 +84,14 @@ def _complete(folder: Folder, flags: dict[str, Any], plan: Plan) -> shards.Manif
   _check_flags(folder, manifest.flags, flags)
   if [source.inputs for source in manifest.sources] != [_inputs(plan, i) for i in range(len(plan.names))]:
     raise UserError(f"{folder.path}: holds the tokens of other files, or of these before they changed; use another one")
+  for i, source in enumerate(manifest.sources):
+    if source.versions not in ("", _versions(plan, i)):
+      print(
+        f"evo_jax: warning: {plan.names[i]}: files were written anew, of the same sizes, since {folder.path} was made; "
+        "where their text has changed, prepare it into another folder",
+        file=sys.stderr,
+        flush=True,
+      )
   return manifest
 
 
@@ -130,15 +138,15 @@ class Tallies:
         total.check(self._names[source], self._share, complete=False)
 
 
-def _prepare_group(run: passes_lib.Passes, folder: Folder, group: Group, tallies: Tallies, deduplicate: bool) -> None:
-  """Prepares what is left of a group, and writes its record."""
-  versions, name = group.versions(), f"{WORK}/{group.name}.json"
+def _prepare_group(run: passes_lib.Passes, folder: Folder, group: Group, tallies: Tallies, compared: str) -> None:
+  """Prepares what is left of a group, and writes its record. compared: `Copies.compared`."""
+  versions, name = [*group.versions(), *filter(None, [compared])], f"{WORK}/{group.name}.json"
   if record := _read_record(folder, name, versions):
     for piece in record["pieces"]:
       tallies.update(group.source, _tally_of(piece))
     run.skip(group)
     return
-  left_out = duplicates.read(folder, group) if deduplicate else duplicates.NONE
+  left_out = duplicates.read(folder, group, compared) if compared else duplicates.NONE
   pieces = []
   for number, piece in enumerate(_pieces(run.read(group))):
     piece_name = f"{WORK}/{group.name}-{number:04d}.json"
@@ -148,11 +156,12 @@ def _prepare_group(run: passes_lib.Passes, folder: Folder, group: Group, tallies
       collections.deque(piece, maxlen=0)
     else:
       record = _Piece(run, folder, group, number, tallies, left_out).prepare(piece)
-      if group.versions() != versions:
+      if group.versions() != versions[: len(group.files)]:
         raise UserError(f"{formats.shown(group.files[0])}: or a file after it was changed while it was read")
       _write_record(folder, piece_name, versions, record)
     pieces.append(record)
-  _write_record(folder, name, versions, {"pieces": pieces, "sizes": group.sizes, "files": group.files})
+  record = {"pieces": pieces, "sizes": group.sizes, "files": group.files, "compared": compared}
+  _write_record(folder, name, versions, record)
 
 
 def _pieces(all_items: Iterator[items.Item]) -> Iterator[Iterator[items.Item]]:
@@ -318,6 +327,8 @@ def _join(folder: Folder, plan: Plan, flags: dict[str, Any], encoder: encoding.E
     records = [json.loads(raw) for raw in folder.read_all(names)]
   except FileNotFoundError:
     return shards.read_manifest(folder.path)
+  if len({record.get("compared") for record in records}) > 1:
+    raise UserError(f"{folder.path}: files changed while hosts looked for copies; start the same commands again")
   for group, record in zip(plan.groups, records):
     if record["files"] != list(group.files) or record["sizes"] != list(group.sizes):
       raise UserError(f"{folder.path}: hosts have different files, or files have changed: {group.files[0]} and others")
@@ -365,15 +376,24 @@ def _source(plan: Plan, source: int, records: list[dict[str, Any]], max_skipped:
     skipped=dict(tally.skipped),
     report=tally.report,
     duplicates=sum(piece["duplicates"] for piece in pieces),
+    versions=_versions(plan, source),
   )
 
 
 def _inputs(plan: Plan, source: int) -> str:
   """Fingerprint of the names and sizes of a source's files."""
+  return _fingerprint([group.files, group.sizes] for group in plan.groups if group.source == source)
+
+
+def _versions(plan: Plan, source: int) -> str:
+  """Fingerprint of the versions of a source's files."""
+  return _fingerprint(group.versions() for group in plan.groups if group.source == source)
+
+
+def _fingerprint(values: Iterable[Any]) -> str:
   digest = hashlib.sha256()
-  for group in plan.groups:
-    if group.source == source:
-      digest.update(json.dumps([group.files, group.sizes]).encode())
+  for value in values:
+    digest.update(json.dumps(value).encode())
   return digest.hexdigest()[:16]
 
 

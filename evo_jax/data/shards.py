@@ -111,6 +111,7 @@ class Source:
   skipped: dict[str, int]
   report: str
   duplicates: int
+  versions: str = ""  # fingerprint of what the files held, by times or tags of their changes; "": not written down
 
 
 @dataclasses.dataclass(frozen=True)

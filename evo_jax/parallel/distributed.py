@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from evo_jax.errors import UserError
+from evo_jax.parallel import sharding
 
 # Set by users and on machines with TPUs; JAX itself sets others, as TPU_ML_PLATFORM, where libtpu is installed.
 _TPU_VARIABLES = (
@@ -60,7 +61,7 @@ def initialize(
       f"{reason}: JAX finds no cluster of which this process is a part ({detail[:200]}); {_HINT}, or "
       "--nodistributed for one process"
     ) from error
-  if jax.default_backend() == "cpu":
+  if sharding.all_devices()[0].platform == "cpu":
     # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
     # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -67,7 +67,7 @@ def has_compiler() -> bool:
 
 def parse_topology(text: str) -> Topology:
   """Parses CHIP:AxB[xC] or N*CHIP:AxB[xC]. Raises UserError."""
-  match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
+  match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)+)", text)
   if not match or match[2] not in CHIPS:
     raise UserError(f"--topology={text!r}: is not CHIP:AxB or CHIP:AxBxC with one of the chips {', '.join(CHIPS)}")
   return Topology(text, CHIPS[match[2]], tuple(int(n) for n in match[3].split("x")), int(match[1] or 1))

@@ -67,9 +67,10 @@ class CheckpointStore:
   def save(self, step: int, items: dict[str, Any]) -> None:
     """Starts to save; the arrays may be donated afterwards. Raises UserError if this or the previous save failed."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    if not self.folder.is_dir():  # Orbax would wait for minutes
+    local = files.is_local(self.folder)  # in a bucket there is no folder before something is in it
+    if local and not self.folder.is_dir():  # Orbax would wait for minutes
       raise UserError(f"{self.folder}: is gone; nothing can be saved there")
-    if not str(self.folder).startswith("gs://") and (free := shutil.disk_usage(self.folder).free) < size:
+    if local and (free := shutil.disk_usage(self.folder).free) < size:
       raise UserError(
         f"{self.folder}: a checkpoint cannot be written: it needs {size:,} bytes, {free:,} are free; "
         f"{self._last_whole()}"

@@ -10,22 +10,31 @@ from etils import epath
 from evo_jax.errors import UserError
 
 
+def is_local(path: epath.Path) -> bool:
+  """Whether the operating system knows the file or folder, on a shared disk or not: it is not in a bucket."""
+  return "://" not in str(path)
+
+
 def write_file(path: epath.Path, data: bytes) -> None:
-  """Writes a temporary file, then renames it: a reader never sees a partial one, whenever this process is killed.
+  """Writes a temporary file, then renames it: a reader never sees a partial one, whenever this process is killed. In a
+  bucket every file appears as a whole.
 
   Raises UserError if it cannot be written; what was there before is then left.
   """
   temporary = path.parent / f".{path.name}.tmp"
   try:
+    if not is_local(path):
+      path.write_bytes(data)
+      return
     with temporary.open("wb") as file:
       file.write(data)
       file.flush()
-      if hasattr(file, "fileno"):  # not in a bucket
-        os.fsync(file.fileno())
+      os.fsync(file.fileno())
     temporary.replace(path)
   except OSError as error:
     with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
+      if is_local(path):
+        temporary.unlink(missing_ok=True)
     raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from evo_jax.errors import UserError
 from evo_jax.parallel import distributed
+from evo_jax.training import files
 
 FILE = "lease.json"
 RENEWAL = 10.0  # seconds between renewals
@@ -52,7 +53,7 @@ class Lease:
   def __init__(self, folder: epath.Path, flag: str = "workdir"):
     self.folder, self._flag = folder, flag
     self._path = folder / FILE
-    self._local = is_local(folder)
+    self._local = files.is_local(folder)
     self._me = _this_process() | {"folder": _identity(folder) if self._local else ""}
     self._renewals, self._late = 0, 0
     self._watched, self._since = None, 0.0  # another's lease that may be stale, and when it was first read
@@ -181,11 +182,6 @@ class Lease:
     """Differs from time to time, but not in length."""
     self._renewals += 1
     return json.dumps(self._me | {"renewals": f"{self._renewals:09d}"}).encode() + b"\n"
-
-
-def is_local(folder: epath.Path) -> bool:
-  """Whether the operating system knows the folder, on a shared disk or not: it is not in a bucket."""
-  return "://" not in str(folder)
 
 
 def _agreed(lease: Lease) -> bool:

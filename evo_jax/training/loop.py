@@ -175,6 +175,7 @@ def train(
           report.write(row)
         if due.save:
           with report.throughput.waits("checkpoint_stall"):
+            report.flush()
             checkpoints.save(step, state.items())
           saved = step
         report.pause()
@@ -284,6 +285,10 @@ class _Report:
     self._log.write(row)
     for tracker in self._trackers:
       tracker.write(row)
+
+  def flush(self) -> None:
+    """Has the log written, before a checkpoint behind which nobody writes its rows again."""
+    self._log.flush()
 
   def pause(self) -> None:
     self._bar.pause()

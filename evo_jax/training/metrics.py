@@ -25,9 +25,12 @@ TIMING_FIELDS = (
   "goodput",
 )  # metrics that depend on the clock, in which two equal runs differ
 
+_REWRITTEN = 60.0  # seconds between two writes of a log in a bucket
+
 
 class MetricsLog:
-  """`metrics.jsonl`: one object per logged step. Only process 0 writes."""
+  """`metrics.jsonl`: one object per logged step. Only process 0 writes. In a bucket, where nothing can be appended, the
+  file is written anew now and then."""
 
   def __init__(self, workdir: epath.Path, step: int, checkpoint_every: int = 0):
     """Opens the log to continue after `step`. Rows of later steps, which will be written again, are dropped.
@@ -37,7 +40,7 @@ class MetricsLog:
     Raises UserError if it cannot be written.
     """
     self.path = workdir / "metrics.jsonl"
-    self._stream = None
+    self._stream, self._rows = None, None  # rows: of a log in a bucket, all
     if jax.process_index():
       return
     try:
@@ -53,23 +56,40 @@ class MetricsLog:
         print(f"evo_jax: warning: {self.path}: {problem}; it is kept as {aside}", file=sys.stderr, flush=True)
       if kept != raw:
         files.write_file(self.path, kept)
-      self._stream = self.path.open("a")
+      if files.is_local(self.path):
+        self._stream = self.path.open("a")
+      else:
+        self._rows, self._written, self._whole = bytearray(kept), time.monotonic(), True
     except OSError as error:
       raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
   def write(self, row: dict[str, float]) -> None:
-    """Appends a row, which is on disk on return. Raises UserError if it cannot be written."""
+    """Appends a row, which is on disk on return; in a bucket within a minute of rows. Raises UserError if it cannot be
+    written."""
+    line = json.dumps(row) + "\n"
+    if self._rows is not None:
+      self._rows += line.encode()
+      self._whole = False
+      if time.monotonic() - self._written > _REWRITTEN:
+        self.flush()
     if self._stream is None:
       return
     try:
-      self._stream.write(json.dumps(row) + "\n")
+      self._stream.write(line)
       self._stream.flush()
-      if hasattr(self._stream, "fileno"):
-        os.fsync(self._stream.fileno())
+      os.fsync(self._stream.fileno())
     except OSError as error:
       raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
+  def flush(self) -> None:
+    """Has all rows written. Raises UserError if they cannot be."""
+    if self._rows is not None and not self._whole:
+      files.write_file(self.path, bytes(self._rows))
+      self._written, self._whole = time.monotonic(), True
+
   def close(self) -> None:
+    with contextlib.suppress(UserError):  # as below
+      self.flush()
     if self._stream is not None:
       with contextlib.suppress(OSError):  # of a row that could not be written, which has been said
         self._stream.close()

@@ -19,7 +19,7 @@ def learning_rate_schedule(config: config_lib.Optim, steps: int) -> optax.Schedu
     return optax.warmup_cosine_decay_schedule(
       0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak * config.final
     )
-  decay = max(int(steps * config.decay_share), 1)
+  decay = max(min(int(steps * config.decay_share), steps - warmup), 1)
   stable = max(steps - warmup - decay, 0)
   return optax.join_schedules(
     [

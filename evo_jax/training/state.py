@@ -80,7 +80,7 @@ def init_state(model: evo_lib.Evo, config: config_lib.Config) -> TrainState:
   params = model.init(key_for(seed, "parameters"), jnp.zeros((1, 2), jnp.int32))["params"]
   codes = model.apply({"params": params}, method=evo_lib.Evo.codes)
   params, frozen = partition.split(params, config.train.trainable)
-  if frozen:
+  if config.train.trainable != partition.ALL:
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   optimizer = optim.make_optimizer(config.optim, config.train.steps).init(params)
   statistics = statistics_lib.init_statistics(key_for(seed, "statistics"), codes, model.vocab_size, config.warp)
@@ -135,8 +135,9 @@ def begin_windows(
   params, statistics = init_windows(model, config, mesh, partition.merge(items[name], items.get("frozen", {})))
   trained, frozen = partition.split(params, config.train.trainable)
   begun = {"statistics": statistics}
-  if frozen:
+  if config.train.trainable != partition.ALL:
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+  if frozen:
     begun["frozen"] = frozen
   begun[name] = trained
   return begun if "ema" not in items else begun | {"ema": jax.tree.map(jnp.copy, trained)}
