@@ -41,7 +41,8 @@ def main() -> None:
   recorded = common.RecordedRuns(
     "benchmark_table",
     common.results_folder(args.output),
-    {name: args[name].value for name in names} | {"data": common.shortened(args.data)},
+    {name: args[name].value for name in names}
+    | {"data": common.shortened(args.data), "model": common.model_identity(args.workdir)},
   )
   every_way = ways(args)
   for way in common.select(args.only, every_way):

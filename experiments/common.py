@@ -2,6 +2,7 @@
 record where they come from."""
 
 from collections.abc import Callable
+import functools
 import importlib.util
 import json
 import os
@@ -105,6 +106,18 @@ class MeasuredRun:
     self.config, self.workdir, self._model = config, Path(workdir), model
     self._run = None
 
+  @functools.cached_property
+  def corpora(self) -> list[corpora_lib.Corpus]:
+    """The text of the configuration."""
+    return corpora_lib.load_corpora(self.config.data, corpora_lib.load_tokenizer(self.config.data))
+
+  def kept(self, name: str) -> "KeptValues":
+    """What was measured of this run's text after this number of steps, and is kept in a file of the work directory.
+    Raises UserError where that was begun with another model."""
+    check_begun_with(self._model, self.workdir)
+    text = [corpus.fingerprint for corpus in self.corpora]
+    return KeptValues(self.workdir / f"{name}.json", {"step": self.config.train.steps, "text": text})
+
   def measure(self, split: str, sequences: int, paths: tuple[str, ...], every: int = 1) -> dict[str, dict[str, Any]]:
     """Measures held-out sequences on paths.
 
@@ -117,26 +130,22 @@ class MeasuredRun:
       paths: names of paths.
       every: measure only sequences 0, every, 2 every, ... of them.
     """
-    file = self.workdir / f"measured_{split}_{sequences}_{every}.json"
-    measured = json.loads(file.read_text()) if file.exists() else {"step": self.config.train.steps}
-    if measured.pop("step") != self.config.train.steps:
-      measured = {}
+    measured = self.kept(f"measured_{split}_{sequences}_{every}")
     for path in paths:
-      if path not in measured:
+      if path not in measured.values:
         entry, each = self._measure_path(split, sequences, every, path)
-        measured[path] = entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]}
-        file.write_text(json.dumps({"step": self.config.train.steps} | measured))
+        measured.add(path, entry | {"each": [round(float(x), 5) for x in each / self.config.model.context]})
         print(
           f"{self.workdir.name}: {split} {path:<20}{entry['bits']:.4f} +- {entry['stderr']:.4f} at "
           f"{entry['passes_per_token']:.4g} passes per token",
           flush=True,
         )
-    return {path: measured[path] for path in paths}
+    return {path: measured.values[path] for path in paths}
 
   def _measure_path(self, split: str, sequences: int, every: int, path: str) -> tuple[dict[str, Any], np.ndarray]:
     run = self.trained()
     held_out = batches_lib.held_out(
-      self._corpora, split, self.config.model.context, sequences, self.config.model.isolate_documents
+      self.corpora, split, self.config.model.context, sequences, self.config.model.isolate_documents
     ).rows(slice(None, None, every))
     return self._evaluator.measure(run.params, run.statistics, held_out, (path,))[0]
 
@@ -145,15 +154,36 @@ class MeasuredRun:
     if self._run is None:
       train(self.config, self.workdir, self._model)
       self._run = run_lib.load_run(str(self.workdir))
-      self._corpora = corpora_lib.load_corpora(self.config.data, self._run.tokenizer)
       self._evaluator = paths_lib.Evaluator(self._run.model, self.config, self._run.tokenizer, self._run.mesh)
     return self._run
 
 
+class KeptValues:
+  """Values by name in a file, of one text and number of steps: those of others are left out, and written over."""
+
+  def __init__(self, file: Path, of: dict[str, Any]):
+    self._file, self._of = file, of
+    found = json.loads(file.read_text()) if file.exists() else {}
+    self.values: dict[str, Any] = found["values"] if found.get("of") == of else {}
+
+  def add(self, name: str, value: Any) -> None:
+    self.values[name] = value
+    self._file.write_text(json.dumps({"of": self._of, "values": self.values}))
+
+
+@functools.cache
+def model_identity(workdir: str) -> str:
+  """Names the weights, shape and tokenizer of a work directory's model. Raises UserError."""
+  return run_lib.fingerprint(run_lib.load_run(workdir))
+
+
 def train(config: config_lib.Config, folder: Path, model: str = "") -> None:
   """Trains in a folder, or goes on there, from the weights of an imported model's work directory, if given. Raises
-  UserError."""
+  UserError, also where the folder was begun with another model."""
+  check_begun_with(model, folder)
   if model and not folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _begun_with(folder).write_text(model_identity(model))
     partial = folder.with_name(f"{folder.name}.copied")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial, copy_function=_link)
@@ -161,6 +191,18 @@ def train(config: config_lib.Config, folder: Path, model: str = "") -> None:
   with loop.prepare(config, str(folder)) as setup:
     if loop.train(setup) is None:
       raise UserError(f"{folder}: training was stopped; the same command continues")
+
+
+def check_begun_with(model: str, folder: Path) -> None:
+  """Raises UserError where training in a folder was begun with another model."""
+  begun = _begun_with(folder)
+  if model and folder.exists() and begun.exists() and begun.read_text() != model_identity(model):
+    raise UserError(f"{folder}: was begun with another model; remove it, or give another --workdir")
+
+
+def _begun_with(folder: Path) -> Path:
+  """The file that names the model."""
+  return folder.with_name(f"{folder.name}.model")
 
 
 def _link(source: str, target: str) -> str:
@@ -193,6 +235,7 @@ def time_training(config: config_lib.Config, folder: Path, model: str) -> list[f
   train(config, folder, model)
   seconds = step_seconds(config, folder)
   shutil.rmtree(folder)
+  _begun_with(folder).unlink(missing_ok=True)
   return seconds
 
 

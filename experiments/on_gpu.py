@@ -89,9 +89,13 @@ PROMPTS = [asked.format(topic) for topic in _TOPICS for asked in _ASKED]
 class Rows:
   """The rows of a piece by name, in FOLDER/NAME.json; those of earlier calls are kept, unless they are errors."""
 
-  def __init__(self, piece: str, folder: Path):
-    self._piece, self._folder = piece, folder
-    self.rows = read_record(folder, piece).get("result", {}).get("rows", {})
+  def __init__(self, piece: str, folder: Path, of: dict[str, Any]):
+    """of: what the rows are of. Raises UserError where the file's are of something else."""
+    self._piece, self._folder, self._of = piece, folder, of
+    found = read_record(folder, piece).get("result", {})
+    if found.get("of", of) != of:
+      raise UserError(f"{folder / piece}.json: is of {found['of']}, not {of}; give another --output")
+    self.rows = found.get("rows", {})
 
   def measure(self, name: str, function: Callable[..., dict[str, Any]], *args: Any) -> None:
     """Adds function(*args) as a row, unless it is there; what goes wrong becomes a row with `error`."""
@@ -107,7 +111,7 @@ class Rows:
     self.save()
 
   def save(self, done: bool = False) -> None:
-    common.write_result(self._piece, {"done": done, "rows": self.rows}, self._folder)
+    common.write_result(self._piece, {"done": done, "of": self._of, "rows": self.rows}, self._folder)
 
 
 def read_record(folder: Path, piece: str) -> dict[str, Any]:
@@ -475,9 +479,15 @@ def platform(small: bool) -> str:
   return os.environ.get("JAX_PLATFORMS") or ("cpu" if small else "cuda")
 
 
+def what_is_measured(args: flags.FlagValues) -> dict[str, Any]:
+  """What rows depend on, beside the code."""
+  names = ("windows", "attention") + (() if args.small else ("model", "text"))  # small ones are made anew
+  return {name: common.shortened(args[name].value) for name in names} | {"small": args.small}
+
+
 def run_piece(name: str, args: flags.FlagValues) -> None:
   """Measures the rows of a piece that are missing, in this process."""
-  rows = Rows(name, Path(args.output))
+  rows = Rows(name, Path(args.output), what_is_measured(args))
   PIECES[name][0](rows, args)
   rows.save(done=name != "windows" and not any("error" in row for row in rows.rows.values()))
 
@@ -497,6 +507,7 @@ def main() -> None:
     given += ["--small"] if args.small else []
     for name in names:
       if read_record(Path(args.output), name).get("result", {}).get("done"):
+        Rows(name, Path(args.output), what_is_measured(args))  # raises where that is of something else
         print(f"{name}: is done", flush=True)
         continue
       seconds = min(until - time.monotonic(), 60 * PIECES[name][1])

@@ -149,9 +149,10 @@ def main() -> None:
   common.pyplot()  # a missing matplotlib is an error now, not after the measurements
   names = common.select(args.only, KINDS)
   scale = SCALES["small" if args.small else "full"]
-  check_text(configure(names[0], 0, 1, scale, args), args.valid)
+  fingerprints = check_text(configure(names[0], 0, 1, scale, args), args.valid)
   folder = common.results_folder(args.output)
   given = {name: common.shortened(args[name].value) for name in ("text", "valid", "dtype")}
+  given |= {"model": common.model_identity(args.model), "held_out": fingerprints}
   recorded = common.RecordedRuns("partial_evidence", folder, {"scale": scale, "base": BASE, **given})
   steps = read_steps(scale, recorded.runs, args)
   runs = [
@@ -179,11 +180,13 @@ def configure(name: str, seed: int, steps: int, scale: dict[str, Any], args: fla
   return common.configure(values, BASE, no_paths, KINDS[name], scale["changes"], text, run)
 
 
-def check_text(config: config_lib.Config, path: str) -> None:
-  """Raises UserError unless the held-out text has sequences that select strategies and others that measure them."""
+def check_text(config: config_lib.Config, path: str) -> list[str]:
+  """The text's fingerprints. Raises UserError unless the held-out text has sequences that select strategies and others
+  that measure them."""
   corpora = corpora_lib.load_corpora(config.data, corpora_lib.load_tokenizer(config.data))
   if len(batches_lib.held_out(corpora, "valid", config.model.context, 4).tokens) < 4:
     raise UserError(f"--valid={path}: has fewer than four sequences of {config.model.context} tokens")
+  return [corpus.fingerprint for corpus in corpora]
 
 
 def read_steps(scale: dict[str, Any], recorded: list[dict[str, Any]], args: flags.FlagValues) -> int:
@@ -199,8 +202,11 @@ def read_steps(scale: dict[str, Any], recorded: list[dict[str, Any]], args: flag
       timed = common.time_training(config, file.with_name(f"{name}.timed"), args.model)
       seconds[name] = float(np.mean(timed))
     steps = max(int(60 * (args.minutes or scale["minutes"]) / max(seconds.values())), 1)
-    file.write_text(json.dumps({"steps": steps, "seconds_per_step": seconds}))
-  return json.loads(file.read_text())["steps"]
+    file.write_text(json.dumps({"steps": steps, "seconds_per_step": seconds, "minutes": args.minutes}))
+  found = json.loads(file.read_text())
+  if (minutes := found.get("minutes", args.minutes)) != args.minutes:
+    raise UserError(f"--minutes={args.minutes}: {file} is of {minutes}; give another --workdir")
+  return found["steps"]
 
 
 def paths_of(name: str, scale: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -276,23 +282,21 @@ def settings(name: str, scale: dict[str, Any]) -> dict[str, Sampling]:
 def sample(measured: common.MeasuredRun, name: str, scale: dict[str, Any]) -> list[dict[str, Any]]:
   """Texts of every setting, judged, each behind a prompt of held-out text; the first row is that text's own."""
   tokens = scale["tokens"]
-  file = measured.workdir / f"samples_{measured.config.train.steps}_{scale['texts']}_{tokens}.json"
-  rows = json.loads(file.read_text()) if file.exists() else {}
+  rows = measured.kept(f"samples_{scale['texts']}_{tokens}")
   wanted = {"held-out text": None} | settings(name, scale)
-  if not wanted.keys() <= rows.keys():
+  if not wanted.keys() <= rows.values.keys():
     run = measured.trained()
     prompts, continuations = decode_speed.held_out_texts(run, "", tokens, scale["texts"])
     scorer = decode_speed.Scorer(run)
   for setting, sampling in wanted.items():
-    if setting in rows:
+    if setting in rows.values:
       continue
     row, texts = {"setting": setting}, continuations
     if sampling is not None:
       texts, row["passes_per_token"] = generate(run, sampling, prompts, tokens)
-    rows[setting] = row | judge(scorer, prompts, texts)
-    file.write_text(json.dumps(rows))
-    print(f"{measured.workdir.name}: {format_sample(rows[setting])}", flush=True)
-  return [rows[setting] for setting in wanted]
+    rows.add(setting, row | judge(scorer, prompts, texts))
+    print(f"{measured.workdir.name}: {format_sample(rows.values[setting])}", flush=True)
+  return [rows.values[setting] for setting in wanted]
 
 
 def generate(

@@ -188,7 +188,8 @@ def main() -> None:
   recorded = common.RecordedRuns(
     "verify_speed",
     common.results_folder(args.output),
-    {name: args[name].value for name in names} | {"kinds": [common.shortened(kind) for kind in args.kind]},
+    {name: args[name].value for name in names}
+    | {"kinds": [common.shortened(kind) for kind in args.kind], "model": common.model_identity(args.workdir)},
   )
   run = run_lib.load_run(args.workdir).in_conversation()
   reference = Reference(args.source, run, args.tokens) if args.source else None
@@ -197,6 +198,8 @@ def main() -> None:
       passes = measure_passes(run, kinds, temperature, args)
       speed = measure_speed(run, reference, kinds, temperature, args)
       recorded.add({"temperature": temperature, "passes": passes, "speed": speed})
+    else:
+      print(f"temperature {temperature:g}: is measured already", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def main() -> None:
       raise UserError(f"--{name} is needed")
   kinds = dict(read_kind(spec, args.every, args.texts) for spec in args.kind)
   settings = {name: args[name].value for name in ("minutes", "every", "texts", "tokens", "draft", "seed", "dtype")}
-  sources = {"own": common.shortened(args.own), "kinds": [common.shortened(kind) for kind in args.kind]}
+  sources = {"model": common.model_identity(args.model), "given": common.shortened(args.given)}
+  sources |= {"own": common.shortened(args.own), "kinds": [common.shortened(kind) for kind in args.kind]}
   recorded = common.RecordedRuns("windows_recipe", common.results_folder(args.output), settings | sources)
   results = [
     recorded.find(name=name, changes=SETTINGS[name]) or recorded.add(run_setting(name, kinds, args))

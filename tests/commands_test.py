@@ -189,9 +189,12 @@ def test_the_frontier_in_short(text, tmp_path, monkeypatch):
 
 def finished_point(folder, config, paths, bits):
   """What a run of the scaling experiment leaves, measured on four sequences and four items."""
+  from experiments import common
+
   folder.mkdir(parents=True)
-  measured = {path: {"bits": bits, "stderr": 0.1, "each": [bits - 0.2, bits, bits, bits + 0.2]} for path in paths}
-  (folder / "measured_test_4_1.json").write_text(json.dumps({"step": config.train.steps} | measured))
+  measured = common.MeasuredRun(config, folder).kept("measured_test_4_1")
+  for path in paths:
+    measured.add(path, {"bits": bits, "stderr": 0.1, "each": [bits - 0.2, bits, bits, bits + 0.2]})
   asked = {"steps": config.train.steps, "tasks": ["arc_easy", "piqa"], "count": 4, "every_answer": True}
   answers = {"asked": asked, "bits": bits, "stderr": 0.1, "each": [bits * n for n in (7, 8, 17, 21)]}
   (folder / "items.json").write_text(json.dumps(answers | {"lengths": [8, 8, 18, 22], "accuracy": {}, "chance": {}}))
