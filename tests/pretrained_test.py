@@ -455,7 +455,7 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
   elsewhere = (flags[2], f"--output={tmp_path}/other", "--small", "--seeds=1", "--only=evidence")
   other = call("experiments.partial_evidence", f"--model={imported('qwen3')[1]}", *files, *elsewhere)
   assert_refused(other, "evidence-0: was begun with another model; remove it, or give another --workdir")
-  refused = call("experiments.partial_evidence", f"--model={model}", *flags, f"--valid={text.parent}/0*.txt")
+  refused = call("experiments.partial_evidence", f"--model={model}", *flags, f"--valid={text.parent}/1[0-9].txt")
   assert_refused(refused, "has runs of another valid; remove it, or give another --output")
   shutil.rmtree(tmp_path / "runs")  # as on another machine: the results are enough
   recorded = call("experiments.partial_evidence", f"--model={model}", *flags)

@@ -1,6 +1,7 @@
 """The sandbox: whatever a program does, it is wrong, nothing is left of it, and the next one runs."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import subprocess
@@ -32,6 +33,7 @@ def runs(program):
 def test_a_program_that_comes_to_its_end_passes():
   assert runs("assert sorted([2, 1]) == [1, 2]")
   assert runs("import tempfile; open('a', 'w').write('x'); tempfile.NamedTemporaryFile().write(b'x')")
+  assert runs("import asyncio; asyncio.run(asyncio.sleep(0))")  # by a pair of sockets
   assert runs("import threading; t = threading.Thread(target=print); t.start(); t.join()")
 
 
@@ -41,6 +43,8 @@ def test_a_program_that_comes_to_its_end_passes():
     "assert sorted([2, 1]) == [2, 1]",
     "raise SystemExit(0)",
     "import os; os._exit(0)",
+    "import os; os._exit(1)",
+    "import os; os.closerange(3, 64)",
     "def f(:",
     "print('\\ud800', open)\nimport no_such_module",
   ],
@@ -81,6 +85,28 @@ def test_the_network_is_not_that_of_the_machine():
     server.settimeout(0.1)
     with pytest.raises(TimeoutError):
       server.accept()
+
+
+def test_services_of_the_machine_are_not_spoken_to(tmp_path):
+  """Through sockets and named pipes, which lie among the files, whoever may write to them."""
+  import socket
+
+  os.mkfifo(tmp_path / "pipe")
+  with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+    server.bind(str(tmp_path / "socket"))
+    server.listen()
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("socket", "pipe"):
+      os.chmod(tmp_path / name, 0o777)
+    assert not runs(f"import socket; socket.socket(socket.AF_UNIX).connect({str(tmp_path / 'socket')!r})")
+    if _has_landlock():
+      assert not runs(f"open({str(tmp_path / 'pipe')!r}, 'w').write('x')")
+      assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def _has_landlock():
+  return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) > 0  # its version
 
 
 def test_processes_are_few_and_all_of_them_die():

@@ -1,13 +1,14 @@
 """What runs a program of a model in `sandbox`: a script of its own, which needs no package, on Linux.
 
-It takes namespaces of its own, for users, processes, mounts, the network, and communication between processes: there
-is no network, no process but its own can be seen, and no file can be written but in a folder in memory. The program
-then runs with limits and without capabilities; where it is root's, as a user who can read root's files, since the
-number of root's processes has no limit. The first process of the process namespace takes all others there with it when
-it ends, and it ends with the script, as the script with whoever started it.
+It takes namespaces of its own, for users, processes, mounts, the network, and communication between processes: there is
+no network, no process but its own can be seen, and no file can be written but in a folder in memory. Sockets of
+services lie among the files: none can be made that connects to them, and where the kernel has Landlock no named pipe
+can be written to either. The program then runs with limits and without capabilities; where it is root's, as a user who
+can read root's files, since the number of root's processes has no limit. The first process of the process namespace
+takes all others there with it when it ends, and it ends with the script, as the script with whoever started it.
 
-The script reads a line of JSON from standard input (`sandbox.Sandbox`), and writes its "token" when the program has
-come to its end without an exception.
+The script reads a line of JSON from standard input (`sandbox.Sandbox`). It writes READY when all is shut, before the
+program, which may end with any status; and its "token" when that has come to its end without an exception.
 """
 
 import ctypes
@@ -15,12 +16,15 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 
+READY = b"ready "
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NOBODY = 65534
 _NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000  # USER NS PID NET IPC UTS
-_PDEATHSIG, _KEEPCAPS, _NO_NEW_PRIVS = 1, 8, 38  # options of prctl
+_PDEATHSIG, _KEEPCAPS, _SECCOMP, _NO_NEW_PRIVS = 1, 8, 22, 38  # options of prctl
+_WRITE_FILE = 1 << 1  # what Landlock calls opening for writing
 _READS_ALL = 1 << 2  # CAP_DAC_READ_SEARCH
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _RECURSIVE, _PRIVATE = 1, 2, 4, 0x4000, 0x40000  # flags of mount
 
@@ -85,10 +89,13 @@ def _run(asked: dict) -> None:
   }
   for limit, value in limits.items():
     resource.setrlimit(limit, (value, value))
+  _refuse_sockets()
+  _write_only(asked["folder"])
   out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
   for number in range(3):
     os.dup2(null, number)
   pid = os.getpid()
+  os.write(out, READY)
   try:
     exec(compile(asked["program"], "<program>", "exec"), {})
   except BaseException:  # also SystemExit: the program has not come to its end
@@ -133,6 +140,49 @@ def _become_nobody() -> None:
   _call(_LIBC.prctl, _NO_NEW_PRIVS, 1, 0, 0, 0)
   header = (ctypes.c_uint32 * 2)(0x20080522, 0)
   _call(_LIBC.capset, header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
+
+
+def _refuse_sockets() -> None:
+  """Refuses to make sockets by which a program speaks to others through the file system (AF_UNIX), and io_uring, which
+  would make them unseen. Pairs of sockets can be made."""
+  machines = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+  machine = os.uname().machine
+  if machine not in machines:
+    raise OSError(0, f"seccomp is not set up for {machine}")
+  architecture, socket = machines[machine]
+  load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # of classic BPF
+  refused, allowed, killed = 0x00050000 | 13, 0x7FFF0000, 0x80000000  # EACCES
+  program = [
+    (load, 0, 0, 4),  # the architecture
+    (equal, 1, 0, architecture),
+    (give, 0, 0, killed),
+    (load, 0, 0, 0),  # the call's number
+    (at_least, 5, 0, 0x40000000),  # of another interface of the same kernel
+    (equal, 4, 0, 425),  # io_uring_setup
+    (equal, 0, 2, socket),
+    (load, 0, 0, 16),  # its first argument
+    (equal, 1, 0, 1),  # AF_UNIX
+    (give, 0, 0, allowed),
+    (give, 0, 0, refused),
+  ]
+  code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+  filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+  _call(_LIBC.prctl, _SECCOMP, 2, filter_, 0, 0)
+
+
+def _write_only(folder: str) -> None:
+  """Refuses to open anything for writing outside of a folder but /dev/null, by Landlock, where the kernel has it."""
+  create, add, restrict = 444, 445, 446
+  ruleset = _LIBC.syscall(create, (ctypes.c_uint64 * 1)(_WRITE_FILE), ctypes.c_size_t(8), 0)
+  if ruleset < 0:
+    return
+  for path in (folder, os.devnull):
+    place = os.open(path, os.O_PATH)
+    rule = ctypes.create_string_buffer(struct.pack("=Qi", _WRITE_FILE, place))
+    _call(_LIBC.syscall, add, ruleset, 1, rule, 0)
+    os.close(place)
+  _call(_LIBC.syscall, restrict, ruleset, 0)
+  os.close(ruleset)
 
 
 def _close_files(folder: str, size: int) -> None:

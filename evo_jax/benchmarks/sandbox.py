@@ -16,9 +16,10 @@ import tempfile
 
 import numpy as np
 
+from evo_jax.benchmarks import jail
 from evo_jax.errors import UserError
 
-_JAIL = Path(__file__).with_name("jail.py")
+_JAIL = Path(jail.__file__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +56,13 @@ class Sandbox:
           return False
         finally:
           process.kill()  # and with it, by the kernel, all others
-    if process.returncode > 0:
+    if not out.startswith(jail.READY):
       reason = problem.decode(errors="replace").strip().splitlines()[-1:] or ["it ends at once"]
       raise UserError(
         f"--run_code: programs cannot be shut in on this machine ({reason[0]}); it takes Linux 5.12 with user "
         "namespaces that any user may make"
       )
-    return out == token.encode()
+    return out == jail.READY + token.encode()
 
   def check(self) -> None:
     """Raises UserError where the machine cannot shut programs in."""
