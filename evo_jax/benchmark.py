@@ -33,6 +33,7 @@ from evo_jax.benchmarks.sandbox import Sandbox
 from evo_jax.benchmarks.table import format_table, make_rows
 from evo_jax.decoding.settings import DEFAULT_PATH, MODES, Sampling, check_sampling
 from evo_jax.errors import UserError, check_seed
+from evo_jax.evaluation.continuations import check_bound
 from evo_jax.parallel import distributed
 from evo_jax.run import load_run
 
@@ -59,6 +60,10 @@ def main() -> None:
   run = load_run(args.workdir, args.step, mesh)
   for setting in settings:
     check_sampling(setting.sampling, run.config)
+  for path in paths:
+    if path != "ar":
+      window = args.window or run.config.window.size
+      check_bound(functions.read_path(path), window, run.config.model.position_limit, run)
   output = None
   if jax.process_index() == 0:
     output = args.output or os.path.join(args.workdir, "benchmark")

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 import time
+import types
 from unittest import mock
 
 from conftest import assert_refused, call, run
@@ -183,7 +184,8 @@ def test_a_gap_is_filled_in_the_length_whose_document_is_the_most_probable(engin
   question = Question("fghij\n\nabc", ADAPTIVE, document=document)
   (answer,) = Texts(engine, encoder, nowhere(), gaps=(2, 5))([question])
   alone = [Texts(engine, encoder, nowhere(), gaps=(gap,))([question])[0] for gap in (2, 5)]
-  assert answer.passes == sum(one.passes for one in alone) and len(alone[0].text) == 2
+  assert answer.passes == sum(one.passes for one in alone) + 2 and len(alone[0].text) == 2  # both were scored
+  assert answer.tokens == next(one.tokens for one in alone if one.text == answer.text)
   score = lambda text: engine.score(document[0], text + document[1]).total
   assert answer.text == max((one.text for one in alone), key=score)
   assert Texts(engine, encoder, nowhere(), gaps=(5,))([question]) == alone[1:]
@@ -522,7 +524,7 @@ def test_the_command_goes_on_behind_what_is_kept(trained, data, tmp_path):
   assert {by for _, by in found} == {"ar", "streams:2", "adaptive:0.2", "adaptive:0.4"}
   assert found["mmlu", "ar"]["items"] == 6 and found["mmlu", "ar"]["substituted"] == "validation for test"
   assert found["gsm8k", "ar"]["passes_per_token"] == 1.0 and found["gsm8k", "adaptive:0.4"]["passes_per_token"] < 1.0
-  assert found["piqa", "streams:2"]["draws_stderr"] is None  # nothing is drawn on that path
+  assert found["piqa", "streams:2"]["draws_stderr"] > 0  # of what is drawn behind the continuations' ends
   assert "arc_challenge: left out: no documents" in done.stdout
   kept = read_kept(tmp_path / "kept")
   assert len(kept) == 5  # two kinds of likelihoods, three of texts
@@ -606,6 +608,34 @@ def test_several_processes_give_the_table_of_one(trained, data, tmp_path):
   assert_well(ended)
   table = lambda output: output[output.find("task ") :]  # Gloo prints in front of it
   assert table(ended[0][1]) == table(alone.stdout) and "gsm8k" in alone.stdout and "gsm8k" not in ended[1][1]
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", ["smollm", "llama3"])
+def test_a_message_that_is_continued_is_that_of_transformers(name):
+  """With the white space at its end, where the template keeps it."""
+  transformers = pytest.importorskip("transformers")
+  from evo_jax.benchmarks import harness
+
+  ours, theirs = load(name), transformers.AutoTokenizer.from_pretrained(FOLDER / name)
+  model = harness.Model(types.SimpleNamespace(tokenizer=ours), None)
+  for prefix in ("\n```python\n", " yes ", "The best answer is"):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": prefix}]
+    want = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert model.apply_chat_template(messages, add_generation_prompt=False) == want
+
+
+@pytest.mark.extended
+def test_what_cannot_be_asked_is_refused_before_anything_is(trained, data, tmp_path):
+  flags = [f"--workdir={trained}", f"--data={data}", f"--output={tmp_path / 'kept'}"]
+  for more, message in (
+    (["--tasks=mmlu_anatomy,mmlu"], "--tasks: mmlu_anatomy and mmlu have mmlu_anatomy in common"),
+    (["--tasks=piqa", "--path=ar,left:2", "--window=500"], "window=500: is not from 1 to "),
+  ):
+    assert_refused(run("evo_jax.benchmark", *flags, *more), message)
+  assert not (tmp_path / "kept").exists() or not any((tmp_path / "kept").iterdir())
+  done = run("evo_jax.benchmark", *flags, "--tasks=ai2_arc,piqa")  # a tag, of tasks without documents
+  assert done.returncode == 0 and "arc_challenge: left out" in done.stdout and "arc_easy: left out" in done.stdout
 
 
 @pytest.mark.extended

@@ -48,8 +48,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What was written. tokens: so many; passes: until the last of them was committed; of infilling both of all gaps that
-  were tried. cut: whether the prompt was too long, or left no room for as many tokens as were asked for."""
+  """What was written. tokens: so many; passes: until the last of them was committed; of infilling those of all gaps
+  that were tried, and one for each that was scored. cut: whether the prompt was too long, or left no room for as many
+  tokens as were asked for."""
 
   text: str
   tokens: int
@@ -175,11 +176,12 @@ class Texts:
           for one in filled
           if one.tokens or rest
         ]
+      passes = sum(one.passes for one in filled) + len(scores)
       scores = [score.result().total for score in scores] or [0.0]
       best = filled[int(np.argmax(scores))]
       text = continuing(self._engine.run.tokenizer).decode(np.array(best.tokens, np.int64))
       text = first_part(text, question.sampling.stop) + ("\n" if line else "")
-      return Answer(text, sum(gaps), sum(one.passes for one in filled), cut)
+      return Answer(text, len(best.tokens), passes, cut)
 
     return finish
 

@@ -8,7 +8,7 @@ The only module that imports it. From the harness's own command, with what `EvoJ
 or from Python: `lm_eval.simple_evaluate(model=EvoJax("runs/tiny"), tasks=["arc_easy"])`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -51,6 +51,7 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of bootstraps: a process with
 
 _SEED = 1234  # the harness's, of few-shot examples and bootstraps
 _BOOTSTRAPS = 1000
+_CONTINUES = "EVO_JAX_CONTINUES "  # behind a message that is to be continued; its end tells whether a template strips
 _MAX_TOKENS = 256  # of an answer, where a task does not say
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -103,11 +104,13 @@ class Model(LM):
   def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as text; without a generation prompt it ends with the last message's text, which is continued."""
     messages = [{"role": message["role"], "content": message["content"]} for message in chat_history]
-    text = self._template.render(messages, add_generation_prompt)
     if add_generation_prompt:
-      return text
-    last = messages[-1]["content"].strip()
-    return text[: text.rindex(last) + len(last)]
+      return self._template.render(messages, True)
+    messages[-1]["content"] += _CONTINUES
+    text = self._template.render(messages, False)
+    end = text.rindex(_CONTINUES.strip())
+    keeps_space = text[end:].startswith(_CONTINUES)  # the template; else it strips messages, as transformers sees it
+    return text[:end] if keeps_space else text[:end].rstrip()
 
   def loglikelihood(self, requests: list[Instance], **_) -> list[tuple[float, bool]]:
     found = self._likelihoods([request.args[:2] for request in requests])
@@ -255,7 +258,8 @@ class Asker:
     return Likelihoods(scorer, self.encoder, self._keep("likelihoods", asked), self.context)
 
   def texts(self, engine: Engine, sampling: Sampling, gaps: Sequence[int] = GAPS) -> Texts:
-    kept = self._keep("texts", {**dataclasses.asdict(sampling), "seed": self._seed})
+    counted = "tokens that are kept"  # of infilling; answers that were kept before count those of all gaps
+    kept = self._keep("texts", {**dataclasses.asdict(sampling), "seed": self._seed, "counted": counted})
     return Texts(engine, self.encoder, kept, self._seed, gaps)
 
   def _keep(self, kind: str, settings: dict[str, Any]) -> KeptAnswers:
@@ -307,6 +311,7 @@ def load_tasks(
   unknown = [benchmark.task for benchmark in benchmarks if benchmark.task not in manager.task_index]
   if unknown:
     raise UserError(f"--tasks: the harness has no task {unknown[0]!r}; suites are {', '.join(tasks_lib.SUITES)}")
+  benchmarks = list(_without_tags(manager.task_index, benchmarks))
   index, folder = manager.task_index, Path(loaded.folder.name)
   local = _LocalTasks(index, data, folder) if data else None
   with _code_runs_in(sandbox):
@@ -324,6 +329,7 @@ def load_tasks(
           spec = str(folder / f"{name}.yaml")
           _save(spec, {"include": str(index[name].yaml_path), **benchmark.changes})
         _load_benchmark(manager, spec, benchmark, loaded)
+  _check_disjoint(loaded.members)
   for name, benchmark in {benchmark.task: benchmark for benchmark in benchmarks}.items():
     for member in loaded.members.get(name, ()):
       documents = tasks_lib.local_documents(member) if data else None
@@ -333,6 +339,25 @@ def load_tasks(
   if not loaded.tasks:
     raise UserError("--tasks: nothing is left: " + "; ".join(f"{name}: {why}" for name, why in loaded.left_out.items()))
   return loaded
+
+
+def _without_tags(index, benchmarks: Iterable[Benchmark]) -> Iterator[Benchmark]:
+  """The benchmarks, with what a tag stands for in its place: the harness has no result of a tag."""
+  for benchmark in benchmarks:
+    if index[benchmark.task].kind.name == "TAG":
+      yield from _without_tags(index, map(tasks_lib.find_benchmark, _children(index, benchmark.task)))
+    else:
+      yield benchmark
+
+
+def _check_disjoint(members: Mapping[str, Sequence[str]]) -> None:
+  """Raises UserError where two benchmarks have a task in common, whose shots and items could not be those of both."""
+  of: dict[str, str] = {}
+  for name, tasks in members.items():
+    for task in tasks:
+      if task in of:
+        raise UserError(f"--tasks: {of[task]} and {name} have {task} in common; ask for them in two commands")
+      of[task] = name
 
 
 def _load_benchmark(manager: TaskManager, spec: str, benchmark: Benchmark, loaded: LoadedTasks) -> None:

@@ -144,13 +144,17 @@ def local_documents(task: str) -> LocalDocuments | None:
   return None
 
 
+def find_benchmark(name: str) -> Benchmark:
+  """A task or group with the shots of the suites, where it is in one."""
+  return next((each for suite in SUITES.values() for each in suite if each.task == name), Benchmark(name))
+
+
 def parse_tasks(value: str) -> tuple[Benchmark, ...]:
   """The benchmarks of --tasks: names of suites, and of tasks or groups of the harness. Raises UserError."""
   found: dict[str, Benchmark] = {}
-  known = {benchmark.task: benchmark for suite in SUITES.values() for benchmark in suite}
   for name in (part.strip() for part in value.split(",")):
     if not name:
       raise UserError(f"--tasks={value}: has an empty name; give suites ({', '.join(SUITES)}) or the harness's tasks")
-    for benchmark in SUITES.get(name, (known.get(name, Benchmark(name)),)):
+    for benchmark in SUITES.get(name) or (find_benchmark(name),):
       found.setdefault(benchmark.task, benchmark)
   return tuple(found.values())

@@ -63,6 +63,20 @@ class _Reading:
   windows: list[_Window]
 
 
+def check_bound(path: Path, window: int, limit: int, run: Run) -> None:
+  """Raises UserError for a path that does not exist, or that the model does not have; and for windows that
+  continuations of `limit` tokens at most, with their contexts, do not have."""
+  config = run.config
+  check_path(path, config)
+  if config.diffusion_alone:
+    raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
+  if not 0 < window < limit:
+    raise UserError(f"window={window}: is not from 1 to {limit - 1}")
+  policies.check_policy(path, window, run.model.rows, config)
+  if policies.make_policy(path, window, config.paths.rolling_width, _PASSES) is None:
+    raise UserError(f"path {path!r}: has no windows, and no bound but the likelihood itself")
+
+
 class ContinuationScorer(BatchScorer):
   """Bounds by one path. A pair's noise depends on the seed and the pair alone, whatever else is asked for.
 
@@ -93,21 +107,14 @@ class ContinuationScorer(BatchScorer):
     """
     super().__init__(run)
     config = run.config
-    check_path(path, config)
-    if config.diffusion_alone:
-      raise UserError("a model of diffusion alone has no windows behind a context, and no likelihoods of continuations")
     self.limit, self._lengths = min([*lengths[-1:], config.model.position_limit]), lengths
     self.size = window or config.window.size
-    if not 0 < self.size < self.limit:
-      raise UserError(f"window={window}: is not from 1 to {self.limit - 1}")
+    check_bound(path, self.size, self.limit, run)
     shards = sharding.batch_shards(self._mesh)
     if sharding.Layout.of(self._mesh).platform == "cpu":
       rows = min(rows, _ROWS_ON_CPU * shards)
     self.rows = -(-rows // shards) * shards
-    policies.check_policy(path, self.size, run.model.rows, config)
     self._policy = policies.make_policy(path, self.size, config.paths.rolling_width, _PASSES)
-    if self._policy is None:
-      raise UserError(f"path {path!r}: has no windows, and no bound but the likelihood itself")
     self._program = self._make_program(seed, draws)
 
   def _make_program(self, seed: int, draws: int):

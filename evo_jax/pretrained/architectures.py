@@ -4,6 +4,7 @@ Every field is known: what describes the network becomes a field of config.model
 over, what cannot be represented is refused by its name, and so is a field that is not known at all.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from evo_jax import config as config_lib
@@ -78,6 +79,7 @@ _PASSED_OVER = {
   "unsloth_fixed",
   "unsloth_version",
 }
+_MISTRALS_WINDOW = 4096  # where the field is missing (transformers' MistralConfig)
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 _READ = {*_SIZES, *_ROPE, "rms_norm_eps", "tie_word_embeddings", "sliding_window", "layer_types"}
 
@@ -100,7 +102,7 @@ def read_model(values: dict[str, Any], where: str, ignored: tuple[str, ...] = ()
   fields = {ours: _size(values, theirs, name, where) for theirs, ours in _SIZES.items()}
   if fields["head_dim"] * fields["heads"] == fields["width"]:
     fields["head_dim"] = 0  # said or not said, it is the same model
-  _refuse_sliding_windows(values, fields, where)
+  _refuse_sliding_windows(values, name, fields, where)
   return {
     **fields,
     **ARCHITECTURES[name],
@@ -113,10 +115,15 @@ def read_model(values: dict[str, Any], where: str, ignored: tuple[str, ...] = ()
 
 def _architecture(values: dict[str, Any], where: str) -> str:
   names = values.get("architectures") or []
-  if len(names) != 1 or names[0] not in ARCHITECTURES:
+  if not isinstance(names, list) or len(names) != 1 or not _is_one_of(names[0], ARCHITECTURES):
+    names = names if isinstance(names, list) else [names]
     found = ", ".join(map(str, names)) or f"none (model_type {values.get('model_type')!r})"
     raise UserError(f"{where}: architectures: {found} is not one of {', '.join(ARCHITECTURES)}")
   return names[0]
+
+
+def _is_one_of(value: Any, known: Iterable[str]) -> bool:
+  return isinstance(value, str) and value in known
 
 
 def _shortened(value: Any) -> str:
@@ -144,14 +151,22 @@ def _number(values: dict[str, Any], field: str, where: str) -> float:
   return float(value)
 
 
-def _refuse_sliding_windows(values: dict[str, Any], fields: dict[str, Any], where: str) -> None:
-  window = values.get("sliding_window")
-  # Qwen's is off unless use_sliding_window, which was checked; one as long as all text hides nothing.
-  if window is not None and "use_sliding_window" not in values and window < fields["context_limit"]:
-    raise UserError(f"{where}: sliding_window: {window} cannot be represented: attention is to all tokens before")
-  kinds = set(values.get("layer_types") or []) - {"full_attention"}
-  if kinds:
-    raise UserError(f"{where}: layer_types: {min(kinds)!r} cannot be represented")
+def _refuse_sliding_windows(values: dict[str, Any], architecture: str, fields: dict[str, Any], where: str) -> None:
+  default = _MISTRALS_WINDOW if architecture == "MistralForCausalLM" else None
+  window = values.get("sliding_window", default)
+  # Qwen's is off unless use_sliding_window, which was checked; others' files may have that field, and nobody reads it.
+  if window is not None and not (architecture.startswith("Qwen") and "use_sliding_window" in values):
+    if not isinstance(window, int) or isinstance(window, bool):
+      raise UserError(f"{where}: sliding_window: {_shortened(window)} is no number")
+    if window < fields["context_limit"]:  # one as long as all text hides nothing
+      given = "" if "sliding_window" in values else f", which a {architecture} has without the field,"
+      raise UserError(
+        f"{where}: sliding_window: {window}{given} cannot be represented: attention is to all tokens before"
+      )
+  kinds = values.get("layer_types") or []
+  for kind in kinds if isinstance(kinds, list) else [kinds]:
+    if kind != "full_attention":
+      raise UserError(f"{where}: layer_types: {_shortened(kind)} cannot be represented")
 
 
 def _rope(values: dict[str, Any], architecture: str, where: str) -> dict[str, Any]:
@@ -185,11 +200,12 @@ _NO_SCALING = {field: getattr(config_lib.Model(), field) for field in ("rope_sca
 
 def _scaling(values: dict[str, Any], field: str, where: str) -> dict[str, Any]:
   """The scaling that rope_parameters or rope_scaling describes, as fields of config.model."""
-  kinds = {values[name] for name in ("rope_type", "type") if name in values}
-  if len(kinds) != 1:
+  kinds = [values[name] for name in ("rope_type", "type") if name in values]
+  if not kinds or any(kind != kinds[0] for kind in kinds):
     raise UserError(f"{where}: {field}: has no single rope_type, but {sorted(map(str, kinds))}")
-  kind = kinds.pop()
-  needed = {"default": {}, "linear": {"factor": "rope_factor"}, "llama3": _LLAMA3}.get(kind)
+  kind = kinds[0]
+  scalings = {"default": {}, "linear": {"factor": "rope_factor"}, "llama3": _LLAMA3}
+  needed = scalings[kind] if _is_one_of(kind, scalings) else None
   if needed is None:
     raise UserError(f"{where}: {field}.rope_type: {kind!r} is not one of default, linear, llama3")
   passed_over = {"rope_type", "type", "rope_theta"}

@@ -63,6 +63,9 @@ class Options:
   ignored: tuple[str, ...] = ()
 
 
+_DERIVED = "rotary_emb.inv_freq"  # old files have what follows from the configuration
+
+
 @dataclasses.dataclass(frozen=True)
 class Imported:
   """What became of a source: its configuration here, tokenizer, number of parameters, of which `own` are Evo's alone,
@@ -115,7 +118,7 @@ def make_config(source: Source, options: Options, windows: EvoFile | None = None
   if windows is None:
     for section, changes in _CONTINUED.items():
       values[section] |= changes
-  stored = {_stored_dtype(source, name) for name in source.names()}
+  stored = {_stored_dtype(source, name) for name in source.names() if not name.endswith(_DERIVED)}
   own = windows.config.model.param_dtype if windows else stored.pop() if len(stored) == 1 else "float32"
   limit = fields["context_limit"]
   context = options.context or (min(windows.config.model.context, limit) if windows else min(_CONTEXT, limit))
@@ -158,7 +161,7 @@ def check_tensors(source: Source, model: config_lib.Model) -> list[str]:
         raise UserError(
           f"{source.description}: {name}: differs from model.embed_tokens.weight, though tie_word_embeddings is true"
         )
-    elif not name.endswith("rotary_emb.inv_freq"):  # old files have what follows from the configuration
+    elif not name.endswith(_DERIVED):
       raise UserError(f"{source.description}: {name}: is no part of the architecture that config.json describes")
     left_out.append(name)
   return left_out
