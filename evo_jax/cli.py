@@ -196,12 +196,16 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv, known_only=False)
   except flags.Error as error:
-    raise UserError(" ".join(str(error).split())) from error
+    reason, _, trace = str(error).partition("Traceback (most recent call last):")  # of what a configuration raised
+    raise UserError(" ".join(f"{reason} {trace.strip().splitlines()[-1] if trace else ''}".split())) from error
   except (AttributeError, KeyError) as error:  # ml_collections: --config.no.such.field
     raise UserError(_field_error(error, argv)) from error
+  except (TypeError, ValueError) as error:
+    raise UserError(f"bad flag or configuration file: {' '.join(str(error).split())}") from error
   except Exception as error:  # whatever running a configuration file raises
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise UserError(f"bad flag or configuration file: {reason}") from error
+    file = next((a for a in argv if a.startswith("--config=")), "--config")
+    raise UserError(f"{file}: {reason}") from error
 
 
 def _normalized(argv: list[str]) -> list[str]:

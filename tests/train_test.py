@@ -308,6 +308,19 @@ def test_bad_flags_are_refused_in_one_line(flags, message):
   assert_refused(call("evo_jax.main", *flags), message)
 
 
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("def get_config(:", "mine.py: SyntaxError: invalid syntax"),
+    ("import nothing_of_this_name", "mine.py: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("raise ValueError('too wide')", "mine.py: Error whilst parsing config file: ValueError: too wide"),
+  ],
+)
+def test_a_configuration_that_cannot_be_run_is_one_line(tmp_path, content, message):
+  (tmp_path / "mine.py").write_text(content)
+  assert_refused(call("evo_jax.main", f"--config={tmp_path / 'mine.py'}"), message)
+
+
 def test_a_refusal_is_all_that_a_process_prints(text, tmp_path):
   """Libraries add nothing, in a process of its own."""
   done = run("evo_jax.main", *train_flags(tmp_path, text, model__vocab_size=100))

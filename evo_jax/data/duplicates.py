@@ -29,11 +29,9 @@ _PLACE = np.dtype([("group", "<u4"), ("place", "<u8")])
 
 
 class Copies(NamedTuple):
-  """Copies in a group. places: (n,), sorted: number of the item * 2^24 + number among its good documents. compared:
-  what they were found in, all files as they were; "": nothing was compared."""
+  """Copies in a group. places: (n,), sorted: number of the item * 2^24 + number among its good documents."""
 
   places: np.ndarray
-  compared: str = ""
 
   def of(self, item: int) -> frozenset[int]:
     """The numbers of those in an item."""
@@ -45,8 +43,8 @@ NONE = Copies(np.zeros(0, np.int64))
 
 
 def find(passes: Passes, folder: Folder, plan: Plan, mine: list[Group], hosts: int, host: int) -> str:
-  """Writes down where copies stand; returns what was compared (`Copies.compared`) when all hosts have. mine: the groups
-  of this host."""
+  """Writes down where copies stand; returns, when all hosts have, a name of what was compared: all files as they were.
+  mine: the groups of this host."""
   parts = 1 + plan.size // _PART
   for group in mine:
     if _is_stale(folder, group):
@@ -62,8 +60,7 @@ def find(passes: Passes, folder: Folder, plan: Plan, mine: list[Group], hosts: i
 
 
 def read(folder: Folder, group: Group, compared: str) -> Copies:
-  """The copies in a group, as `find` found them. Raises UserError where its files have changed since they were
-  compared."""
+  """The copies in a group. compared: what `find` gave. Raises UserError where its files have changed since."""
   if _is_stale(folder, group):
     raise UserError(f"{group.files[0]}: or a file after it has changed; start the same command again")
   found = [np.zeros(0, np.int64)]
@@ -73,7 +70,7 @@ def read(folder: Folder, group: Group, compared: str) -> Copies:
     count = int(_read(folder, name, "<u8", 0, 1)[0])
     start, stop = _read(folder, name, "<u8", 1 + group.number, 2)
     found.append(_read(folder, name, _PLACE, start, stop - start, 8 * (count + 2))["place"].astype(np.int64))
-  return Copies(np.sort(np.concatenate(found)), compared)
+  return Copies(np.sort(np.concatenate(found)))
 
 
 def _is_stale(folder: Folder, group: Group) -> bool:

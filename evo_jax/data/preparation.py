@@ -139,7 +139,7 @@ class Tallies:
 
 
 def _prepare_group(run: passes_lib.Passes, folder: Folder, group: Group, tallies: Tallies, compared: str) -> None:
-  """Prepares what is left of a group, and writes its record. compared: `Copies.compared`."""
+  """Prepares what is left of a group, and writes its record. compared: what `duplicates.find` gave; "": copies stay."""
   versions, name = [*group.versions(), *filter(None, [compared])], f"{WORK}/{group.name}.json"
   if record := _read_record(folder, name, versions):
     for piece in record["pieces"]:

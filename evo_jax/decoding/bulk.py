@@ -98,21 +98,14 @@ def write_texts(
   asked = flags | {"num": num, "seed": seed, "step": run.step, "model": fingerprint(run)}
   asked |= {"prompts": survey.fingerprint, "texts": texts, "version": _VERSION}
   folder = Folder(output)
-  with _holding(folder) as check:
-    return _write_texts(
-      run, sampling, prompts, survey, num, seed, folder, json.loads(json.dumps(asked)), progress, check
-    )
-
-
-def _write_texts(run, sampling, prompts, survey, num, seed, folder, asked, progress, check) -> Totals:
-  """As `write_texts`. asked: what is to be in the manifest. check: raises UserError where the folder is not this
-  command's any more."""
-  complete, done = _begin(folder, asked)
-  texts = asked["texts"]
-  totals = Totals(min(complete * PART, texts) + int(done.sum()), texts)
-  if complete * PART >= texts:
-    return totals
-  with out_of_memory_as(f"--batch_size={sampling.batch_size}"), _make_engine(run, sampling, survey, texts) as engine:
+  with contextlib.ExitStack() as stack:
+    check = stack.enter_context(_holding(folder))
+    complete, done = _begin(folder, json.loads(json.dumps(asked)))
+    totals = Totals(min(complete * PART, texts) + int(done.sum()), texts)
+    if complete * PART >= texts:
+      return totals
+    stack.enter_context(out_of_memory_as(f"--batch_size={sampling.batch_size}"))
+    engine = stack.enter_context(_make_engine(run, sampling, survey, texts))
     if jax.process_index():
       engine.follow()
       return totals
@@ -130,13 +123,14 @@ def _write_texts(run, sampling, prompts, survey, num, seed, folder, asked, progr
         progress(totals, len(lines))
       work.finish()
       done = np.zeros(PART, bool)
-  _clean(folder)
+    _clean(folder)
   return totals
 
 
 @contextlib.contextmanager
 def _holding(folder: Folder) -> Iterator[Callable[[], None]]:
-  """Holds the folder's lease, where its file system is one that work directories may be on."""
+  """Holds the folder's lease, where its file system is one that work directories may be on. Gives what raises UserError
+  where another command has taken it over."""
   if not folder.local and not folder.path.startswith("gs://"):
     yield lambda: None
     return
