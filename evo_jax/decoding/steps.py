@@ -177,11 +177,12 @@ def _run(
     return program(net, statistics, state, processor, *extra)
 
   def rehearse(state, *others):
+    layout = jax.tree.map(lambda x: x.sharding, state)  # for which programs are compiled; a small array may lose it
     for rehearsal in rehearsals:
       kept = jax.tree.map(jnp.copy, state.replace(k=(), v=()))
-      after = device.run(name, stopping, rehearsal(state), *others)
+      after = device.run(name, stopping, jax.device_put(rehearsal(state), layout), *others)
       after = after if isinstance(after, DecodingState) else after[0]
       state = jax.block_until_ready(kept.replace(k=after.k, v=after.v))  # new keys and values will be overwritten
-    return state, *others
+    return jax.device_put(state, layout), *others
 
   return device.run(name, stopping, batch.state, batch.processor, batch.stopped, *extra, rehearse=rehearse)
