@@ -181,7 +181,7 @@ def test_a_held_work_directory_refuses_all(text, tmp_path):
 def test_an_error_of_one_process_ends_all():
   """Soon, though the others stand still in what they do together."""
   with processes(2, [], "tests.failing_process") as started:
-    ended = ends(started, timeout=BOUND)
+    ended = ends(started, timeout=2 * BOUND)
   assert ended[1][0] == 1 and ended[1][2].endswith("evo_jax: process 1: text.jsonl: is damaged\n")
   assert ended[0][0] not in (0, None)
 
