@@ -359,7 +359,7 @@ class Data(Section):
     changes = parse_weight_changes(self.weight_changes)
     steps = [step for step, _ in changes]
     self.require(
-      steps == sorted({*steps} - {0}) and min(steps, default=1) > 0,
+      steps == sorted({*steps}) and min(steps, default=1) > 0,
       "weight_changes",
       "must have ascending steps above 0",
     )

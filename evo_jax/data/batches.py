@@ -131,8 +131,8 @@ def held_out(corpora: Sequence[Corpus], split: str, length: int, count: int = 0,
   """Consecutive sequences of a split, each of `length` tokens behind the begin token; the remainder is dropped.
 
   Where there is not even one, each corpus is one, padded with separators that do not count. Of conversations all are
-  read; a line on stderr says where some are cut at their end, or left out. Raises UserError where
-  there is no text, or it cannot be read. count: at most so many, evenly spread over the split; 0: all. segments: as for
+  read; a line on stderr says where some are cut at their end, or left out. Raises UserError where there is no text, or
+  it cannot be read. count: at most so many, evenly spread over the split; 0: all. segments: as for
   `TrainingText.batches`.
   """
   lengths = [corpus.streams[split].length for corpus in corpora]

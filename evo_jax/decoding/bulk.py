@@ -277,7 +277,7 @@ class _Part:
   def finish(self) -> None:
     """Writes the part, all of whose texts are there."""
     found = {text["place"]: text for text in _read_work(self._folder, self._files)}
-    texts = {place: found[place] for place in sorted(found)}
+    texts = dict(sorted(found.items()))
     self._folder.write_all(f"statistics/{self._name}.jsonl", _lines(text["statistics"] for text in texts.values()))
     self._folder.write_all(f"{self._name}.jsonl", _lines(text["line"] for text in texts.values()))
     for name in self._files:
@@ -330,16 +330,16 @@ def _check_manifest(folder: Folder, asked: dict[str, Any]) -> None:
   except FileNotFoundError:
     if others := [name for name in folder.names() if not name.startswith(".") and name != lease_lib.FILE]:
       raise UserError(f"--output={folder.path}: has {others[0]}, but no {MANIFEST}: give a new folder") from None
-    folder.write_all(MANIFEST, json.dumps(asked, indent=1).encode() + b"\n")
-    return
+    earlier = {}
   except ValueError as error:
     raise UserError(f"--output={folder.path}: {MANIFEST} is damaged") from error
   differs = [name for name, value in asked.items() if earlier.get(name) != value]
-  if differs and f"{0:05d}.jsonl" not in folder.names() and not folder.names(_WORK):  # no text would be lost
+  is_empty = lambda: f"{0:05d}.jsonl" not in folder.names() and not folder.names(_WORK)
+  if not earlier or (differs and is_empty()):  # no text would be lost
     folder.write_all(MANIFEST, json.dumps(asked, indent=1).encode() + b"\n")
     return
-  for name, value in asked.items():
-    if name in differs:
-      flag = f"--{name}={earlier.get(name)}, not {value}"
-      what = {"model": "another model", "prompts": "other prompts"}.get(name, flag)
-      raise UserError(f"--output={folder.path}: was begun with {what}; give a new folder, or remove this one")
+  if differs:
+    name = differs[0]
+    flag = f"--{name}={earlier.get(name)}, not {asked[name]}"
+    what = {"model": "another model", "prompts": "other prompts"}.get(name, flag)
+    raise UserError(f"--output={folder.path}: was begun with {what}; give a new folder, or remove this one")
