@@ -3,15 +3,19 @@
   python -m evo_jax.convert --source=MODEL.gguf --workdir=DIR
   python -m evo_jax.generate --workdir=DIR --chat --prompts=chats.jsonl --output=own
   python -m experiments.windows_recipe --model=DIR --own='own/*.jsonl' --given='chats/*.jsonl'
-      --kind=instructions:talk.jsonl [--minutes=20] [--dtype=bfloat16] [--only=NAME,...] [--workdir=runs/windows_recipe]
+      --kind=instructions:talk.jsonl [--chat=answers] [--minutes=20] [--dtype=bfloat16] [--only=NAME,...]
+      [--workdir=runs/windows_recipe]
 
---own is text that the model wrote, --given text of others. Every setting trains for --minutes on this machine, from the
-imported weights: a short run first measures its seconds per step. Measured are the KL divergence from autoregression,
-in bits per token, over the last fifth of training, and, by the sampler on held-out prompts (--kind, as in
-experiments/verify_speed.py), the drafted tokens that are accepted per round, drafted by windows alone, greedy and at
-temperature 1. Runs that were stopped go on, and a setting that the JSON of the results holds is not repeated.
+--own is text that the model wrote, --given text of others; with --chat both are conversations (data.chat). Every
+setting trains from the imported weights for as long as base takes for --minutes of steps: short runs of both in turns
+first measure how long a step takes, since a machine's own speed changes within hours. Measured are the KL divergence
+from autoregression, in bits per token, over the last fifth of training, and, by the sampler on held-out prompts
+(--kind, as in experiments/verify_speed.py), the drafted tokens that are accepted per round, drafted by windows alone,
+greedy and at temperature 1. Runs that were stopped go on, and a setting that the JSON of the results holds is not
+repeated.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ import jax
 from evo_jax import cli
 from evo_jax import config as config_lib
 from evo_jax import run as run_lib
+from evo_jax.configs import smollm2_windows
 from evo_jax.errors import UserError
 from evo_jax.training import partition
 from experiments import common
@@ -61,51 +66,84 @@ def main() -> None:
     if not args[name].value:
       raise UserError(f"--{name} is needed")
   kinds = dict(read_kind(spec, args.every, args.texts) for spec in args.kind)
-  settings = {name: args[name].value for name in ("minutes", "every", "texts", "tokens", "draft", "seed", "dtype")}
+  selected = common.select(args.only, SETTINGS)
+  for name in selected:
+    configure(name, 1, args)  # what is wrong is said before anything is trained
+  names = ("chat", "minutes", "every", "texts", "tokens", "draft", "seed", "dtype")
+  settings = {name: args[name].value for name in names}
   sources = {"model": common.model_identity(args.model), "given": common.shortened(args.given)}
   sources |= {"own": common.shortened(args.own), "kinds": [common.shortened(kind) for kind in args.kind]}
   recorded = common.RecordedRuns("windows_recipe", common.results_folder(args.output), settings | sources)
   results = [
-    recorded.find(name=name, changes=SETTINGS[name]) or recorded.add(run_setting(name, kinds, args))
-    for name in common.select(args.only, SETTINGS)
+    recorded.find(name=name, changes=SETTINGS[name]) or recorded.add(run_setting(name, kinds, recorded, args))
+    for name in selected
   ]
   print_table(results)
 
 
-def run_setting(name: str, kinds: dict[str, list[str]], args: flags.FlagValues) -> dict[str, Any]:
+def run_setting(
+  name: str, kinds: dict[str, list[str]], recorded: common.RecordedRuns, args: flags.FlagValues
+) -> dict[str, Any]:
   """Trains and measures a setting, as far as its folder has not been trained."""
-  folder = Path(args.workdir) / name
-  path = args.given if name == "given_text" else args.own
-  if not path:
-    raise UserError(f"--given: {name} needs it")
-  changes = SETTINGS[name] | {"data.path": path, "data.tokenizer_path": str(Path(args.model) / "tokenizer")}
-  changes |= {"model.dtype": args.dtype} if args.dtype else {}
-  timed = folder.with_name(f"{name}.json")  # a run that was stopped goes on for as many steps as it was given
-  if not timed.exists():
-    config = configure(changes | {"train.log_every": 2}, _TIMED_STEPS)
-    seconds = common.time_training(config, folder.with_name(f"{name}.timed"), args.model)
-    timed.write_text(json.dumps(min(seconds)))
-  seconds = json.loads(timed.read_text())
-  steps = max(int(60 * args.minutes / seconds), 1)
-  config = configure(changes, steps, args.seed)
-  common.train(config, folder, args.model)
-  last = [row for row in common.read_metrics(folder) if row["step"] > 0.8 * steps and "window_kl" in row]
-  run = run_lib.load_run(str(folder))
+  common.check_begun_with(args.model, Path(args.workdir) / name)
+  time = read_time(name, recorded, args)
+  config = configure(name, time["steps"], args)
+  common.train(config, Path(args.workdir) / name, args.model)
+  rows = common.read_metrics(Path(args.workdir) / name)
+  last = [row["window_kl"] for row in rows if row["step"] > 0.8 * time["steps"] and "window_kl" in row]
+  run = run_lib.load_run(str(Path(args.workdir) / name))
   return {
     "name": name,
     "changes": SETTINGS[name],
-    "seconds_per_step": seconds,
-    "steps": steps,
-    "drafted_tokens": steps * config.data.batch_size * config.window.count * (config.window.size - 1),
+    **time,
+    "drafted_tokens": time["steps"] * config.data.batch_size * config.window.count * (config.window.size - 1),
     "parameters": sum(x.size for x in jax.tree.leaves(partition.split(run.params, partition.WINDOWS)[0])),
-    "window_kl": sum(row["window_kl"] for row in last) / max(len(last), 1),
+    "window_kl": sum(last) / max(len(last), 1),
     "accepted": measure(name, run, kinds, args),
   }
 
 
-def configure(changes: dict[str, Any], steps: int, seed: int = 0) -> config_lib.Config:
-  changes = changes | {"train.steps": steps, "train.seed": seed, "train.checkpoint_every": 100, "eval.sequences": 8}
-  return common.configure(common.load_config("smollm2_windows"), changes)
+def read_time(name: str, recorded: common.RecordedRuns, args: flags.FlagValues) -> dict[str, Any]:
+  """`steps` of a setting in its share of time, and `step_time`, that of one as a multiple of base's: as they are
+  written down in the folder of the runs, as recorded, or as short runs find out."""
+  file = Path(args.workdir) / f"{name}.json"
+  if file.exists():
+    found = json.loads(file.read_text())
+    if found.pop("minutes") != args.minutes:
+      raise UserError(f"--minutes={args.minutes}: {file} is of others; give another --workdir")
+    return found
+  if found := recorded.find(name=name):
+    return {key: found[key] for key in ("steps", "step_time")}
+  if name == "base":
+    time = {"steps": max(int(60 * args.minutes / time_step(name, args)), 1), "step_time": 1.0}
+  else:
+    steps = read_time("base", recorded, args)["steps"]
+    before, own, after = (time_step(each, args) for each in ("base", name, "base"))
+    relative = own / min(before, after)
+    time = {"steps": max(round(steps / relative), 1), "step_time": relative}
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(time | {"minutes": args.minutes}))
+  return time
+
+
+def time_step(name: str, args: flags.FlagValues) -> float:
+  """Seconds of a setting's step, by a short run."""
+  config = configure(name, _TIMED_STEPS, args)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=2))
+  return min(common.time_training(config, Path(args.workdir) / f"{name}.timed", args.model))
+
+
+def configure(name: str, steps: int, args: flags.FlagValues) -> config_lib.Config:
+  """The configuration of a setting. Raises UserError."""
+  path = args.given if name == "given_text" else args.own
+  if not path:
+    raise UserError(f"--given: {name} needs it")
+  values = common.load_config(str(Path(args.model) / "config.py"))
+  smollm2_windows.add_windows(values)
+  run = {"data.path": path, "optim.warmup": 20, "train.steps": steps, "train.seed": args.seed}
+  run |= {"data.chat": args.chat, "model.isolate_documents": bool(args.chat), "train.checkpoint_every": 100}
+  run |= {"model.dtype": args.dtype} if args.dtype else {}
+  return common.configure(values, SETTINGS[name], run)
 
 
 def measure(name: str, run: run_lib.Run, kinds: dict[str, list[str]], args: flags.FlagValues) -> list[dict[str, Any]]:
@@ -139,6 +177,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("texts", 16, "Texts of each kind.", lower_bound=1)
   flags.DEFINE_integer("tokens", 128, "Tokens of a text at most.", lower_bound=1)
   flags.DEFINE_integer("draft", 7, "Drafted tokens a round.", lower_bound=1)
+  flags.DEFINE_string("chat", "", "How conversations are trained on: data.chat. Default: text.")
   flags.DEFINE_float("minutes", 20.0, "Of each setting's training.")
   flags.DEFINE_integer("seed", 0, "Seed of parameters and random draws.")
   flags.DEFINE_enum("dtype", "", ["", *config_lib.DTYPES], "Of computation; default: the configuration's.")

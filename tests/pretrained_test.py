@@ -463,6 +463,49 @@ def test_partial_evidence_in_short(imported, text, tmp_path):
   assert_refused(call("experiments.partial_evidence", *flags), "--model is needed")
 
 
+@pytest.mark.slow
+def test_recipes_of_windows_have_equal_time(talker, tmp_path, monkeypatch):
+  """A setting is trained, measured and recorded once; one whose steps take longer gets fewer of them."""
+  from experiments import common, windows_recipe
+
+  file = tmp_path / "talk.jsonl"
+  with file.open("w") as out:
+    for i in range(80):
+      contents = {"user": f"{i} and {i}?", "assistant": f"{2 * i}, the rest of the night and all of the day"}
+      out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in contents.items()]}) + "\n")
+  flags = (f"--model={talker}", f"--own={file}", f"--kind=talk:{file}", "--chat=answers", "--texts=2", "--tokens=16")
+  flags += ("--only=base", f"--workdir={tmp_path}/runs", f"--output={tmp_path}", "--minutes=0.02")
+  done = call("experiments.windows_recipe", *flags)
+  assert done.returncode == 0, done.stderr
+  (run,) = json.loads((tmp_path / "windows_recipe.json").read_text())["result"]["runs"]
+  assert load_run(str(tmp_path / "runs" / "base")).step == run["steps"] and run["step_time"] == 1.0
+  assert run["parameters"] > 0 and run["window_kl"] > 0
+  assert [(row["kind"], row["temperature"]) for row in run["accepted"]] == [("talk", 0.0), ("talk", 1.0)]
+  assert all(0 <= row["accepted_per_round"] <= 7 for row in run["accepted"])
+  assert sorted(os.listdir(tmp_path / "runs")) == ["base", "base.json", "base.model"]
+  again = call("experiments.windows_recipe", *flags)
+  assert again.returncode == 0 and again.stdout.startswith("setting") and done.stdout.endswith(again.stdout)
+
+  speeds = iter([("base", 2.0), ("twins", 3.0), ("base", 1.5)])  # a machine that is slower at first
+
+  def time_step(name, args):
+    expected, seconds = next(speeds)
+    assert name == expected
+    return seconds
+
+  monkeypatch.setattr(windows_recipe, "time_step", time_step)
+  args = types.SimpleNamespace(workdir=str(tmp_path / "elsewhere"), minutes=0.02)
+  recorded = common.RecordedRuns("windows_recipe", tmp_path, {})
+  for _ in range(2):  # what was found out is written down
+    time = windows_recipe.read_time("twins", recorded, args)
+    assert time == {"steps": max(round(run["steps"] / 2), 1), "step_time": 2.0}
+  with pytest.raises(UserError, match="minutes=1: .*twins.json is of others; give another --workdir"):
+    windows_recipe.read_time("twins", recorded, types.SimpleNamespace(workdir=args.workdir, minutes=1))
+  refused = call("experiments.windows_recipe", *flags, "--minutes=1")
+  assert_refused(refused, "has runs of another minutes; remove it, or give another --output")
+  assert_refused(call("experiments.windows_recipe", *flags, "--only=base,given_text"), "given_text needs it")
+
+
 def test_float16_is_read_but_not_trained_in(imported, tmp_path):
   _, workdir, said = imported("llama2")
   assert "in float16" in said
