@@ -15,7 +15,6 @@ greedy and at temperature 1. Runs that were stopped go on, and a setting that th
 repeated.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -85,13 +84,14 @@ def run_setting(
   name: str, kinds: dict[str, list[str]], recorded: common.RecordedRuns, args: flags.FlagValues
 ) -> dict[str, Any]:
   """Trains and measures a setting, as far as its folder has not been trained."""
-  common.check_begun_with(args.model, Path(args.workdir) / name)
+  folder = Path(args.workdir) / name
+  common.check_begun_with(args.model, folder)
   time = read_time(name, recorded, args)
   config = configure(name, time["steps"], args)
-  common.train(config, Path(args.workdir) / name, args.model)
-  rows = common.read_metrics(Path(args.workdir) / name)
+  common.train(config, folder, args.model)
+  rows = common.read_metrics(folder)
   last = [row["window_kl"] for row in rows if row["step"] > 0.8 * time["steps"] and "window_kl" in row]
-  run = run_lib.load_run(str(Path(args.workdir) / name))
+  run = run_lib.load_run(str(folder))
   return {
     "name": name,
     "changes": SETTINGS[name],
@@ -112,7 +112,7 @@ def read_time(name: str, recorded: common.RecordedRuns, args: flags.FlagValues) 
     if found.pop("minutes") != args.minutes:
       raise UserError(f"--minutes={args.minutes}: {file} is of others; give another --workdir")
     return found
-  if found := recorded.find(name=name):
+  if found := recorded.find(name=name, changes=SETTINGS[name]):
     return {key: found[key] for key in ("steps", "step_time")}
   if name == "base":
     time = {"steps": max(int(60 * args.minutes / time_step(name, args)), 1), "step_time": 1.0}
@@ -128,12 +128,11 @@ def read_time(name: str, recorded: common.RecordedRuns, args: flags.FlagValues) 
 
 def time_step(name: str, args: flags.FlagValues) -> float:
   """Seconds of a setting's step, by a short run."""
-  config = configure(name, _TIMED_STEPS, args)
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=2))
+  config = configure(name, _TIMED_STEPS, args, log_every=2)
   return min(common.time_training(config, Path(args.workdir) / f"{name}.timed", args.model))
 
 
-def configure(name: str, steps: int, args: flags.FlagValues) -> config_lib.Config:
+def configure(name: str, steps: int, args: flags.FlagValues, log_every: int = 20) -> config_lib.Config:
   """The configuration of a setting. Raises UserError."""
   path = args.given if name == "given_text" else args.own
   if not path:
@@ -141,7 +140,8 @@ def configure(name: str, steps: int, args: flags.FlagValues) -> config_lib.Confi
   values = common.load_config(str(Path(args.model) / "config.py"))
   smollm2_windows.add_windows(values)
   run = {"data.path": path, "optim.warmup": 20, "train.steps": steps, "train.seed": args.seed}
-  run |= {"data.chat": args.chat, "model.isolate_documents": bool(args.chat), "train.checkpoint_every": 100}
+  run |= {"data.chat": args.chat, "model.isolate_documents": bool(args.chat)}
+  run |= {"train.log_every": log_every, "train.checkpoint_every": 100}
   run |= {"model.dtype": args.dtype} if args.dtype else {}
   return common.configure(values, SETTINGS[name], run)
 
