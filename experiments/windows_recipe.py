@@ -31,7 +31,7 @@ from evo_jax.training import partition
 from experiments import common
 from experiments.verify_speed import count_by_kind, read_kind, sampling
 
-_TIMED_STEPS = 8
+_TIMED_STEPS = 4
 
 SETTINGS = {
   "base": {},
@@ -128,7 +128,7 @@ def read_time(name: str, recorded: common.RecordedRuns, args: flags.FlagValues) 
 
 def time_step(name: str, args: flags.FlagValues) -> float:
   """Seconds of a setting's step, by a short run."""
-  config = configure(name, _TIMED_STEPS, args, log_every=2)
+  config = configure(name, _TIMED_STEPS, args, log_every=1)
   return min(common.time_training(config, Path(args.workdir) / f"{name}.timed", args.model))
 
 
