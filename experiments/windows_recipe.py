@@ -8,11 +8,11 @@
 
 --own is text that the model wrote, --given text of others; with --chat both are conversations (data.chat). Every
 setting trains from the imported weights for as long as base takes for --minutes of steps: short runs of both in turns
-first measure how long a step takes, since a machine's own speed changes within hours. Measured are the KL divergence
-from autoregression, in bits per token, over the last fifth of training, and, by the sampler on held-out prompts
-(--kind, as in experiments/verify_speed.py), the drafted tokens that are accepted per round, drafted by windows alone,
-greedy and at temperature 1. Runs that were stopped go on, and a setting that the JSON of the results holds is not
-repeated.
+first measure how long a step takes, since a machine's own speed changes within hours; given_text, whose step is base's
+own, takes as many. Measured are the KL divergence from autoregression, in bits per token, over the last fifth of
+training, and, by the sampler on held-out prompts (--kind, as in experiments/verify_speed.py), the drafted tokens that
+are accepted per round, drafted by windows alone, greedy and at temperature 1. Runs that were stopped go on, and a
+setting that the JSON of the results holds is not repeated.
 """
 
 import json
@@ -116,6 +116,8 @@ def read_time(name: str, recorded: common.RecordedRuns, args: flags.FlagValues) 
     return {key: found[key] for key in ("steps", "step_time")}
   if name == "base":
     time = {"steps": max(int(60 * args.minutes / time_step(name, args)), 1), "step_time": 1.0}
+  elif not SETTINGS[name]:  # base's own step, on other text
+    time = {"steps": read_time("base", recorded, args)["steps"], "step_time": 1.0}
   else:
     steps = read_time("base", recorded, args)["steps"]
     before, own, after = (time_step(each, args) for each in ("base", name, "base"))

@@ -499,6 +499,8 @@ def test_recipes_of_windows_have_equal_time(talker, tmp_path, monkeypatch):
   for _ in range(2):  # what was found out is written down
     time = windows_recipe.read_time("twins", recorded, args)
     assert time == {"steps": max(round(run["steps"] / 2), 1), "step_time": 2.0}
+  time = windows_recipe.read_time("given_text", recorded, args)  # base's own step, which is not timed again
+  assert time == {"steps": run["steps"], "step_time": 1.0}
   with pytest.raises(UserError, match="minutes=1: .*twins.json is of others; give another --workdir"):
     windows_recipe.read_time("twins", recorded, types.SimpleNamespace(workdir=args.workdir, minutes=1))
   refused = call("experiments.windows_recipe", *flags, "--minutes=1")
