@@ -16,9 +16,11 @@ import tempfile
 from unittest import mock
 import warnings
 
-# No test computes for long: what counts is how fast XLA compiles. The second flag halves that time again; a jaxlib that
-# does not know it would exit. On a GPU (JAX_PLATFORMS=cuda), whose compiler needs its optimizations, neither is set.
-_FLAGS, _EMITTERS = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
+# No test computes for long: what counts is how fast XLA compiles. The second flag halves that time again, and the third
+# takes a tenth off, since workers keep all cores busy; a jaxlib that does not know them would exit. On a GPU
+# (JAX_PLATFORMS=cuda), whose compiler needs its optimizations, none is set.
+_FLAGS = "--xla_backend_optimization_level=0"
+_CODEGEN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] != "cpu":
   os.environ["EVO_JAX_TEST_FLAGS"] = ""
@@ -28,11 +30,11 @@ elif "EVO_JAX_TEST_FLAGS" not in os.environ:  # xdist's workers inherit it
       [sys.executable, "-c", "import jax; jax.devices()"],
       capture_output=True,
       check=False,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _EMITTERS},
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _CODEGEN},
     ).returncode
     == 0
   )
-  os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_EMITTERS}" if _known else _FLAGS
+  os.environ["EVO_JAX_TEST_FLAGS"] = f"{_FLAGS} {_CODEGEN}" if _known else _FLAGS
 _FLAGS = os.environ["EVO_JAX_TEST_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
 _MADE_SCRATCH = "EVO_JAX_TEST_SCRATCH" not in os.environ  # xdist's workers inherit it
