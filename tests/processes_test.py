@@ -186,6 +186,13 @@ def test_an_error_of_one_process_ends_all():
   assert ended[0][0] not in (0, None)
 
 
+def test_processes_wait_for_what_the_first_does_alone():
+  with processes(2, [], "tests.late_process") as started:
+    ended = ends(started)
+  assert_well(ended)
+  assert [out.splitlines()[-1] for _, out, _ in ended] == ["7", "7"]
+
+
 @pytest.fixture(scope="module")
 def bereft(alone, text, tmp_path_factory):
   """One process began; two go on, of which number 0 is killed; two go on, of which number 1 is killed; four go on to

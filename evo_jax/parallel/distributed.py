@@ -65,6 +65,9 @@ def initialize(
     # A CPU program that is loaded from the compilation cache (jaxlib 0.10.2) no longer keeps its collectives in one
     # order, and processes mix up their messages: Gloo then complains of sizes that do not match.
     jax.config.update("jax_enable_compilation_cache", False)
+    # Gloo waits 30 seconds for a connection, and without end on one. So processes connect here, where they are
+    # together, and not behind what one of them does alone.
+    multihost_utils.sync_global_devices("connected")
 
 
 def broadcast(value: Any) -> Any:
