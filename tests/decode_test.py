@@ -297,6 +297,7 @@ def test_windows_that_read_the_clean_anchor_draft():
   state = prefilled(2, net)
   state = state.replace(draft=speculative.start_draft(net, r.statistics, 2, 4, "gumbel", no_record(4)))
 
+  @functools.partial(jax.jit, static_argnums=(0, 1))
   def outputs(tokens, outcomes=(0,)):
     drafting = Drafting(tokens, outcomes, False, reads_anchor=net.reads_clean_anchor)
     slots = speculative.window_slots(net, state, drafting, state.length[:, None] - 1 + jnp.array(outcomes))
