@@ -22,11 +22,12 @@ from evo_jax.network import evo as evo_lib
 from evo_jax.training import state as state_lib
 
 NAMES = config_lib.TRAIN_PATHS
+draw_windows = jax.jit(windows_lib.draw_windows, static_argnums=range(1, 7))
 
 
 def drawn(bound_windows=1, batch=2000, density=None, **changes):
   config = small_config(**{"loss__bound_windows": bound_windows, **changes})
-  return windows_lib.draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
+  return draw_windows(jax.random.key(0), batch, 32, 4, config.window, config.paths, bound_windows, density)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "learned"))
@@ -88,7 +89,7 @@ def test_the_loss_of_erasure_is_the_mean_over_unknown_tokens():
   net, statistics, _ = build()
   config = small_config(loss__bound_windows=0, **only("erasure"))
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
+  draw = draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 0)
   (_, window), _, _ = loss(net, statistics, Batch(tokens), draw, dataclasses.replace(config.loss, window_weight=1.0))
   slots = windows_lib.gather_windows(tokens, draw.anchor, 8)
 
@@ -129,7 +130,7 @@ def test_clocks_start_as_soft_streams_and_are_learned():
   config = small_config(**LEARNED)
   model = evo_lib.Evo(config.model, V)
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
 
   @jax.jit
   def gradients():
@@ -190,7 +191,7 @@ def test_self_conditioning_reads_twice():
   """At share 1 the windows' loss is that of a second pass given the first one's belief; in the bound likewise."""
   net, statistics, config = build()
   tokens = jax.random.randint(jax.random.key(1), (4, 33), 1, V)
-  draw = windows_lib.draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
+  draw = draw_windows(jax.random.key(0), 4, 32, config.model.code_dim, config.window, config.paths, 1)
   at = lambda share: dataclasses.replace(config.loss, self_conditioning=share)
   window = {share: float(loss(net, statistics, Batch(tokens), draw, at(share))[0][1]) for share in (0.0, 1e-9, 1.0)}
   assert abs(window[1.0] - window[0.0]) > 1e-4
@@ -240,7 +241,7 @@ def test_windows_lie_where_something_counts():
   """Every window of a sequence in which something counts holds a counted token, and all such anchors occur; with all
   tokens counted the draw is that without a mask."""
   config = small_config()
-  draw = lambda counted: windows_lib.draw_windows(
+  draw = lambda counted: draw_windows(
     jax.random.key(1), len(counted), 32, 4, config.window, config.paths, 1, None, counted
   )
   counted = jnp.zeros((2000, 33), bool).at[:, [12, 13, 30]].set(True).at[-1].set(False)
@@ -249,7 +250,7 @@ def test_windows_lie_where_something_counts():
   assert inside[:-1].all() and not inside[-1].any()
   assert set(np.unique(anchor[:-1])) == set(range(4, 13)) | set(range(22, 25))
   every = draw(jnp.ones((2000, 33), bool))
-  plain = windows_lib.draw_windows(jax.random.key(1), 2000, 32, 4, config.window, config.paths, 1)
+  plain = draw_windows(jax.random.key(1), 2000, 32, 4, config.window, config.paths, 1)
   jax.tree.map(np.testing.assert_array_equal, every, plain)
 
 
@@ -260,9 +261,7 @@ def test_windows_begin_in_answers_and_every_token_counts_alike():
   answers = np.zeros((4000, 33), bool)
   answers[:, [0, 3, 7, 8, *range(12, 25), 31, 32]] = True  # the first token is context only
   answers[-1] = False
-  draw = windows_lib.draw_windows(
-    jax.random.key(1), 4000, 32, 4, config.window, config.paths, 1, answers_BxT=jnp.asarray(answers)
-  )
+  draw = draw_windows(jax.random.key(1), 4000, 32, 4, config.window, config.paths, 1, answers_BxT=jnp.asarray(answers))
   anchor, weight = np.asarray(draw.anchor), np.asarray(draw.token_weight)
   assert set(np.unique(anchor[:-1])) == {2, 6, 7, *range(11, 24), 30, 31} and not weight[-1].any()
   place = anchor[..., None] + 1 + np.arange(8)
@@ -283,9 +282,7 @@ def test_the_loss_of_answers_is_the_mean_over_their_tokens():
   net, statistics, _ = build()
   tokens = np.random.default_rng(1).integers(1, V, (2, 33))
   mask = jnp.asarray(answers)
-  draw = windows_lib.draw_windows(
-    jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 0, answers_BxT=mask
-  )
+  draw = draw_windows(jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 0, answers_BxT=mask)
   assert [sorted(row) for row in np.asarray(draw.anchor).tolist()] == [
     (np.flatnonzero(row) - 1).tolist() for row in answers
   ]
@@ -325,7 +322,7 @@ def test_windows_do_not_read_what_stands_behind_an_answer():
   )
   net, statistics, _ = build()
   tokens = np.random.default_rng(1).integers(1, V, (2, 33))
-  draw = windows_lib.draw_windows(
+  draw = draw_windows(
     jax.random.key(0), 2, 32, config.model.code_dim, config.window, config.paths, 3, answers_BxT=jnp.asarray(answers)
   )
   other = tokens.copy()
